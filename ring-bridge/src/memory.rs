@@ -1,0 +1,1 @@
+//! Memory that others can change while we look at it.

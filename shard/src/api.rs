@@ -1,0 +1,341 @@
+//! What the control thread says to a shard and what a shard answers: plain messages, moved by value.
+//!
+//! A command travels through a crossbeam channel and one eventfd (`mailbox`); its reply carries the same `tag`.
+//! Nothing here blocks, opens a path or closes a descriptor: files come opened, and go back in the reply to be
+//! closed on the control side.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use hdrhistogram::Histogram;
+use ring_bridge::nbd::Handoff;
+
+use crate::limits::{Group, Limits};
+use crate::park::ParkedDisk;
+use crate::ram::RamDisk;
+use crate::stats::DiskCounters;
+
+/// Identity of an attached disk for its life in this process; never used again after a detach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DiskId(pub u64);
+
+/// What to do when the store answers with an error (`on-error`, `on-enospc`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorPolicy {
+    /// Hold the request, put the disk into `storage-error` and wait for `ctl resume` or `ctl fail`.
+    Pause,
+    /// Answer the request with the error and go on.
+    Report,
+}
+
+/// How the image's data passes the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheMode {
+    /// O_DIRECT; the default. A flush is fdatasync.
+    None,
+    /// Through the page cache; a flush is fdatasync.
+    Writeback,
+    /// Through the page cache; every write is followed by fdatasync before it is answered.
+    Writethrough,
+}
+
+/// What kind of object a descriptor names: decides how holes are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file: fallocate punches holes.
+    Regular,
+    /// A block device or partition.
+    Block {
+        /// The device takes discards (BLKDISCARD granularity above zero).
+        discard: bool,
+    },
+}
+
+/// An image file as the control side opened it. Shared by `Arc` with the file table, so that dropping it on a shard
+/// closes nothing; the table holds the last reference.
+#[derive(Debug)]
+pub struct ImageFile {
+    /// The descriptor for I/O: O_DIRECT unless `cache` says otherwise.
+    pub fd: OwnedFd,
+    /// A buffered descriptor of the same file, for the bytes behind the last whole physical block; absent when the size is a
+    /// multiple of `offset_align` or `fd` is buffered itself.
+    pub tail: Option<OwnedFd>,
+    /// Offsets and lengths of I/O on `fd` must be multiples of this (bytes, a power of two; 1 when buffered).
+    pub offset_align: u32,
+    /// Memory of I/O on `fd` must be aligned to this (bytes, at most 4096).
+    pub memory_align: u32,
+    /// How `fd` was opened.
+    pub cache: CacheMode,
+    /// Regular file or device.
+    pub kind: FileKind,
+    /// Length in bytes when it was opened (may be no multiple of a sector).
+    pub length: u64,
+    /// Identity of the backing store (`st_dev` of the file, or `st_rdev` of a device): kernel work that may be punted is
+    /// bounded per store.
+    pub store: u64,
+}
+
+/// Where the bytes of a disk are.
+#[derive(Debug, Clone)]
+pub enum Backend {
+    /// A raw file or block device.
+    File(Arc<ImageFile>),
+    /// A named RAM disk, shared by exports on any shard.
+    Ram(Arc<RamDisk>),
+    /// Reads as zeroes, forgets writes: for benches.
+    Null,
+}
+
+/// Everything a shard needs to serve a disk.
+#[derive(Debug)]
+pub struct DiskConfig {
+    /// Identity.
+    pub id: DiskId,
+    /// The operator's name, for messages.
+    pub name: Arc<str>,
+    /// Where the bytes are.
+    pub backend: Backend,
+    /// Size that clients see, in bytes: a multiple of 512.
+    pub size_bytes: u64,
+    /// Refuse everything that changes data.
+    pub read_only: bool,
+    /// Policy for EIO and its like.
+    pub on_error: ErrorPolicy,
+    /// Policy for ENOSPC and EDQUOT.
+    pub on_enospc: ErrorPolicy,
+    /// The disk's own limits.
+    pub limits: Limits,
+    /// Groups whose limits hold as well, nearest first.
+    pub groups: Vec<Arc<Group>>,
+    /// Counters that the control thread reads at a scrape; they go with the disk from shard to shard.
+    pub counters: Arc<DiskCounters>,
+}
+
+/// The state of a disk, as `ctl list` names it. Stored as its number in [`DiskCounters`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DiskState {
+    /// Serves.
+    Running = 0,
+    /// Takes no new requests; those in flight finish.
+    Pausing = 1,
+    /// Nothing in flight; requests wait.
+    Paused = 2,
+    /// The store failed and the policy is to hold requests.
+    StorageError = 3,
+    /// The disk's own code failed; waits for its operations, then is opened again.
+    Quarantined = 4,
+    /// Being detached.
+    Draining = 5,
+    /// Detached by force; kernel operations are still out.
+    Zombie = 6,
+    /// On its way to another shard.
+    Parked = 7,
+    /// Given up by `ctl fail` or a second failure: every request is answered with an error.
+    Failed = 8,
+}
+
+/// A command and the tag that its reply will carry.
+#[derive(Debug)]
+pub struct Envelope {
+    /// Chosen by the sender; comes back in [`Event::Reply`].
+    pub tag: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// Commands of the control thread. Each is answered exactly once by an [`Event::Reply`].
+#[derive(Debug)]
+pub enum Command {
+    /// Serve a disk. Reply: `Done`.
+    AddDisk(Box<DiskConfig>),
+    /// Stop serving a disk: no new requests, those in flight finish, the disk is flushed, its connections are closed. Reply:
+    /// `Removed` when all is done. With `force` requests that wait are dropped and connections are closed at once; if kernel
+    /// operations are out the reply is `Zombie` and an [`Event::ZombieGone`] follows when they have come back.
+    RemoveDisk {
+        /// Which disk.
+        disk: DiskId,
+        /// Do not wait for clients or kernel.
+        force: bool,
+    },
+    /// Serve one more NBD connection of a disk, negotiated by the control thread. Reply: `Done`, or an error (the connection
+    /// is then closed by the shard).
+    Connect {
+        /// Which disk.
+        disk: DiskId,
+        /// Descriptor, unread bytes, negotiated options, TLS session.
+        handoff: Box<Handoff>,
+    },
+    /// Change limits and groups; effective at once. Reply: `Done`.
+    SetLimits {
+        /// Which disk.
+        disk: DiskId,
+        /// New limits of the disk itself.
+        limits: Limits,
+        /// New groups, nearest first.
+        groups: Vec<Arc<Group>>,
+    },
+    /// Hold new requests and wait for those in flight. Reply: `Done` when nothing is in flight. The control thread sends
+    /// `Resume` when its patience ends first; the pending reply is then an error of kind `Interrupted`.
+    Pause {
+        /// Which disk.
+        disk: DiskId,
+    },
+    /// Run a paused disk, or run held requests of a disk in `storage-error` again. Reply: `Done`, or an error of kind
+    /// `DataInDoubt` after a failed fdatasync unless `data_in_doubt`.
+    Resume {
+        /// Which disk.
+        disk: DiskId,
+        /// The operator accepts that acknowledged data may be lost.
+        data_in_doubt: bool,
+    },
+    /// Give a disk up: held and new requests are answered with errors. Reply: `Done`.
+    Fail {
+        /// Which disk.
+        disk: DiskId,
+    },
+    /// Take a disk off this shard with its connections. Reply: `Parked`. `Unpark` on any shard goes on where it stopped.
+    /// `CancelPark` returns to serving.
+    Park {
+        /// Which disk.
+        disk: DiskId,
+    },
+    /// Give up a park that has not been answered; its reply is then an error of kind `Interrupted`. Reply: `Done`.
+    CancelPark {
+        /// Which disk.
+        disk: DiskId,
+    },
+    /// Serve a parked disk. Reply: `Done`.
+    Unpark(Box<ParkedDisk>),
+    /// Histograms and queue depths of one disk. Reply: `Stats`.
+    Stats {
+        /// Which disk.
+        disk: DiskId,
+    },
+    /// Clients of a disk. Reply: `Clients`.
+    Clients {
+        /// Which disk.
+        disk: DiskId,
+    },
+    /// End the shard's loop; every disk must have been removed. Reply: `Done`, then [`Event::Stopped`].
+    Stop,
+    /// Panic inside this disk's work: the test of quarantine. Refused unless the shard was started with fault commands.
+    InjectPanic {
+        /// Which disk.
+        disk: DiskId,
+    },
+}
+
+/// Answers of a shard.
+#[derive(Debug)]
+pub enum Reply {
+    /// The command took effect.
+    Done,
+    /// The disk is gone; its configuration (and with it the descriptors) goes back to the control side.
+    Removed(Box<DiskConfig>),
+    /// The disk is gone for clients; kernel operations are out.
+    Zombie {
+        /// How many.
+        in_flight: u32,
+    },
+    /// The disk with its connections, ready for another shard.
+    Parked(Box<ParkedDisk>),
+    /// Figures of one disk.
+    Stats(Box<DiskStats>),
+    /// Connections of one disk.
+    Clients(Vec<ClientInfo>),
+}
+
+/// Figures of a disk at one instant. Histograms are in microseconds, 1 µs to 60 s, two significant digits; absent when the
+/// disk was idle for long.
+#[derive(Debug, Default)]
+pub struct DiskStats {
+    /// Time from arrival to answer, reads.
+    pub read_us: Option<Histogram<u32>>,
+    /// Time from arrival to answer, writes.
+    pub write_us: Option<Histogram<u32>>,
+    /// Time from arrival to answer, flushes.
+    pub flush_us: Option<Histogram<u32>>,
+    /// Time from arrival to the first kernel operation (limits, pauses), all operations.
+    pub queue_us: Option<Histogram<u32>>,
+}
+
+/// One connection of a disk.
+#[derive(Debug, Clone)]
+pub struct ClientInfo {
+    /// Who: `unix pid 1234 (fio)` or `tcp 127.0.0.1:4711`.
+    pub peer: String,
+    /// Requests in flight.
+    pub in_flight: u32,
+    /// Seconds since it connected.
+    pub age_s: u64,
+}
+
+/// Why a command failed: a small kind and a sentence.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct ShardError {
+    /// For exit codes and HTTP status.
+    pub kind: ShardErrorKind,
+    /// For the operator.
+    pub message: String,
+}
+
+/// Kinds of [`ShardError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShardErrorKind {
+    /// No such disk on this shard.
+    NoSuchDisk,
+    /// The disk's state does not allow it.
+    WrongState,
+    /// A later command ended this one.
+    Interrupted,
+    /// A failed fdatasync stands in the way.
+    DataInDoubt,
+    /// A bound was reached (connections per disk).
+    Limit,
+    /// The shard or the disk failed.
+    Failed,
+}
+
+/// What a shard tells the control thread, in order.
+#[derive(Debug)]
+pub enum Event {
+    /// The answer to a command.
+    Reply {
+        /// The command's tag.
+        tag: u64,
+        /// What came of it.
+        result: Result<Reply, ShardError>,
+    },
+    /// A disk changed its state by itself (storage error, quarantine, failure, recovery).
+    State {
+        /// Which disk.
+        disk: DiskId,
+        /// The state it has now.
+        state: DiskState,
+        /// Why, for the operator.
+        reason: String,
+    },
+    /// The last kernel operation of a zombie came back.
+    ZombieGone {
+        /// Its configuration, to be closed.
+        config: Box<DiskConfig>,
+    },
+    /// A connection ended.
+    ClientGone {
+        /// Which disk.
+        disk: DiskId,
+        /// Who it was.
+        peer: String,
+        /// Empty when the client said goodbye, else what went wrong.
+        reason: String,
+    },
+    /// The shard's loop has ended.
+    Stopped {
+        /// Present when it ended by a failure.
+        error: Option<String>,
+    },
+}
