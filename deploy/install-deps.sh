@@ -124,7 +124,7 @@ install_packages() {
     if grep -q '^qemu-' <<<"$packages"; then
         suite=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
         qemu=$(wanted | awk '$2 ~ /^qemu-/ { print $2 }' | sort -u)
-        [ -n "$suite" ] && qemu=$(sed "s:\$:/$suite:" <<<"$qemu")
+        [ -n "$suite" ] && qemu=$(awk -v suite="$suite" '{ print $1 "/" suite }' <<<"$qemu")
         packages=$(grep -v '^qemu-' <<<"$packages" || true)$'\n'$qemu
     fi
     # shellcheck disable=SC2086  # one word per package

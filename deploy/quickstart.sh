@@ -71,7 +71,7 @@ show() {
         printf ' %s' "$word"
     done
     printf '\n'
-    "$@" 2>&1 | sed 's/^/     /'
+    "$@" 2>&1 | sed "s/^/     /" || die "the command above failed"
 }
 note() { printf '   %s\n' "$*"; }
 

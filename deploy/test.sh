@@ -60,7 +60,7 @@ stage_units() { deploy/checks/units.sh; }
 stage_rules() {
     promtool check rules deploy/prometheus/blktapd.rules.yml
     promtool test rules deploy/prometheus/blktapd_test.yml
-    /usr/bin/python3 deploy/checks/dashboard.py deploy/grafana/blktapd.json deploy/prometheus/blktapd.rules.yml
+    /usr/bin/python3 deploy/checks/dashboard.py deploy/grafana/blktapd.json
 }
 
 stage_licences() {
@@ -77,7 +77,11 @@ stage_unit() {
     cargo test --workspace --locked --no-fail-fast --doc
 }
 
-stage_integration() { cargo test --workspace --locked --no-fail-fast --test '*'; }
+stage_integration() {
+    # cargo takes it for an error when no crate has such tests.
+    compgen -G '*/tests/*.rs' >/dev/null || skip "no crate has integration tests"
+    cargo test --workspace --locked --no-fail-fast --test '*'
+}
 
 stage_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked; }
 
@@ -146,9 +150,10 @@ run_stage() {
     took=$((SECONDS - began))
 
     p=0 f=0 i=0
-    read -r p f i < <(cargo_counts "$log") || { p=0 f=0 i=0; }
+    # A stage of cargo counts its tests, even if it ran none; every other stage is one test.
+    read -r p f i < <(cargo_counts "$log") || { p=0 f=0 i=0; [ "$status" -ne 0 ] || p=1; }
     case $status in
-    0) verdict=ok; [ $((p + f + i)) -gt 0 ] || p=1 ;;
+    0) verdict=ok ;;
     77) verdict="skipped: $(tail -n 1 "$log")"; i=$((i + 1)) ;;
     124 | 137) verdict="FAILED: still running after its $budget s"; f=$((f + 1)) ;;
     *) verdict="FAILED (status $status)"; [ "$f" -gt 0 ] || f=1 ;;

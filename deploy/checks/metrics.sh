@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Goal: what Prometheus scrapes is well formed, and every metric and label that the dashboard and the alert rules ask for
+# is in it.
+# Method: serve one disk of each kind, let a client read and write, scrape, and compare names.
+set -euo pipefail
+# shellcheck source=deploy/checks/daemon.sh
+. "$(dirname "${BASH_SOURCE[0]}")/daemon.sh"
+
+start_daemon --state-dir "$work/state"
+truncate -s 16M "$work/disk.img"
+ctl attach file "raw:$work/disk.img" --nbd --iops 100000 --bps 1G --group tenant
+ctl attach ram 'ram:check?size=16M' --nbd
+head -c 16M /dev/urandom >"$work/data"
+for disk in file ram; do
+    nbdcopy --flush "$work/data" "$(uri "$disk")"
+    nbdcopy "$(uri "$disk")" "$work/back"
+    cmp "$work/data" "$work/back"
+done
+
+scrape >"$work/scrape"
+promtool check metrics <"$work/scrape"
+/usr/bin/python3 "$repo_dir/deploy/checks/metric_names.py" "$work/scrape" \
+    "$repo_dir/deploy/grafana/blktapd.json" "$repo_dir/deploy/prometheus/blktapd.rules.yml"
+curl -fsS --max-time 10 "http://$metrics/healthz" >/dev/null

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Goal: the server does what its OpenAPI description says, and no request makes it fail.
+# Method: schemathesis makes requests from the description, right and wrong ones, and compares the answers with it. It
+# speaks TCP only, so socat stands before the control socket. Afterwards the daemon still serves, and nothing panicked.
+set -euo pipefail
+# shellcheck source=deploy/checks/daemon.sh
+. "$(dirname "${BASH_SOURCE[0]}")/daemon.sh"
+
+# Whatever is made up as a path, no image of this machine is opened.
+mkdir "$work/images"
+truncate -s 1M "$work/images/disk.img"
+printf '[paths]\nallowed = ["%s"]\n' "$work/images" >"$work/blktapd.toml"
+start_daemon --config "$work/blktapd.toml"
+ctl attach witness 'null:?size=1M' --nbd
+
+port=$(free_port)
+socat "TCP-LISTEN:$port,bind=127.0.0.1,fork,reuseaddr" "UNIX-CONNECT:$BLKTAPD_CTL" &
+
+cd "$work" # schemathesis leaves its caches where it runs
+schemathesis run "http://127.0.0.1:$port/v1/openapi.json" --wait-for-schema 10 --seed 1 --max-examples 25 \
+    --request-timeout 20 --suppress-health-check all --checks all
+
+ctl version >/dev/null
+! grep -i panicked "$work/daemon.log"
