@@ -11,6 +11,8 @@ blktapd=${BLKTAPD_BINARY:-$target_dir/release/blktapd}
 # Short, because a socket's path holds 107 bytes.
 work=$(mktemp -d /tmp/blktapd.XXXXXX)
 run_dir=$work/run
+# RAM disks need tmpfs, which /tmp need not be.
+ram_dir=$(mktemp -d /dev/shm/blktapd.XXXXXX)
 export BLKTAPD_CTL=$run_dir/ctl.sock
 daemon_pid=''
 
@@ -25,7 +27,7 @@ end_check() {
         echo "the end of the daemon's log:"
         tail -n 40 "$work/daemon.log"
     fi
-    rm -rf "$work"
+    rm -rf "$work" "$ram_dir"
     exit "$status"
 }
 trap end_check EXIT
@@ -35,7 +37,7 @@ ctl() { "$blktapd" ctl --timeout 20 "$@"; }
 # Starts the daemon with further options of `serve` and waits until it answers.
 start_daemon() {
     metrics=127.0.0.1:$(free_port)
-    "$blktapd" serve --run-dir "$run_dir" --metrics "$metrics" "$@" >"$work/daemon.log" 2>&1 </dev/null &
+    "$blktapd" serve --run-dir "$run_dir" --ram-dir "$ram_dir" --ram-limit 256M --metrics "$metrics" "$@" >"$work/daemon.log" 2>&1 </dev/null &
     daemon_pid=$!
     local tries=0
     until ctl version >/dev/null 2>&1; do

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Goal: what Prometheus scrapes is well formed, and every metric and label that the dashboard and the alert rules ask for
 # is in it.
-# Method: serve one disk of each kind, let a client read and write, scrape, and compare names.
+# Method: start with the example configuration, serve one disk of each kind, let a client read and write, scrape, and compare names.
 set -euo pipefail
 # shellcheck source=deploy/checks/daemon.sh
 . "$(dirname "${BASH_SOURCE[0]}")/daemon.sh"
 
-start_daemon --state-dir "$work/state"
+# With every default of the example configuration written out, which shows that the daemon knows its keys.
+sed -E 's/^#([a-z_]+ =)/\1/' "$repo_dir/deploy/blktapd.toml" >"$work/blktapd.toml"
+start_daemon --config "$work/blktapd.toml" --ctl "$BLKTAPD_CTL" --state-dir "$work/state"
 truncate -s 16M "$work/disk.img"
 ctl attach file "raw:$work/disk.img" --nbd --iops 100000 --bps 1G --group tenant
 ctl attach ram 'ram:check?size=16M' --nbd

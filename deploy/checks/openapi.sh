@@ -9,7 +9,7 @@ set -euo pipefail
 # Whatever is made up as a path, no image of this machine is opened.
 mkdir "$work/images"
 truncate -s 1M "$work/images/disk.img"
-printf '[paths]\nallowed = ["%s"]\n' "$work/images" >"$work/blktapd.toml"
+printf '[images]\nallowed_dirs = ["%s"]\n' "$work/images" >"$work/blktapd.toml"
 start_daemon --config "$work/blktapd.toml"
 ctl attach witness 'null:?size=1M' --nbd
 
