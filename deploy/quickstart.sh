@@ -134,7 +134,7 @@ start_in_background() {
     # RAM disks need tmpfs; /run is one wherever systemd is, and need not be in a container.
     if [ "$(stat -f -c %T "$run_dir")" != tmpfs ] && [ "$(stat -f -c %T /dev/shm 2>/dev/null)" = tmpfs ]; then
         local ram_dir=/dev/shm/blktapd${run_dir//\//-}
-        mkdir -p -m 700 "$ram_dir"
+        [ -d "$ram_dir" ] || mkdir -m 700 "$ram_dir"
         [ -O "$ram_dir" ] || die "$ram_dir belongs to somebody else: remove it, or say another --run-dir"
         options+=(--ram-dir "$ram_dir")
     fi

@@ -60,6 +60,12 @@ stage_units() { deploy/checks/units.sh; }
 stage_rules() {
     promtool check rules deploy/prometheus/blktapd.rules.yml
     promtool test rules deploy/prometheus/blktapd_test.yml
+    local alert
+    awk '$2 == "alert:" { print $3 }' deploy/prometheus/blktapd.rules.yml | while read -r alert; do
+        grep -qx "## $alert" deploy/runbook.md || { echo "deploy/runbook.md has no section $alert"; exit 1; }
+        grep -q "runbook_url: runbook.md#${alert,,}$" deploy/prometheus/blktapd.rules.yml ||
+            { echo "alert $alert does not point to its section of the runbook"; exit 1; }
+    done
     /usr/bin/python3 deploy/checks/dashboard.py deploy/grafana/blktapd.json
 }
 
