@@ -67,7 +67,7 @@ show() {
     local word
     for word in "$@"; do
         [ "$word" = "$blktapd" ] && word=blktapd
-        [[ $word =~ ^[][A-Za-z0-9_./:=,+@%?-]+$ ]] || word="'$word'"
+        [[ $word =~ ^[A-Za-z0-9_./:=,+@%-]+$ ]] || word="'$word'"
         printf ' %s' "$word"
     done
     printf '\n'
@@ -192,7 +192,8 @@ make_images() {
     rm -rf "$demo_dir/files" "$demo_dir/filesystem.img"
     mkdir "$demo_dir/files"
     tar -C "$repo_dir" --exclude-vcs --exclude=./target -cf - . | tar -C "$demo_dir/files" -xf -
-    mke2fs -q -t ext4 -L quickstart -d "$demo_dir/files" "$demo_dir/filesystem.img" "$disk_size"
+    truncate -s "$disk_size" "$demo_dir/filesystem.img"
+    mke2fs -q -t ext4 -L quickstart -d "$demo_dir/files" "$demo_dir/filesystem.img"
     rm -rf "$demo_dir/files"
     # Kept if it is there: it may be attached.
     [ -e "$demo_dir/disk.img" ] || truncate -s "$disk_size" "$demo_dir/disk.img"
@@ -211,12 +212,14 @@ copy_file_system() {
     rm -f "$copy" "$copy.fsck"
 }
 
-# fio's JSON for a job against a disk: disk, then fio's options.
+# Runs fio against a disk (disk, then fio's options) and prints its report in JSON. fio writes messages to its standard
+# output, so the report goes to a file.
 fio_job() {
-    local disk=$1
+    local disk=$1 report=$demo_dir/fio.json
     shift
-    fio --name="$disk" --ioengine=nbd --uri="$(uri "$disk")" --output-format=json "$@" 2>"$demo_dir/fio.log" ||
-        { cat "$demo_dir/fio.log" >&2; die "fio failed on $disk"; }
+    fio --name="$disk" --ioengine=nbd --uri="$(uri "$disk")" --output-format=json --output="$report" "$@" \
+        >"$demo_dir/fio.log" 2>&1 || { cat "$demo_dir/fio.log" >&2; die "fio failed on $disk"; }
+    cat "$report"
 }
 
 verify_with_fio() {

@@ -20,9 +20,10 @@ free_port() { /usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("
 
 end_check() {
     local status=$?
+    set +e
     # shellcheck disable=SC2046  # one word per job
     kill $(jobs -p) 2>/dev/null
-    [ -z "$daemon_pid" ] || wait "$daemon_pid"
+    wait
     if [ "$status" -ne 0 ] && [ -s "$work/daemon.log" ]; then
         echo "the end of the daemon's log:"
         tail -n 40 "$work/daemon.log"
