@@ -130,6 +130,7 @@ start_in_background() {
         return
     fi
     mkdir -p "$run_dir" "$demo_dir" || die "cannot make $run_dir and $demo_dir: run this as root or say --run-dir"
+    [ -O "$run_dir" ] || die "$run_dir belongs to somebody else: say another --run-dir"
     local options=(--run-dir "$run_dir" --state-dir "$state_dir" --metrics "$metrics")
     # RAM disks need tmpfs; /run is one wherever systemd is, and need not be in a container.
     if [ "$(stat -f -c %T "$run_dir")" != tmpfs ] && [ "$(stat -f -c %T /dev/shm 2>/dev/null)" = tmpfs ]; then
@@ -217,8 +218,8 @@ copy_file_system() {
 fio_job() {
     local disk=$1 report=$demo_dir/fio.json
     shift
-    fio --name="$disk" --ioengine=nbd --uri="$(uri "$disk")" --output-format=json --output="$report" "$@" \
-        >"$demo_dir/fio.log" 2>&1 || { cat "$demo_dir/fio.log" >&2; die "fio failed on $disk"; }
+    fio --name="$disk" --ioengine=nbd --uri="$(uri "$disk")" --verify_state_save=0 --output-format=json --output="$report" \
+        "$@" >"$demo_dir/fio.log" 2>&1 || { cat "$demo_dir/fio.log" >&2; die "fio failed on $disk"; }
     cat "$report"
 }
 

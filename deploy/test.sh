@@ -31,6 +31,7 @@ unit       600
 integration 900
 docs       300
 release    900
+service    120
 metrics     60
 openapi    240
 quickstart 240
@@ -92,6 +93,10 @@ stage_integration() {
 stage_docs() { RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --locked; }
 
 stage_release() { cargo build --release --locked --bin blktapd; }
+
+stage_service() {
+    /usr/bin/python3 deploy/checks/service.py "${BLKTAPD_BINARY:-$target_dir/release/blktapd}" deploy/systemd/blktapd.service
+}
 
 stage_metrics() { deploy/checks/metrics.sh; }
 
