@@ -72,7 +72,7 @@ stage_rules() {
 
 stage_licences() {
     command -v cargo-deny >/dev/null || skip "cargo-deny is not installed: licences were not checked (cargo install cargo-deny)"
-    cargo deny --offline check bans licenses sources
+    cargo deny --locked check bans licenses sources
 }
 
 stage_clippy() { cargo clippy --workspace --all-targets --locked -- -D warnings; }
