@@ -52,7 +52,7 @@ pub enum Mem {
 }
 
 /// What a disk wants done.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub enum Action {
     /// Move bytes. Answered by [`Disk::on_io`].
     Io {
@@ -131,10 +131,7 @@ pub enum Action {
         req: ReqKey,
     },
     /// The state changed by itself; tell the control thread.
-    State {
-        /// Why.
-        reason: String,
-    },
+    State,
 }
 
 /// Whom a side call serves.
@@ -185,6 +182,8 @@ pub struct Disk {
     /// Requests that failed and wait for `resume` or `fail`.
     failed: Vec<ReqKey>,
     started: u32,
+    /// State and reason to return to when a move or a detach is taken back.
+    before_hold: Option<(DiskState, String)>,
     /// An fdatasync failed: no flush succeeds until an operator says `resume --data-in-doubt`.
     flush_failed: bool,
     file: file::Edges,
@@ -212,6 +211,7 @@ impl Disk {
             held: VecDeque::new(),
             failed: Vec::new(),
             started: 0,
+            before_hold: None,
             flush_failed: false,
             file,
             space: space::Space::default(),
@@ -274,7 +274,7 @@ impl Disk {
             return;
         }
         self.set_state(state, &reason);
-        ctx.out.push(Action::State { reason });
+        ctx.out.push(Action::State);
     }
 
     /// New requests are started.
@@ -331,7 +331,7 @@ impl Disk {
         let request = &ctx.requests[key];
         let bytes = match request.kind {
             Kind::Read | Kind::Write { .. } => request.len,
-            _ => crate::limits::space_cost_bytes(request.len),
+            _ => crate::limits::erase_cost_bytes(request.len),
         };
         match self.limiter.admit(ctx.now, direction, request.operations, bytes) {
             Admission::Go { would_wait } => {
@@ -395,8 +395,8 @@ impl Disk {
     }
 
     /// Gives leases of groups back when nothing has run for a while.
-    pub fn idle(&mut self, now: Nanos) {
-        self.limiter.idle(now);
+    pub fn idle(&mut self) {
+        self.limiter.idle();
     }
 
     fn start(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
@@ -557,6 +557,40 @@ impl Disk {
             self.refuse(ctx, key);
         }
         self.wake_at = None;
+    }
+
+    /// Stops starting requests until [`Disk::unhold`] or [`Disk::take_unstarted`]: for a move.
+    pub fn hold(&mut self) {
+        self.before_hold = Some((self.state, std::mem::take(&mut self.reason)));
+        self.set_state(DiskState::Parked, "being moved to another shard");
+    }
+
+    /// Finishes what was taken and no more: for a detach.
+    pub fn drain(&mut self) {
+        self.before_hold = Some((self.state, std::mem::take(&mut self.reason)));
+        if self.state == DiskState::Running {
+            self.set_state(DiskState::Draining, "being detached");
+        }
+    }
+
+    /// The state before [`Disk::hold`].
+    pub fn state_before_hold(&mut self) -> (DiskState, String) {
+        self.before_hold.take().unwrap_or((self.state, String::new()))
+    }
+
+    /// Returns to the state before [`Disk::hold`] or [`Disk::drain`].
+    pub fn unhold(&mut self, ctx: &mut Ctx<'_>) {
+        if let Some((state, reason)) = self.before_hold.take() {
+            self.set_state(state, &reason);
+            self.on_timer(ctx);
+            self.pump(ctx);
+        }
+    }
+
+    /// Takes a state over from another shard.
+    pub fn restore(&mut self, state: DiskState, reason: &str, flush_failed: bool) {
+        self.set_state(state, reason);
+        self.flush_failed = flush_failed;
     }
 
     /// Takes back all requests that are not started, in the order in which they would run: for a park or a rebuild.

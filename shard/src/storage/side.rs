@@ -200,12 +200,18 @@ fn extents(file: &ImageFile, offset: u64, len: u64, max: usize) -> Result<Vec<Ex
 fn discard(file: &ImageFile, offset: u64, len: u64) -> Result<Vec<Extent>, i32> {
     let range = [offset, len];
     // SAFETY: BLKDISCARD reads two u64 from the pointer, which are there; the descriptor is open while `file` lives.
-    let result = unsafe { blkdiscard(file.fd.as_raw_fd(), &range) };
+    let result = unsafe { ioctl::blkdiscard(file.fd.as_raw_fd(), &range) };
     result.map(|_| Vec::new()).map_err(|errno| errno as i32)
 }
 
-// linux/fs.h: BLKDISCARD is _IO(0x12, 119) and takes a pointer to two u64.
-nix::ioctl_write_ptr_bad!(blkdiscard, nix::request_code_none!(0x12, 119), [u64; 2]);
+mod ioctl {
+    nix::ioctl_write_ptr_bad!(
+        /// BLKDISCARD of linux/fs.h: _IO(0x12, 119), takes a pointer to offset and length in bytes.
+        blkdiscard,
+        nix::request_code_none!(0x12, 119),
+        [u64; 2]
+    );
+}
 
 #[cfg(test)]
 mod tests {
