@@ -145,7 +145,12 @@ impl Bucket {
             if grant == 0 {
                 return 0;
             }
-            match self.one_time_taken.compare_exchange_weak(taken, after, Ordering::Relaxed, Ordering::Relaxed) {
+            match self.one_time_taken.compare_exchange_weak(
+                taken,
+                after,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return grant,
                 Err(current) => taken = current,
             }

@@ -10,7 +10,7 @@
 //! A [`Limiter`] is one disk's path of buckets. Each stage has a bucket for operations and one for bytes.
 //!
 //! - **Virtual time.** A bucket is never refilled by a timer: it is one atomic word of virtual time, from which slices are
-//!   taken in order of asking ([`bucket`]). All maths is in integers and exact, so that no rate drifts.
+//!   taken in order of asking (`bucket.rs`). All maths is in integers and exact, so that no rate drifts.
 //! - **Debt.** A request is admitted when no bucket on its path is in debt; then its whole cost is taken, and the debt is
 //!   paid by waiting. So a request of any size passes at any rate, and over any time T a bucket admits at most
 //!   `rate * T + max(burst, rate * CATCH_UP) + one request`.
@@ -19,7 +19,7 @@
 //!   more than this is overslept.
 //! - **Writes and reads.** A write that waits for a write bucket has taken nothing that reads use. Where both wait for
 //!   a bucket of both ("total"), they take turns.
-//! - **Groups.** Disks on any shard take turns at a group's buckets without locks ([`group`]).
+//! - **Groups.** Disks on any shard take turns at a group's buckets without locks (`group.rs`).
 //! - **Costs.** An operation counts as `ceil(bytes / iops_size)` operations, at least one. Discards and write-zeroes count
 //!   as writes, with [`erase_cost_bytes`]. Flushes cost nothing: they are not brought here.
 //! - **Dry run.** A disk or group whose `dry_run` is set lets everything pass. What its buckets would have delayed is

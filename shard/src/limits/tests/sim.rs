@@ -25,7 +25,15 @@ pub struct Stream {
 
 impl Stream {
     pub fn new(disk: usize, direction: Direction) -> Stream {
-        Stream { disk, direction, depth: 32, bytes: 4096, service: 100 * MICROSECOND, late: 0, leaves: Nanos::MAX }
+        Stream {
+            disk,
+            direction,
+            depth: 32,
+            bytes: 4096,
+            service: 100 * MICROSECOND,
+            late: 0,
+            leaves: Nanos::MAX,
+        }
     }
 }
 
@@ -41,18 +49,21 @@ impl Random {
 
 /// Runs for `duration` from `from` and returns how many requests each stream started in it. Events of the same time come in
 /// the order of streams, which is the unfairest order that a shard could have.
-pub fn run(limiters: &mut [Limiter], streams: &[Stream], from: Nanos, duration: Nanos, seed: u64) -> Vec<u64> {
+pub fn run(
+    limiters: &mut [Limiter],
+    streams: &[Stream],
+    from: Nanos,
+    duration: Nanos,
+    seed: u64,
+) -> Vec<u64> {
     let mut random = Random(seed);
     let mut started = vec![0u64; streams.len()];
     let mut in_flight = vec![0usize; streams.len()];
     // Events: (time, stream, number) -> true for a timer, false for a completion.
     let mut events: BTreeMap<(Nanos, usize, u64), bool> = BTreeMap::new();
-    let mut waiting = vec![false; streams.len()];
+    let mut waiting = vec![true; streams.len()];
     let mut number = 0u64;
-    for stream in 0..streams.len() {
-        events.insert((from, stream, 0), true);
-        waiting[stream] = true;
-    }
+    events.extend((0..streams.len()).map(|stream| ((from, stream, 0), true)));
     while let Some(((now, index, _), timer)) = events.pop_first() {
         let stream = &streams[index];
         if now >= from + duration {
