@@ -13,9 +13,10 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use openssl::error::ErrorStack;
+use openssl::ex_data::Index;
 use openssl::pkey::PKey;
 use openssl::ssl::{
     ErrorCode, Ssl, SslContext, SslContextBuilder, SslMethod, SslMode, SslOptions, SslSessionCacheMode,
@@ -135,12 +136,14 @@ impl TlsAcceptor {
         let mut builder = context_builder()?;
         builder.set_cipher_list(PSK_SUITES)?;
         builder.set_ciphersuites(PSK_SUITES_13)?;
-        builder.set_psk_server_callback(move |_, identity, room| {
-            let key = identity.and_then(|identity| table.key(identity)).unwrap_or_default();
-            match room.get_mut(..key.len()) {
-                Some(room) => room.copy_from_slice(key),
-                None => return Ok(0),
-            }
+        let index = psk_identity_index()?;
+        builder.set_psk_server_callback(move |ssl, identity, room| {
+            // No key, or no room for it, is a key of no bytes: OpenSSL refuses the client.
+            let Some(identity) = identity else { return Ok(0) };
+            let Some(key) = table.key(identity) else { return Ok(0) };
+            let Some(room) = room.get_mut(..key.len()) else { return Ok(0) };
+            room.copy_from_slice(key);
+            ssl.set_ex_data(index, identity.to_vec());
             Ok(key.len())
         });
         Ok(Self { context: builder.build() })
@@ -153,6 +156,18 @@ impl TlsAcceptor {
     pub fn session(&self) -> Result<TlsSession, TlsError> {
         let ssl = Ssl::new(&self.context)?;
         Ok(TlsSession { stream: SslStream::new(ssl, Memory::default())?, established: false })
+    }
+}
+
+/// Where a session keeps the identity whose key it asked for: OpenSSL forgets it with TLS 1.3.
+fn psk_identity_index() -> Result<Index<Ssl, Vec<u8>>, ErrorStack> {
+    static INDEX: OnceLock<Index<Ssl, Vec<u8>>> = OnceLock::new();
+    match INDEX.get() {
+        Some(index) => Ok(*index),
+        None => {
+            let index = Ssl::new_ex_index()?;
+            Ok(*INDEX.get_or_init(|| index))
+        }
     }
 }
 
@@ -358,14 +373,16 @@ impl TlsSession {
     /// Who the client proved to be, for messages: the subject of its certificate or its PSK identity. Cut at 64
     /// characters, without control characters.
     pub fn client_identity(&self) -> Option<String> {
+        if !self.established {
+            return None;
+        }
         let ssl = self.stream.ssl();
-        let name = match (ssl.peer_certificate(), ssl.psk_identity()) {
-            (Some(certificate), _) => {
-                let entries = certificate.subject_name().entries();
-                entries.last()?.data().as_utf8().ok()?.to_string()
+        let name = match ssl.peer_certificate() {
+            Some(certificate) => certificate.subject_name().entries().last()?.data().to_string().ok()?,
+            None => {
+                let identity = ssl.ex_data(psk_identity_index().ok()?)?;
+                String::from_utf8_lossy(identity).into_owned()
             }
-            (None, Some(identity)) => String::from_utf8_lossy(identity).into_owned(),
-            (None, None) => return None,
         };
         Some(name.chars().filter(|c| !c.is_control()).take(64).collect())
     }
