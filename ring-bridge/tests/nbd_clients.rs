@@ -66,7 +66,7 @@ impl Lab {
     }
 
     fn styles(&self) -> Vec<ReplyStyle> {
-        lock(&self.disk.agreements).iter().map(|(agreed, _)| agreed.reply_style()).collect()
+        lock(&self.disk.agreements).iter().map(|agreed| agreed.transmission.reply_style()).collect()
     }
 
     fn saw(&self, kind: RequestKind, flag: u16) -> bool {
@@ -483,14 +483,14 @@ fn tls_with_certificates() {
         pki.display()
     );
     copy_through_tls(&lab, &uri);
-    for priority in ["NORMAL", "NORMAL:-VERS-TLS1.3"] {
+    for (version, priority) in [("TLSv1.3", "NORMAL"), ("TLSv1.2", "NORMAL:-VERS-TLS1.3")] {
         let credentials =
             format!("tls-creds-x509,id=tls0,endpoint=client,dir={},priority={priority}", pki.display());
-        qemu_through_tls(&lab, &credentials);
+        qemu_through_tls(&lab, &credentials, version);
     }
 }
 
-fn qemu_through_tls(lab: &Lab, credentials: &str) {
+fn qemu_through_tls(lab: &Lab, credentials: &str, version: &str) {
     let image = format!(
         "driver=nbd,server.type=unix,server.path={},tls-creds=tls0,tls-hostname=localhost",
         lab.socket().display()
@@ -502,6 +502,9 @@ fn qemu_through_tls(lab: &Lab, credentials: &str) {
     arguments.push(&image);
     let shown = run("qemu-io", &arguments);
     assert!(!shown.contains("failed") && !shown.contains("verification"), "{shown}");
+    let agreements = lock(&lab.disk.agreements);
+    let protocol = agreements.last().and_then(|agreed| agreed.protocol.as_deref()).unwrap_or_default();
+    assert!(protocol.starts_with(version), "{protocol}, expected {version}");
 }
 
 /// Mutual TLS: a client without a certificate is refused, one of the right authority is named.
@@ -514,7 +517,8 @@ fn tls_with_client_certificates() {
         format!("nbds+unix://localhost/?socket={}&tls-certificates={}", socket.display(), pki.display())
     };
     copy_through_tls(&lab, &uri(&pki));
-    let named = lock(&lab.disk.agreements).iter().all(|(_, who)| who.as_deref() == Some("lab client"));
+    let named =
+        lock(&lab.disk.agreements).iter().all(|agreed| agreed.identity.as_deref() == Some("lab client"));
     assert!(named, "{:?}", lock(&lab.disk.agreements));
 
     let stranger = lab.file("stranger");
@@ -533,7 +537,7 @@ fn tls_with_pre_shared_keys() {
         format!("nbds+unix://{user}@/?socket={}&tls-psk-file={}", socket.display(), keys.display())
     };
     copy_through_tls(&lab, &uri("alice", &keys));
-    let named = lock(&lab.disk.agreements).iter().all(|(_, who)| who.as_deref() == Some("alice"));
+    let named = lock(&lab.disk.agreements).iter().all(|agreed| agreed.identity.as_deref() == Some("alice"));
     assert!(named, "{:?}", lock(&lab.disk.agreements));
 
     let strangers = lab.file("strangers.psk");
@@ -545,12 +549,12 @@ fn tls_with_pre_shared_keys() {
     let qemu = lab.file("qemu-psk");
     fs::create_dir(&qemu).expect("directory");
     fs::copy(&keys, qemu.join("keys.psk")).expect("copy");
-    for priority in ["NORMAL", "NORMAL:-VERS-TLS1.3"] {
+    for (version, priority) in [("TLSv1.3", "NORMAL"), ("TLSv1.2", "NORMAL:-VERS-TLS1.3")] {
         let credentials = format!(
             "tls-creds-psk,id=tls0,endpoint=client,username=alice,dir={},priority={priority}",
             qemu.display()
         );
-        qemu_through_tls(&lab, &credentials);
+        qemu_through_tls(&lab, &credentials, version);
     }
 }
 

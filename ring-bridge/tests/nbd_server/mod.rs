@@ -16,6 +16,16 @@ use ring_bridge::nbd::{
 /// Allocation is tracked in blocks of this size.
 pub const BLOCK: usize = 4096;
 
+/// What a connection agreed on.
+#[derive(Debug)]
+pub struct Agreement {
+    pub transmission: Transmission,
+    /// Version and suite of TLS.
+    pub protocol: Option<String>,
+    /// Who the client proved to be.
+    pub identity: Option<String>,
+}
+
 /// Bytes, and which blocks were written.
 struct Contents {
     bytes: Vec<u8>,
@@ -28,8 +38,8 @@ pub struct Disk {
     contents: Mutex<Contents>,
     /// Every request that passed the checks.
     pub requests: Mutex<Vec<Request>>,
-    /// Every connection's agreement, with the client's proven identity.
-    pub agreements: Mutex<Vec<(Transmission, Option<String>)>>,
+    /// Every connection's agreement.
+    pub agreements: Mutex<Vec<Agreement>>,
 }
 
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -203,7 +213,6 @@ impl Wire {
                 Handshake::NeedInput => Self::feed_tls(&mut session, &mut self.socket)?,
             }
         }
-        println!("TLS: {} as {:?}", session.protocol(), session.client_identity());
         self.tls = Some(session);
         Ok(())
     }
@@ -237,7 +246,8 @@ fn connection(socket: UnixStream, disks: &Disks, tls: Option<&TlsAcceptor>) -> i
     };
     let disk = disks.disk(&agreed.export).ok_or(io::ErrorKind::NotFound)?;
     let identity = wire.tls.as_ref().and_then(TlsSession::client_identity);
-    lock(&disk.agreements).push((agreed.transmission, identity));
+    let protocol = wire.tls.as_ref().map(TlsSession::protocol);
+    lock(&disk.agreements).push(Agreement { transmission: agreed.transmission, protocol, identity });
     wire.unread = agreed.unread;
     transmit(&mut wire, disk, agreed.transmission)
 }
