@@ -364,6 +364,12 @@ fn qemu_tools_with_extended_headers() {
     };
     let directory = format!("{}/", directory.display());
     qemu_work(&directory, &Lab::new(info("d1", 24 * MIB)), ReplyStyle::Extended);
+
+    // An extent of more than 32 bits in one reply. The disk's memory is never touched.
+    let lab = Lab::new(info("large", 5 << 30));
+    let map = json(&run(&format!("{directory}qemu-img"), &["map", "--output=json", "-f", "raw", &lab.uri()]));
+    assert!(map[0]["start"] == 0 && map[0]["length"] == 5_u64 << 30, "{map}");
+    assert!(lab.disk.saw(|request| request.length > u64::from(u32::MAX)), "one request asked for it");
 }
 
 fn qemu_work(directory: &str, lab: &Lab, style: ReplyStyle) {
