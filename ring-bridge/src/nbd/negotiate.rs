@@ -193,6 +193,11 @@ impl Negotiation {
         self.in_tls
     }
 
+    /// Bytes held for this connection: received ones that were not handled, and answers that were not taken.
+    pub fn held_bytes(&self) -> usize {
+        self.input.capacity() + self.output.capacity()
+    }
+
     /// Handles at most one message of the client.
     pub fn advance(&mut self, exports: &dyn Exports) -> Step {
         let step = match self.phase {

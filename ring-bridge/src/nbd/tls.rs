@@ -13,9 +13,10 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use openssl::error::ErrorStack;
+use openssl::ex_data::Index;
 use openssl::pkey::PKey;
 use openssl::ssl::{
     ErrorCode, Ssl, SslContext, SslContextBuilder, SslMethod, SslMode, SslOptions, SslSessionCacheMode,
@@ -37,9 +38,8 @@ const RECORD_BYTES: usize = 16 << 10;
 
 /// TLS 1.2 suites with certificates.
 const CERTIFICATE_SUITES: &str = "ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL:!PSK";
-/// TLS 1.2 suites with pre-shared keys.
-const PSK_SUITES: &str = "ECDHE-PSK-CHACHA20-POLY1305:DHE-PSK-AES256-GCM-SHA384:DHE-PSK-CHACHA20-POLY1305:\
-                          DHE-PSK-AES128-GCM-SHA256:ECDHE-PSK-AES256-CBC-SHA384:ECDHE-PSK-AES128-CBC-SHA256";
+/// TLS 1.2 suites with pre-shared keys: the one of OpenSSL that is AEAD and forward-secret without DH parameters.
+const PSK_SUITES: &str = "ECDHE-PSK-CHACHA20-POLY1305";
 /// TLS 1.3 suites with pre-shared keys: OpenSSL binds an external key to SHA-256.
 const PSK_SUITES_13: &str = "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256";
 
@@ -135,12 +135,13 @@ impl TlsAcceptor {
         let mut builder = context_builder()?;
         builder.set_cipher_list(PSK_SUITES)?;
         builder.set_ciphersuites(PSK_SUITES_13)?;
-        builder.set_psk_server_callback(move |_, identity, room| {
-            let key = identity.and_then(|identity| table.key(identity)).unwrap_or_default();
-            match room.get_mut(..key.len()) {
-                Some(room) => room.copy_from_slice(key),
-                None => return Ok(0),
-            }
+        let index = psk_identity_index()?;
+        builder.set_psk_server_callback(move |ssl, identity, room| {
+            // No key is a key of no bytes: OpenSSL refuses the client.
+            let Some(name) = identity else { return Ok(0) };
+            let key = table.key(name).filter(|key| key.len() <= room.len()).unwrap_or_default();
+            room[..key.len()].copy_from_slice(key);
+            ssl.set_ex_data(index, PskIdentity { name: name.to_vec(), known: !key.is_empty() });
             Ok(key.len())
         });
         Ok(Self { context: builder.build() })
@@ -153,6 +154,24 @@ impl TlsAcceptor {
     pub fn session(&self) -> Result<TlsSession, TlsError> {
         let ssl = Ssl::new(&self.context)?;
         Ok(TlsSession { stream: SslStream::new(ssl, Memory::default())?, established: false })
+    }
+}
+
+/// The identity that a client gave.
+struct PskIdentity {
+    name: Vec<u8>,
+    known: bool,
+}
+
+/// Where a session keeps the identity that its client gave: OpenSSL forgets it with TLS 1.3.
+fn psk_identity_index() -> Result<Index<Ssl, PskIdentity>, ErrorStack> {
+    static INDEX: OnceLock<Index<Ssl, PskIdentity>> = OnceLock::new();
+    match INDEX.get() {
+        Some(index) => Ok(*index),
+        None => {
+            let index = Ssl::new_ex_index()?;
+            Ok(*INDEX.get_or_init(|| index))
+        }
     }
 }
 
@@ -285,11 +304,19 @@ impl TlsSession {
                 Ok(Handshake::Done)
             }
             Err(error) if error.code() == ErrorCode::WANT_READ => Ok(Handshake::NeedInput),
-            Err(error) => Err(TlsError::Handshake(self.reason(&error))),
+            Err(error) => {
+                let mut reason = self.reason(&error);
+                // OpenSSL's own reason is that no certificate is configured.
+                if let Some(PskIdentity { name, known: false }) = self.psk_identity() {
+                    reason = format!("no key for the identity {:?} ({reason})", printable(name));
+                }
+                Err(TlsError::Handshake(reason))
+            }
         }
     }
 
-    /// Decrypts into `buffer` as much as is there and fits.
+    /// Decrypts into `buffer` as much as is there and fits. After `Bytes` there may be more: only `WouldBlock` means that
+    /// the socket is next.
     ///
     /// With [`OUTPUT_BYTES_MAX`] waiting to be sent it gives `WouldBlock`: a client that does not receive is not read.
     ///
@@ -358,16 +385,20 @@ impl TlsSession {
     /// Who the client proved to be, for messages: the subject of its certificate or its PSK identity. Cut at 64
     /// characters, without control characters.
     pub fn client_identity(&self) -> Option<String> {
-        let ssl = self.stream.ssl();
-        let name = match (ssl.peer_certificate(), ssl.psk_identity()) {
-            (Some(certificate), _) => {
-                let entries = certificate.subject_name().entries();
-                entries.last()?.data().as_utf8().ok()?.to_string()
+        if !self.established {
+            return None;
+        }
+        match self.stream.ssl().peer_certificate() {
+            Some(certificate) => {
+                let name = certificate.subject_name().entries().last()?.data().to_string().ok()?;
+                Some(printable(name.as_bytes()))
             }
-            (None, Some(identity)) => String::from_utf8_lossy(identity).into_owned(),
-            (None, None) => return None,
-        };
-        Some(name.chars().filter(|c| !c.is_control()).take(64).collect())
+            None => self.psk_identity().map(|identity| printable(&identity.name)),
+        }
+    }
+
+    fn psk_identity(&self) -> Option<&PskIdentity> {
+        self.stream.ssl().ex_data(psk_identity_index().ok()?)
     }
 
     /// Version and suite, for messages: `TLSv1.3 TLS_AES_128_GCM_SHA256`.
@@ -388,4 +419,9 @@ impl TlsSession {
         let reasons: Vec<&str> = stack.errors().iter().filter_map(|error| error.reason()).collect();
         if reasons.is_empty() { stack.to_string() } else { reasons.join("; ") }
     }
+}
+
+/// What a client calls itself, for messages.
+fn printable(name: &[u8]) -> String {
+    String::from_utf8_lossy(name).chars().filter(|c| !c.is_control()).take(64).collect()
 }
