@@ -44,8 +44,9 @@ impl Random {
     }
 }
 
-/// Writers, discarders and readers on `blocks` blocks; returns how many reads saw data.
-fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
+/// Writers, a discarder and readers on `blocks` blocks; the discarder's ranges are made of whole `unit`s of blocks. Returns how
+/// many blocks were read with data in them.
+fn rivals(disk: &RamDisk, blocks: usize, unit: usize, rounds: usize) -> usize {
     let saw_data = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for writer in 1..=3u8 {
@@ -63,8 +64,9 @@ fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
         scope.spawn(|| {
             let mut random = Random(99);
             for round in 0..rounds {
-                let count = 1 + random.below(blocks / 2);
-                let first = random.below(blocks - count);
+                let units = 1 + random.below(blocks / unit / 2);
+                let first = random.below(blocks / unit - units) * unit;
+                let count = units * unit;
                 let (offset, len) = ((first * BLOCK) as u64, (count * BLOCK) as u64);
                 match round % 8 {
                     0..=4 => all(|done| disk.discard(offset + done as u64, len - done as u64)),
@@ -98,7 +100,7 @@ fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
 fn blocks_are_never_torn_and_memory_stays_exact() {
     let blocks = 48;
     let (file, budget, disk) = disk((blocks * BLOCK) as u64, PageSize::Base);
-    let saw_data = rivals(&disk, blocks, 6000);
+    let saw_data = rivals(&disk, blocks, 1, 6000);
     assert!(saw_data > 0, "the readers saw only holes: the test has tested nothing");
     let in_file = fstat(&file).expect("stat").st_blocks as u64 * 512;
     assert_eq!(disk.allocated_bytes(), in_file);
@@ -108,6 +110,29 @@ fn blocks_are_never_torn_and_memory_stays_exact() {
     assert_eq!(disk.discard(0, (blocks * BLOCK) as u64), RamOutcome::Done);
     assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (0, 0));
     assert_eq!(fstat(&file).expect("stat").st_blocks, 0);
+}
+
+// The same with 2 MiB pages: a page comes and goes as a whole while others are at its blocks.
+#[test]
+fn huge_pages_come_and_go_whole() {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    let before = std::fs::read_to_string(POOL).unwrap_or_default();
+    let reserved =
+        std::fs::write(POOL, "3").is_ok() && std::fs::read_to_string(POOL).is_ok_and(|n| n.trim() == "3");
+    if reserved {
+        let size = 3 * PageSize::HUGE_BYTES;
+        let (file, budget, disk) = disk(size, PageSize::Huge2M);
+        let saw_data = rivals(&disk, size as usize / BLOCK, 512, 1500);
+        assert!(saw_data > 0, "the readers saw only holes: the test has tested nothing");
+        let in_file = fstat(&file).expect("stat").st_blocks as u64 * 512;
+        assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (in_file, in_file));
+        all(|done| disk.discard(done as u64, size - done as u64));
+        assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (0, 0));
+        assert_eq!(fstat(&file).expect("stat").st_blocks, 0);
+    } else {
+        println!("SKIPPED: cannot reserve three huge pages of 2 MiB");
+    }
+    let _ = std::fs::write(POOL, before.trim());
 }
 
 // Goal: writes of less than a block by several threads into one block are all kept.

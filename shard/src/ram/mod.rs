@@ -98,7 +98,7 @@ pub enum RamErrorKind {
     WrongFileSystem,
     /// A disk of this name exists with another size, or is not ours.
     Mismatch,
-    /// Another server uses the file.
+    /// Another server, or a disk that is still being detached, uses the file.
     Busy,
     /// Memory or budget is full.
     NoSpace,
