@@ -7,7 +7,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nix::sys::stat::fstat;
 use shard::ram::{PageSize, RamBudget, RamDisk, RamOutcome, anonymous_backing};
@@ -34,6 +34,11 @@ fn all(mut call: impl FnMut(usize) -> RamOutcome) {
     }
 }
 
+/// Whether all bytes are the same (one memcmp: a slow check would seldom meet the writers).
+fn one_value(bytes: &[u8]) -> bool {
+    bytes[1..] == bytes[..bytes.len() - 1]
+}
+
 /// A small generator of numbers, so that a thread's work is the same in each run.
 struct Random(u64);
 
@@ -44,8 +49,9 @@ impl Random {
     }
 }
 
-/// Writers, discarders and readers on `blocks` blocks; returns how many reads saw data.
-fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
+/// Writers, a discarder and readers on `blocks` blocks; the discarder's ranges are made of whole `unit`s of blocks. Returns how
+/// many blocks were read with data in them.
+fn rivals(disk: &RamDisk, blocks: usize, unit: usize, rounds: usize) -> usize {
     let saw_data = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for writer in 1..=3u8 {
@@ -63,8 +69,9 @@ fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
         scope.spawn(|| {
             let mut random = Random(99);
             for round in 0..rounds {
-                let count = 1 + random.below(blocks / 2);
-                let first = random.below(blocks - count);
+                let units = 1 + random.below(blocks / unit / 2);
+                let first = random.below(blocks / unit - units) * unit;
+                let count = units * unit;
                 let (offset, len) = ((first * BLOCK) as u64, (count * BLOCK) as u64);
                 match round % 8 {
                     0..=4 => all(|done| disk.discard(offset + done as u64, len - done as u64)),
@@ -82,10 +89,8 @@ fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
                     let first = random.below(blocks - 3);
                     all(|done| disk.read((first * BLOCK + done) as u64, &mut dst[done..]));
                     for block in dst.chunks(BLOCK) {
-                        let value = block[0];
-                        let torn = block.iter().position(|&byte| byte != value);
-                        assert_eq!(torn, None, "a block begins with {value} and changes inside");
-                        saw_data.fetch_add(usize::from(value != 0), Ordering::Relaxed);
+                        assert!(one_value(block), "torn: {block:?}");
+                        saw_data.fetch_add(usize::from(block[0] != 0), Ordering::Relaxed);
                     }
                 }
             });
@@ -98,7 +103,7 @@ fn rivals(disk: &RamDisk, blocks: usize, rounds: usize) -> usize {
 fn blocks_are_never_torn_and_memory_stays_exact() {
     let blocks = 48;
     let (file, budget, disk) = disk((blocks * BLOCK) as u64, PageSize::Base);
-    let saw_data = rivals(&disk, blocks, 6000);
+    let saw_data = rivals(&disk, blocks, 1, 6000);
     assert!(saw_data > 0, "the readers saw only holes: the test has tested nothing");
     let in_file = fstat(&file).expect("stat").st_blocks as u64 * 512;
     assert_eq!(disk.allocated_bytes(), in_file);
@@ -108,6 +113,73 @@ fn blocks_are_never_torn_and_memory_stays_exact() {
     assert_eq!(disk.discard(0, (blocks * BLOCK) as u64), RamOutcome::Done);
     assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (0, 0));
     assert_eq!(fstat(&file).expect("stat").st_blocks, 0);
+}
+
+// The same at close quarters: every access is to one block. One thread writes all of it, one zeroes its first half by a discard
+// (which keeps the memory), one reads: each half is of one value, and the first is the second's or zero.
+#[test]
+fn one_block_under_fire() {
+    let (_file, _budget, disk) = disk(2 * BLOCK as u64, PageSize::Base);
+    let stop = AtomicBool::new(false);
+    let values = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut value = 0u8;
+            while !stop.load(Ordering::Relaxed) {
+                value = value % 250 + 1;
+                let src = [value; BLOCK];
+                all(|done| disk.write(done as u64, &src[done..]));
+            }
+        });
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                all(|done| disk.discard(done as u64, (BLOCK / 2 - done) as u64));
+            }
+        });
+        let (mut dst, mut seen) = ([0u8; BLOCK], [0u32; 2]);
+        // The rivals may get their first turn late: read until both have often been met, within a bound.
+        for round in 0..20_000_000 {
+            if round % 64 == 0 {
+                std::thread::yield_now();
+            }
+            if seen.iter().all(|&count| count >= 30_000) {
+                break;
+            }
+            all(|done| disk.read(done as u64, &mut dst[done..]));
+            let (first, second) = dst.split_at(BLOCK / 2);
+            let whole = one_value(first) && one_value(second) && (first[0] == second[0] || first[0] == 0);
+            if !whole {
+                stop.store(true, Ordering::Relaxed);
+                panic!("torn: {dst:?}");
+            }
+            seen[usize::from(first[0] == second[0])] += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        seen
+    });
+    assert!(values.iter().all(|&count| count >= 30_000), "a rival did nothing: {values:?}");
+}
+
+// The same with 2 MiB pages: a page comes and goes as a whole while others are at its blocks.
+#[test]
+fn huge_pages_come_and_go_whole() {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    let before = std::fs::read_to_string(POOL).unwrap_or_default();
+    let reserved =
+        std::fs::write(POOL, "3").is_ok() && std::fs::read_to_string(POOL).is_ok_and(|n| n.trim() == "3");
+    if reserved {
+        let size = 3 * PageSize::HUGE_BYTES;
+        let (file, budget, disk) = disk(size, PageSize::Huge2M);
+        let saw_data = rivals(&disk, size as usize / BLOCK, 512, 1500);
+        assert!(saw_data > 0, "the readers saw only holes: the test has tested nothing");
+        let in_file = fstat(&file).expect("stat").st_blocks as u64 * 512;
+        assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (in_file, in_file));
+        all(|done| disk.discard(done as u64, size - done as u64));
+        assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (0, 0));
+        assert_eq!(fstat(&file).expect("stat").st_blocks, 0);
+    } else {
+        println!("SKIPPED: cannot reserve three huge pages of 2 MiB");
+    }
+    let _ = std::fs::write(POOL, before.trim());
 }
 
 // Goal: writes of less than a block by several threads into one block are all kept.

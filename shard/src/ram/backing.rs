@@ -41,7 +41,7 @@ pub struct Backing {
 /// Opens the file of the RAM disk `name` in the directory `dir`, or makes a new one of `size_bytes`.
 ///
 /// # Errors
-/// `Invalid` (name, size), `WrongFileSystem`, `Mismatch` (it exists with another size or owner), `Busy` (another server has it),
+/// `Invalid` (name, size), `WrongFileSystem`, `Mismatch` (it exists with another size or owner), `Busy` (in use),
 /// `NoHugePages`, `Io`.
 pub fn open_backing(
     dir: BorrowedFd<'_>,
@@ -305,8 +305,8 @@ fn lock(file: &OwnedFd, name: &str) -> Result<(), RamError> {
         Err(Errno::EAGAIN | Errno::EACCES) => Err(RamError::new(
             RamErrorKind::Busy,
             format!(
-                "RAM disk {name}: its file is in use by another server; detach it there, or give this server a RAM directory of \
-                 its own"
+                "RAM disk {name}: its file is in use, by another server or by a disk that is still being detached; wait \
+                 for that, or give each server a RAM directory of its own"
             ),
         )),
         Err(errno) => Err(io_error(name, "cannot lock its file", errno)),

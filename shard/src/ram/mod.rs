@@ -41,9 +41,10 @@ pub use budget::RamBudget;
 pub const CALL_BYTES_MAX: usize = 1 << 20;
 /// Blocks allocated at once from a first write on, with base pages: one fallocate for 64 KiB of sequential writes.
 const ALLOCATE_BLOCKS: u64 = 16;
-/// Most blocks that one hole is punched for, and most holes per call: bounds the time of a discard's turn (2 MiB each).
-const PUNCH_BLOCKS_MAX: u64 = 512;
-const PUNCHES_PER_CALL: u32 = 4;
+/// Most blocks that one hole is punched for (with base pages), and most holes per call. The kernel takes up to a microsecond
+/// per page, so this bounds a discard's turn to some hundred.
+const PUNCH_BLOCKS_MAX: u64 = 256;
+const PUNCHES_PER_CALL: u32 = 2;
 /// Most states that one discard or one query looks at per call (1 GiB of disk).
 const SCAN_BLOCKS_MAX: u64 = 1 << 18;
 /// fallocate is interrupted by signals; this many in a row are no accident.
@@ -98,7 +99,7 @@ pub enum RamErrorKind {
     WrongFileSystem,
     /// A disk of this name exists with another size, or is not ours.
     Mismatch,
-    /// Another server uses the file.
+    /// Another server, or a disk that is still being detached, uses the file.
     Busy,
     /// Memory or budget is full.
     NoSpace,
