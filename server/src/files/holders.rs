@@ -17,7 +17,7 @@ const SEARCH_MAX: Duration = Duration::from_secs(2);
 pub struct Holder {
     /// Its process id.
     pub pid: u32,
-    /// Its name as the kernel knows it.
+    /// Its name: the kernel's, which has at most 15 bytes, completed from the command line.
     pub program: String,
 }
 
@@ -54,12 +54,24 @@ pub fn find(file: &str, byte: i64) -> Option<Holder> {
             break;
         }
         if pid != me && holds(&process.path(), file, byte, end) {
-            let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            let program = if program.is_empty() { "a program" } else { program.trim_end() };
-            return Some(Holder { pid, program: program.to_owned() });
+            return Some(Holder { pid, program: program_name(&process.path()) });
         }
     }
     None
+}
+
+fn program_name(process: &Path) -> String {
+    let kernels = fs::read_to_string(process.join("comm")).unwrap_or_default();
+    let kernels = kernels.trim_end();
+    let command = fs::read(process.join("cmdline")).unwrap_or_default();
+    let program = command.split(|&byte| byte == 0).next().unwrap_or_default();
+    let program = String::from_utf8_lossy(program.rsplit(|&byte| byte == b'/').next().unwrap_or_default());
+    match (kernels, &*program) {
+        ("", "") => "a program".to_owned(),
+        // A program may write what it likes into its command line: believed only where it continues the kernel's name.
+        (kernels, program) if program.starts_with(kernels) => program.chars().take(64).collect(),
+        (kernels, _) => kernels.to_owned(),
+    }
 }
 
 fn holds(process: &Path, file: &str, byte: i64, end: Instant) -> bool {

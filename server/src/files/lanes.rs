@@ -375,7 +375,7 @@ mod tests {
             let (tx, rx) = mpsc::channel::<()>();
             release.push(tx);
             let error = lanes
-                .run(&dead, soon(), Path::new("/m1/disk.img"), "open it", move || drop(rx.recv()))
+                .run(&dead, soon(), Path::new("/m1/disk.img"), "open it", move || rx.recv().is_ok())
                 .await
                 .expect_err("it hangs");
             assert_eq!(error.kind, OpenErrorKind::Timeout);
@@ -408,13 +408,20 @@ mod tests {
                 lanes.run(&dead, deadline, Path::new("/m1/a"), "open it", hang).await
             })
         };
-        let waiting: Vec<_> = (0..5).map(|_| call(far())).collect();
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        let mut waiting = Vec::new();
+        for queued in [0, 0, 1, 2, 3] {
+            waiting.push(call(far()));
+            while lanes.lock().lanes.get("0:1").is_none_or(|lane| lane.queue.len() != queued) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
         let error = call(far()).await.expect("joins").expect_err("2 run, 3 wait");
         assert_eq!(error.kind, OpenErrorKind::Busy);
         assert!(error.message.contains("3 calls already wait for /m1"), "{}", error.message);
-        waiting.iter().for_each(|task| task.abort());
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        for task in waiting {
+            task.abort();
+            assert!(task.await.is_err(), "aborted");
+        }
         let error = call(soon()).await.expect("joins").expect_err("it waits, then its time is over");
         assert_eq!(error.kind, OpenErrorKind::Timeout);
         drop(tx);
@@ -430,8 +437,8 @@ mod tests {
             for _ in 0..2 {
                 let (tx, rx) = mpsc::channel::<()>();
                 release.push(tx);
-                let hung =
-                    lanes.run(&mount(number), soon(), Path::new("/a"), "open it", move || drop(rx.recv()));
+                let at = mount(number);
+                let hung = lanes.run(&at, soon(), Path::new("/a"), "open it", move || rx.recv().is_ok());
                 // With 2+2 threads in the first two lanes there are 4 places left: the lanes 2 to 5 get one each.
                 assert!(hung.await.is_err());
             }
@@ -462,7 +469,8 @@ mod tests {
         let lanes = Lanes::new(SMALL);
         let (tx, rx) = mpsc::channel::<()>();
         let (dropped, thread) = mpsc::channel();
-        let late = lanes.run(&mount(1), soon(), Path::new("/a"), "open it", move || {
+        let at = mount(1);
+        let late = lanes.run(&at, soon(), Path::new("/a"), "open it", move || {
             let _ = rx.recv();
             Witness(dropped)
         });

@@ -140,7 +140,7 @@ fn next_step(path: &Path, point: &Path, named: &Path) -> Result<Option<PathBuf>,
         match part {
             Component::ParentDir => {
                 plain.pop();
-                return Ok(Some(plain.join(parts.as_path())));
+                return Ok(Some(with_rest(plain, parts.as_path())));
             }
             other => plain.push(other),
         }
@@ -148,13 +148,18 @@ fn next_step(path: &Path, point: &Path, named: &Path) -> Result<Option<PathBuf>,
             continue;
         }
         match std::fs::read_link(&plain) {
-            Ok(target) => return Ok(Some(parent.join(target).join(parts.as_path()))),
+            Ok(target) => return Ok(Some(with_rest(parent.join(target), parts.as_path()))),
             Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing(named, &plain)),
             Err(error) => return Err(OpenError::from_io(named, "look it up", &error)),
         }
     }
     Ok(None)
+}
+
+/// `join` alone would end the path in a slash where there is no rest, and ask for a directory.
+fn with_rest(path: PathBuf, rest: &Path) -> PathBuf {
+    if rest.as_os_str().is_empty() { path } else { path.join(rest) }
 }
 
 fn missing(named: &Path, plain: &Path) -> OpenError {
