@@ -1,0 +1,145 @@
+//! A mount that never answers, and a predecessor whose operations have not ended.
+
+mod files_rig;
+
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::process::Command;
+use std::time::Duration;
+
+use blktapd::files::{Fence, OpenErrorKind, OpenRequest, Released};
+use files_rig::{Mounted, PATIENCE, Rig, Running, reader, request, skip};
+
+/// A FUSE mount whose server never reads a request: every look-up in it hangs until the server ends.
+fn dead_mount(rig: &Rig) -> Result<(Running, Mounted), String> {
+    let point = rig.path("dead");
+    fs::create_dir(&point).map_err(|error| error.to_string())?;
+    let script = "exec 3<>/dev/fuse && mount -i -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 dead-server \"$0\" && \
+                  echo mounted && read line";
+    let server = Running::until_it_speaks(Command::new("sh").arg("-c").arg(script).arg(&point))
+        .ok_or("cannot mount FUSE here")?;
+    Ok((server, Mounted { point }))
+}
+
+/// Goal: a dead mount costs those who ask for it their deadline, with an error that names mount, path and time, and nobody else
+/// anything; even a link into it from a healthy directory hangs in the dead mount's lane. When it comes to life (here: goes away) the
+/// threads are free. Method: a FUSE server that never answers.
+#[tokio::test]
+async fn dead_mount_stops_nothing_else() {
+    let rig = Rig::new();
+    let (server, mounted) = match dead_mount(&rig) {
+        Ok(dead) => dead,
+        Err(why) => return skip("dead_mount_stops_nothing_else", &why),
+    };
+    let healthy = rig.image("healthy.img", 8192);
+    symlink(mounted.point.join("disk.img"), rig.path("link")).expect("symlink");
+    let short = Duration::from_millis(100);
+    for round in 0..8 {
+        let path = if round % 2 == 0 { mounted.point.join("disk.img") } else { rig.path("link") };
+        let asked = OpenRequest { deadline: short, ..request(&path) };
+        let error = rig.files.open(asked).await.expect_err("it hangs");
+        assert_eq!(error.kind, OpenErrorKind::Timeout, "{error}");
+        let mount = format!("{} (fuse from dead-server)", mounted.point.display());
+        let path = path.display().to_string();
+        for part in [mount.as_str(), path.as_str(), " ms"] {
+            assert!(error.message.contains(part), "{part} is missing in: {error}");
+        }
+    }
+    // One thread for the healthy file system, and the dead mount's own few.
+    assert!(rig.files.threads() <= 8, "{} threads", rig.files.threads());
+    let opened = rig.files.open(request(&healthy)).await.expect("the neighbour works");
+    let key = opened.key;
+    drop(opened);
+    assert_eq!(rig.files.release(key, "d1", PATIENCE).await, Released::Closed);
+    assert_eq!(rig.files.entries(), []);
+    drop(server);
+    let error =
+        rig.files.open(request(&mounted.point.join("disk.img"))).await.expect_err("the server is gone");
+    assert_ne!(error.kind, OpenErrorKind::Timeout, "the lane works again: {error}");
+}
+
+/// Goal: after a crash an image is opened only when the predecessor's kernel operations have ended, parents of readers included; without a
+/// predecessor at once. Method: another description holds the fence for a while, as one with operations in flight does.
+#[tokio::test]
+async fn fence_is_waited_for() {
+    let rig = Rig::new();
+    let path = rig.image("disk.img", 8192);
+    for read_only in [false, true] {
+        let predecessor = File::open(&path).expect("open");
+        rig.files.fence().hold(&predecessor).expect("locks work");
+        let wanted = OpenRequest { read_only, ..request(&path) };
+        let short = OpenRequest { deadline: Duration::from_millis(100), ..wanted.clone() };
+        let error = rig.files.open(short).await.expect_err("fenced");
+        assert_eq!(error.kind, OpenErrorKind::Timeout, "{error}");
+        assert!(error.message.contains("a former blktapd"), "{error}");
+        assert_eq!(rig.files.entries(), [], "nothing is left behind");
+
+        let waiting = rig.files.open(wanted);
+        tokio::pin!(waiting);
+        let early = tokio::time::timeout(Duration::from_millis(100), waiting.as_mut()).await;
+        assert!(early.is_err(), "it waits while the fence is held");
+        drop(predecessor);
+        let opened = waiting.await.expect("then it opens");
+        let key = opened.key;
+        drop(opened);
+        assert_eq!(rig.files.release(key, "d1", PATIENCE).await, Released::Closed);
+    }
+}
+
+/// Goal: every description for I/O carries the fence, the one for the last bytes too, until it is closed; a tool's does not.
+/// Method: keep one of the two descriptors alive beyond the release, and ask from outside.
+#[tokio::test]
+async fn every_description_carries_the_fence() {
+    let rig = Rig::new();
+    let path = rig.image("disk.img", 5000);
+    let outside = File::open(&path).expect("open");
+    let is_held = || rig.files.fence().is_held(&outside).expect("locks work");
+    for keep_tail in [false, true] {
+        assert!(!is_held());
+        let opened = rig.files.open(reader(&path, "d1")).await.expect("opens");
+        assert!(is_held());
+        // A duplicate is the same description: it stands for an operation in flight.
+        let kept = if keep_tail { opened.image.tail.as_ref() } else { Some(&opened.image.fd) };
+        let kept = kept.expect("5000 bytes have a tail").try_clone().expect("dup");
+        let key = opened.key;
+        drop(opened);
+        assert_eq!(rig.files.release(key, "d1", PATIENCE).await, Released::Closed);
+        assert!(is_held(), "an operation is still out (tail: {keep_tail})");
+        drop(kept);
+    }
+    assert!(!is_held());
+}
+
+const CHILD_PATH: &str = "BLKTAPD_TEST_FENCE_IMAGE";
+
+/// Not a test: the process that `live_daemon_is_named` starts.
+#[test]
+fn child_that_holds_a_fence() {
+    let Some(path) = std::env::var_os(CHILD_PATH) else { return };
+    let path = std::path::PathBuf::from(path);
+    let run_dir = path.parent().expect("a directory").join("run");
+    let file = File::open(&path).expect("open");
+    Fence::of_run_dir(&run_dir).and_then(|fence| fence.hold(&file)).expect("locks work");
+    println!("held");
+    let _ = std::io::stdin().read_line(&mut String::new());
+}
+
+/// Goal: when it is not a dead predecessor but a daemon that lives, the message names it. Method: a second process with the same run
+/// directory holds the fence.
+#[tokio::test]
+async fn live_daemon_is_named() {
+    let rig = Rig::new();
+    let path = rig.image("disk.img", 8192);
+    let program = std::env::current_exe().expect("this program");
+    let mut command = Command::new(program);
+    command.args(["--exact", "child_that_holds_a_fence", "--nocapture"]).env(CHILD_PATH, &path);
+    let child = Running::until_it_speaks(&mut command).expect("starts");
+    let outside = File::open(&path).expect("open");
+    files_rig::wait_until("the child holds the fence", || {
+        rig.files.fence().is_held(&outside).expect("locks work")
+    });
+    let short = OpenRequest { deadline: Duration::from_millis(50), ..request(&path) };
+    let error = rig.files.open(short).await.expect_err("fenced");
+    assert!(error.message.contains(&format!("(pid {})", child.pid())), "{error}");
+    assert!(error.message.contains("same run directory"), "{error}");
+}
