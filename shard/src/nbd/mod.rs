@@ -147,7 +147,8 @@ pub struct Conn {
     agreed: Transmission,
     style: ReplyStyle,
     tls: Option<Box<Tls>>,
-    input: Box<[u8; INPUT]>,
+    /// Received and not yet looked at: `input[input_start..input_end]`.
+    input: Box<[u8]>,
     input_start: usize,
     input_end: usize,
     rx: Rx,
@@ -233,7 +234,7 @@ impl Conn {
             style: agreed.reply_style(),
             agreed,
             tls: None,
-            input: Box::new([0; INPUT]),
+            input: vec![0; INPUT].into_boxed_slice(),
             input_start: 0,
             input_end: 0,
             rx: Rx::Header,

@@ -117,8 +117,7 @@ impl Conn {
     pub fn unpark(parked: ParkedConn, pool: &mut Pool, disk: u32, slot: u32, generation: u32, now: Nanos) -> Conn {
         let mut conn = Conn::with(parked.fd, parked.agreed, parked.peer, disk, slot, generation, now);
         conn.since = parked.since;
-        conn.input[..parked.input.len()].copy_from_slice(&parked.input);
-        conn.input_end = parked.input.len();
+        conn.preload(&parked.input);
         conn.writes = parked.writes;
         conn.commands = parked.commands;
         conn.requests = parked.requests;

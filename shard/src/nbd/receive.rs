@@ -19,11 +19,9 @@ impl Tls {
 impl Conn {
     /// Bytes that arrived before the shard did.
     pub(super) fn preload(&mut self, unread: &[u8]) {
-        // Negotiation reads no further than its own buffer, which is no larger than ours; what does not fit cannot be
-        // kept and would tear the stream.
+        // Negotiation bounds what it reads ahead; a client may have sent a whole write behind its last option.
         if unread.len() > INPUT {
-            self.close("more unread bytes than one buffer were handed over");
-            return;
+            self.input = vec![0; unread.len()].into_boxed_slice();
         }
         self.input[..unread.len()].copy_from_slice(unread);
         self.input_end = unread.len();
@@ -84,7 +82,7 @@ impl Conn {
     fn decrypt(&mut self) -> bool {
         self.make_space();
         let Some(tls) = &mut self.tls else { return false };
-        if self.input_end == INPUT {
+        if self.input_end == self.input.len() {
             return false;
         }
         loop {
@@ -316,7 +314,7 @@ impl Conn {
             return Op::Recv { fd, addr: tls.input.as_ptr() as usize, len: TLS_INPUT as u32 };
         }
         self.make_space();
-        let room = INPUT - self.input_end;
+        let room = self.input.len() - self.input_end;
         // Not beyond the next header when writes come: their payload shall land in its own buffer.
         let ahead = if self.writes { room.min(self.agreed.header_bytes()) } else { room };
         let input = self.input[self.input_end..].as_ptr() as usize;
