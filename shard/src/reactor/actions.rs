@@ -56,7 +56,11 @@ impl<K: Kernel> Shard<K> {
             }
             Action::Memory { req } => self.memory(disk, req),
             Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
-                let request = &self.requests[req];
+                let request = &mut self.requests[req];
+                if request.payload.is_none() {
+                    // A read that needed only its bounce buffer so far. It holds one already, so it may go beyond the budget.
+                    request.payload = self.pool.take(request.len as usize, true);
+                }
                 if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
                     let (payload_at, bounce_at, len) = (payload_at as usize, bounce_at as usize, len as usize);
                     if to_bounce {
@@ -64,6 +68,8 @@ impl<K: Kernel> Shard<K> {
                     } else {
                         self.pool.copy(bounce, bounce_at, payload, payload_at, len);
                     }
+                } else {
+                    request.errno = libc::ENOMEM;
                 }
             }
             Action::ZeroBounce { req, at, len } => {
