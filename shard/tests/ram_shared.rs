@@ -180,23 +180,37 @@ fn one_block_under_fire() {
 // The same with 2 MiB pages: a page comes and goes as a whole while others are at its blocks.
 #[test]
 fn huge_pages_come_and_go_whole() {
-    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-    let before = std::fs::read_to_string(POOL).unwrap_or_default();
-    let reserved =
-        std::fs::write(POOL, "3").is_ok() && std::fs::read_to_string(POOL).is_ok_and(|n| n.trim() == "3");
-    if reserved {
-        let size = 3 * PageSize::HUGE_BYTES;
-        let (file, budget, disk) = disk(size, PageSize::Huge2M);
-        rivals(&disk, 500..524, 512); // on both sides of a border of pages
-        let in_file = fstat(&file).expect("stat").st_blocks as u64 * 512;
-        assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (in_file, in_file));
-        all(|done| disk.discard(done as u64, size - done as u64));
-        assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (0, 0));
-        assert_eq!(fstat(&file).expect("stat").st_blocks, 0);
-    } else {
+    let Some(_pool) = HugePages::reserve("3") else {
         println!("SKIPPED: cannot reserve three huge pages of 2 MiB");
+        return;
+    };
+    let size = 3 * PageSize::HUGE_BYTES;
+    let (file, budget, disk) = disk(size, PageSize::Huge2M);
+    rivals(&disk, 500..524, 512); // on both sides of a border of pages
+    let in_file = fstat(&file).expect("stat").st_blocks as u64 * 512;
+    assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (in_file, in_file));
+    all(|done| disk.discard(done as u64, size - done as u64));
+    assert_eq!((disk.allocated_bytes(), budget.used_bytes()), (0, 0));
+    assert_eq!(fstat(&file).expect("stat").st_blocks, 0);
+}
+
+/// Huge pages reserved for one test; the former number comes back when dropped.
+struct HugePages(String);
+
+const HUGE_POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+impl HugePages {
+    fn reserve(pages: &str) -> Option<HugePages> {
+        let guard = HugePages(std::fs::read_to_string(HUGE_POOL).ok()?);
+        std::fs::write(HUGE_POOL, pages).ok()?;
+        std::fs::read_to_string(HUGE_POOL).is_ok_and(|now| now.trim() == pages).then_some(guard)
     }
-    let _ = std::fs::write(POOL, before.trim());
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(HUGE_POOL, self.0.trim());
+    }
 }
 
 // Goal: writes of less than a block by several threads into one block are all kept.
