@@ -1,7 +1,7 @@
 //! RAM disks: named, sparse, shared by exports on any shard. The one named exception to shared-nothing.
 //!
-//! The bytes are in a file on tmpfs or hugetlbfs ([`backing`]), mapped once and copied to and from by the shards. Beside it
-//! stands one state byte per 4 KiB block ([`blocks`]): a try-lock, and whether the block has memory.
+//! The bytes are in a file on tmpfs or hugetlbfs (`backing`), mapped once and copied to and from by the shards. Beside it
+//! stands one state byte per 4 KiB block (`blocks`): a try-lock, and whether the block has memory.
 //!
 //! Invariants, and why they hold with several shards at work:
 //! 1. *No torn block.* Bytes of a block are copied out only under its shared lock and changed only under its exclusive
