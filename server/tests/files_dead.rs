@@ -26,7 +26,7 @@ fn dead_mount(rig: &Rig) -> Result<(Running, Mounted), String> {
 /// threads are free. Method: a FUSE server that never answers.
 #[tokio::test]
 async fn dead_mount_stops_nothing_else() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let (server, mounted) = match dead_mount(&rig) {
         Ok(dead) => dead,
         Err(why) => return skip("dead_mount_stops_nothing_else", &why),
@@ -62,7 +62,7 @@ async fn dead_mount_stops_nothing_else() {
 /// predecessor at once. Method: another description holds the fence for a while, as one with operations in flight does.
 #[tokio::test]
 async fn fence_is_waited_for() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     for read_only in [false, true] {
         let predecessor = File::open(&path).expect("open");
@@ -90,7 +90,7 @@ async fn fence_is_waited_for() {
 /// Method: keep one of the two descriptors alive beyond the release, and ask from outside.
 #[tokio::test]
 async fn every_description_carries_the_fence() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 5000);
     let outside = File::open(&path).expect("open");
     let is_held = || rig.files.fence().is_held(&outside).expect("locks work");
@@ -128,7 +128,7 @@ fn child_that_holds_a_fence() {
 /// directory holds the fence.
 #[tokio::test]
 async fn live_daemon_is_named() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     let program = std::env::current_exe().expect("this program");
     let mut command = Command::new(program);

@@ -24,7 +24,7 @@ async fn refusal(rig: &Rig, request: OpenRequest) -> (OpenErrorKind, String) {
 /// Method: one of each kind, and paths that lead nowhere.
 #[tokio::test]
 async fn only_files_and_block_devices() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     nix::unistd::mkfifo(&rig.path("fifo"), nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
     let _listener = UnixListener::bind(rig.path("socket")).expect("bind");
     rig.image("empty", 0);
@@ -60,7 +60,7 @@ async fn only_files_and_block_devices() {
 /// Method: links that stay, that leave and that come back, `..`, and a root that is itself a link.
 #[tokio::test]
 async fn allowed_roots() {
-    let rig = Rig::with_roots(|dir| vec![dir.join("images"), dir.join("linked")]);
+    let rig = Rig::with_roots(|dir| vec![dir.join("images"), dir.join("linked")]).await;
     let images = rig.path("images");
     fs::create_dir_all(images.join("sub")).expect("create");
     fs::create_dir(rig.path("other")).expect("create");
@@ -96,7 +96,7 @@ async fn allowed_roots() {
 /// Method: lengths around sectors and blocks on the file system of the temporary directory.
 #[tokio::test]
 async fn length_and_tail() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for (length, served) in
         [(1, 512), (511, 512), (512, 512), (513, 1024), (4096, 4096), (1_000_001, 1_000_448)]
     {
@@ -135,7 +135,7 @@ async fn length_and_tail() {
 /// the way out, and that way works. Method: tmpfs and ramfs, short and long files.
 #[tokio::test]
 async fn tmpfs_and_ramfs() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let mount = |name: &str| Mounted::new(&rig.path(name), name, "none");
     let (tmpfs, ramfs) = match (mount("tmpfs"), mount("ramfs")) {
         (Ok(tmpfs), Ok(ramfs)) => (tmpfs, ramfs),
@@ -168,7 +168,7 @@ async fn tmpfs_and_ramfs() {
 /// those of the unit are taken. Method: loop devices with 512 and 4096 byte sectors.
 #[tokio::test]
 async fn loop_devices() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for sector in [512_u32, 4096] {
         let backing = rig.image("backing", 1 << 20);
         let size = sector.to_string();
@@ -206,7 +206,7 @@ async fn loop_devices() {
 /// Goal: a device that is mounted or read-only is refused for writing, and the reason names the user. Method: a loop device with ext4.
 #[tokio::test]
 async fn devices_in_use() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let backing = rig.image("backing", 8 << 20);
     let (made, why) = run("mkfs.ext4", &["-q", &backing.to_string_lossy()]);
     if !made {
@@ -240,7 +240,7 @@ async fn devices_in_use() {
 /// Method: all pairs on one file, by its own name, a link and a hard link.
 #[tokio::test]
 async fn one_entry_per_file() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     let (link, hard) = (rig.path("link"), rig.path("hard"));
     symlink(&path, &link).expect("symlink");
@@ -283,7 +283,7 @@ async fn one_entry_per_file() {
 /// Method: keep a clone over the release, as a shard with kernel operations would.
 #[tokio::test]
 async fn zombie_keeps_its_place() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     let opened = rig.files.open(request(&path)).await.expect("opens");
     let (key, clone) = (opened.key, opened.image.clone());
@@ -304,7 +304,7 @@ async fn zombie_keeps_its_place() {
 /// Method: tasks that open and release, or are aborted; then count.
 #[tokio::test]
 async fn cycles_leak_nothing() {
-    let rig = std::sync::Arc::new(Rig::new());
+    let rig = std::sync::Arc::new(Rig::new().await);
     let descriptors = || {
         let links = fs::read_dir("/proc/self/fd").expect("proc").flatten();
         let here = rig.dir.path();
@@ -349,7 +349,7 @@ async fn cycles_leak_nothing() {
 /// Goal: allocation and length follow the file. Method: write, grow, ask; ask for a file that is not open.
 #[tokio::test]
 async fn measures() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 1 << 20);
     let opened = rig
         .files

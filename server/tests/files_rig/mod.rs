@@ -6,32 +6,40 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use blktapd::files::{Files, OpenRequest};
 use shard::api::CacheMode;
 use tempfile::TempDir;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 /// Longer than anything here takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Tests of one program take turns: between fork and exec a child has every descriptor of its parent, and with them the locks
+/// that another test has just given up.
+static TURN: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
+
 /// A directory with a run directory in it, and the files of a daemon that runs there.
 pub struct Rig {
-    pub dir: TempDir,
     pub files: Files,
+    pub dir: TempDir,
+    _turn: OwnedMutexGuard<()>,
 }
 
 impl Rig {
-    pub fn new() -> Rig {
-        Rig::with_roots(|_| Vec::new())
+    pub async fn new() -> Rig {
+        Rig::with_roots(|_| Vec::new()).await
     }
 
-    pub fn with_roots(roots: impl FnOnce(&Path) -> Vec<PathBuf>) -> Rig {
+    pub async fn with_roots(roots: impl FnOnce(&Path) -> Vec<PathBuf>) -> Rig {
+        let _turn = TURN.clone().lock_owned().await;
         let dir = tempfile::tempdir().expect("temporary directory");
         let run_dir = dir.path().join("run");
         fs::create_dir(&run_dir).expect("run directory");
         let files = Files::new(roots(dir.path()), &run_dir).expect("no roots, or absolute ones");
-        Rig { dir, files }
+        Rig { files, dir, _turn }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
