@@ -37,14 +37,16 @@ fn qemu_nbd(rig: &Rig, image: &Path, options: &[&str]) -> Running {
     running
 }
 
-/// Goal: QEMU's tools respect our locks and say so. Method: hold an image as writer, then as reader, and run them.
+/// Goal: QEMU's tools respect our locks and say so. Method: hold an image as writer, then as reader, and run
+/// them.
 #[tokio::test]
 async fn qemu_respects_our_locks() {
     if qemu_is_missing("qemu_respects_our_locks") {
         return;
     }
     let rig = Rig::new().await;
-    // QEMU's tools tolerate writers when they read a raw image, and do not when they read a qcow2. To us it is bytes.
+    // QEMU's tools tolerate writers when they read a raw image, and do not when they read a qcow2. To us it
+    // is bytes.
     let path = rig.path("disk.img");
     let name = text(&path);
     let (made, said) = run("qemu-img", &["create", "-f", "qcow2", &name, "1M"]);
@@ -77,8 +79,8 @@ async fn qemu_respects_our_locks() {
     }
 }
 
-/// Goal: we respect QEMU's locks, and the refusal names the program; nothing is left open by it. Method: qemu-nbd as writer and as reader, on a
-/// file and on a loop device.
+/// Goal: we respect QEMU's locks, and the refusal names the program; nothing is left open by it. Method:
+/// qemu-nbd as writer and as reader, on a file and on a loop device.
 #[tokio::test]
 async fn we_respect_qemu_locks() {
     if qemu_is_missing("we_respect_qemu_locks") {
@@ -118,8 +120,8 @@ async fn we_respect_qemu_locks() {
     }
 }
 
-/// Goal: a guest's block backend, which takes more permissions than the tools, excludes us and is excluded. Method: qemu-storage-daemon
-/// with a writable NBD export of a raw node.
+/// Goal: a guest's block backend, which takes more permissions than the tools, excludes us and is excluded.
+/// Method: qemu-storage-daemon with a writable NBD export of a raw node.
 #[tokio::test]
 async fn storage_daemon_and_we_exclude_each_other() {
     let test = "storage_daemon_and_we_exclude_each_other";
