@@ -1,4 +1,5 @@
-//! Opening images on the real host: kinds of objects, directories that are allowed, alignment, sizes, sharing and release.
+//! Opening images on the real host: kinds of objects, directories that are allowed, alignment, sizes, sharing
+//! and release.
 
 mod files_rig;
 
@@ -20,11 +21,12 @@ async fn refusal(rig: &Rig, request: OpenRequest) -> (OpenErrorKind, String) {
     (error.kind, error.message)
 }
 
-/// Goal: what is no disk is refused by name, at once, and without opening it (a FIFO without a writer would hang).
+/// Goal: what is no disk is refused by name, at once, and without opening it (a FIFO without a writer would
+/// hang).
 /// Method: one of each kind, and paths that lead nowhere.
 #[tokio::test]
 async fn only_files_and_block_devices() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     nix::unistd::mkfifo(&rig.path("fifo"), nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
     let _listener = UnixListener::bind(rig.path("socket")).expect("bind");
     rig.image("empty", 0);
@@ -56,11 +58,12 @@ async fn only_files_and_block_devices() {
     assert!(message.contains("512 or 4096"), "{message}");
 }
 
-/// Goal: with allowed directories nothing outside is opened, whatever links and dots say, and everything inside is.
+/// Goal: with allowed directories nothing outside is opened, whatever links and dots say, and everything
+/// inside is.
 /// Method: links that stay, that leave and that come back, `..`, and a root that is itself a link.
 #[tokio::test]
 async fn allowed_roots() {
-    let rig = Rig::with_roots(|dir| vec![dir.join("images"), dir.join("linked")]);
+    let rig = Rig::with_roots(|dir| vec![dir.join("images"), dir.join("linked")]).await;
     let images = rig.path("images");
     fs::create_dir_all(images.join("sub")).expect("create");
     fs::create_dir(rig.path("other")).expect("create");
@@ -92,11 +95,12 @@ async fn allowed_roots() {
     assert!(rig.files.set_allowed_roots(vec!["images".into()]).is_err(), "a root must be absolute");
 }
 
-/// Goal: regular files of any length are served by the size rule, with a buffered descriptor for what direct I/O cannot reach.
+/// Goal: regular files of any length are served by the size rule, with a buffered descriptor for what direct
+/// I/O cannot reach.
 /// Method: lengths around sectors and blocks on the file system of the temporary directory.
 #[tokio::test]
 async fn length_and_tail() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for (length, served) in
         [(1, 512), (511, 512), (512, 512), (513, 1024), (4096, 4096), (1_000_001, 1_000_448)]
     {
@@ -131,11 +135,11 @@ async fn length_and_tail() {
     assert!(opened.image.tail.is_none());
 }
 
-/// Goal: where the kernel does not tell the alignment it is probed; where direct I/O does not work the disk is refused with
-/// the way out, and that way works. Method: tmpfs and ramfs, short and long files.
+/// Goal: where the kernel does not tell the alignment it is probed; where direct I/O does not work the disk
+/// is refused with the way out, and that way works. Method: tmpfs and ramfs, short and long files.
 #[tokio::test]
 async fn tmpfs_and_ramfs() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let mount = |name: &str| Mounted::new(&rig.path(name), name, "none");
     let (tmpfs, ramfs) = match (mount("tmpfs"), mount("ramfs")) {
         (Ok(tmpfs), Ok(ramfs)) => (tmpfs, ramfs),
@@ -164,11 +168,11 @@ async fn tmpfs_and_ramfs() {
     assert_eq!(rig.files.release(key, "d1", PATIENCE).await, Released::Closed);
 }
 
-/// Goal: a block device tells its unit, size, discard and store; requests below the unit are refused by the kernel and
-/// those of the unit are taken. Method: loop devices with 512 and 4096 byte sectors.
+/// Goal: a block device tells its unit, size, discard and store; requests below the unit are refused by the
+/// kernel and those of the unit are taken. Method: loop devices with 512 and 4096 byte sectors.
 #[tokio::test]
 async fn loop_devices() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     for sector in [512_u32, 4096] {
         let backing = rig.image("backing", 1 << 20);
         let size = sector.to_string();
@@ -198,15 +202,24 @@ async fn loop_devices() {
         assert_eq!(rig.files.allocated_bytes(key, PATIENCE).await, Ok(1 << 20));
         let coarse = OpenRequest { sector: Some(4096), ..reader(&device.node, "d2") };
         assert_eq!(rig.files.open(coarse).await.expect_err("a writer has it").kind, OpenErrorKind::Busy);
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&backing)
+            .and_then(|file| file.set_len(2 << 20))
+            .expect("grow");
+        let (grown, said) = run("losetup", &["-c", &device.node.to_string_lossy()]);
+        assert!(grown, "{said}");
+        assert_eq!(rig.files.current_length(key, PATIENCE).await, Ok(2 << 20), "the size is read again");
         drop(opened);
         assert_eq!(rig.files.release(key, "d1", PATIENCE).await, Released::Closed);
     }
 }
 
-/// Goal: a device that is mounted or read-only is refused for writing, and the reason names the user. Method: a loop device with ext4.
+/// Goal: a device that is mounted or read-only is refused for writing, and the reason names the user. Method:
+/// a loop device with ext4.
 #[tokio::test]
 async fn devices_in_use() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let backing = rig.image("backing", 8 << 20);
     let (made, why) = run("mkfs.ext4", &["-q", &backing.to_string_lossy()]);
     if !made {
@@ -236,11 +249,12 @@ async fn devices_in_use() {
     assert!(message.contains("--read-only"), "{message}");
 }
 
-/// Goal: readers share one description; a writer is alone; the refusal names our disk; the last user's release closes.
+/// Goal: readers share one description; a writer is alone; the refusal names our disk; the last user's
+/// release closes.
 /// Method: all pairs on one file, by its own name, a link and a hard link.
 #[tokio::test]
 async fn one_entry_per_file() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     let (link, hard) = (rig.path("link"), rig.path("hard"));
     symlink(&path, &link).expect("symlink");
@@ -279,11 +293,12 @@ async fn one_entry_per_file() {
     assert!(error.message.contains("the disk d1 writes to it (as "), "{error}");
 }
 
-/// Goal: a file whose descriptors are still out is a zombie: nobody gets it, and it goes when the last clone goes.
+/// Goal: a file whose descriptors are still out is a zombie: nobody gets it, and it goes when the last clone
+/// goes.
 /// Method: keep a clone over the release, as a shard with kernel operations would.
 #[tokio::test]
 async fn zombie_keeps_its_place() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     let opened = rig.files.open(request(&path)).await.expect("opens");
     let (key, clone) = (opened.key, opened.image.clone());
@@ -300,11 +315,12 @@ async fn zombie_keeps_its_place() {
     opened.expect("free, and the close was waited for");
 }
 
-/// Goal: repeated attach and detach, many at a time and some abandoned half-way, leave no descriptor, entry or thread behind.
+/// Goal: repeated attach and detach, many at a time and some abandoned half-way, leave no descriptor, entry
+/// or thread behind.
 /// Method: tasks that open and release, or are aborted; then count.
 #[tokio::test]
 async fn cycles_leak_nothing() {
-    let rig = std::sync::Arc::new(Rig::new());
+    let rig = std::sync::Arc::new(Rig::new().await);
     let descriptors = || {
         let links = fs::read_dir("/proc/self/fd").expect("proc").flatten();
         let here = rig.dir.path();
@@ -349,7 +365,7 @@ async fn cycles_leak_nothing() {
 /// Goal: allocation and length follow the file. Method: write, grow, ask; ask for a file that is not open.
 #[tokio::test]
 async fn measures() {
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 1 << 20);
     let opened = rig
         .files

@@ -20,25 +20,33 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// Starts qemu-nbd on `image` and waits for its socket.
+/// Waits until the server serves: only then it holds the locks that it keeps.
+fn wait_for_export(socket: &Path, name: &str) {
+    let export = format!("nbd:unix:{}{name}", text(socket));
+    wait_until("QEMU serves", || run("qemu-img", &["info", &export]).0);
+}
+
+/// Starts qemu-nbd on `image`.
 fn qemu_nbd(rig: &Rig, image: &Path, options: &[&str]) -> Running {
     let socket = rig.path("qemu.sock");
     let _ = std::fs::remove_file(&socket);
     let mut command = Command::new("qemu-nbd");
     command.args(["-f", "raw", "-t", "-k", &text(&socket)]).args(options).arg(image);
     let running = Running::start(&mut command);
-    wait_until("qemu-nbd listens", || socket.exists());
+    wait_for_export(&socket, "");
     running
 }
 
-/// Goal: QEMU's tools respect our locks and say so. Method: hold an image as writer, then as reader, and run them.
+/// Goal: QEMU's tools respect our locks and say so. Method: hold an image as writer, then as reader, and run
+/// them.
 #[tokio::test]
 async fn qemu_respects_our_locks() {
     if qemu_is_missing("qemu_respects_our_locks") {
         return;
     }
-    let rig = Rig::new();
-    // QEMU's tools tolerate writers when they read a raw image, and do not when they read a qcow2. To us it is bytes.
+    let rig = Rig::new().await;
+    // QEMU's tools tolerate writers when they read a raw image, and do not when they read a qcow2. To us it
+    // is bytes.
     let path = rig.path("disk.img");
     let name = text(&path);
     let (made, said) = run("qemu-img", &["create", "-f", "qcow2", &name, "1M"]);
@@ -71,14 +79,14 @@ async fn qemu_respects_our_locks() {
     }
 }
 
-/// Goal: we respect QEMU's locks, and the refusal names the program; nothing is left open by it. Method: qemu-nbd as writer and as reader, on a
-/// file and on a loop device.
+/// Goal: we respect QEMU's locks, and the refusal names the program; nothing is left open by it. Method:
+/// qemu-nbd as writer and as reader, on a file and on a loop device.
 #[tokio::test]
 async fn we_respect_qemu_locks() {
     if qemu_is_missing("we_respect_qemu_locks") {
         return;
     }
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let image = rig.image("disk.img", 1 << 20);
     let backing = rig.image("backing", 1 << 20);
     let device = Loop::new(&backing, &[]);
@@ -112,15 +120,15 @@ async fn we_respect_qemu_locks() {
     }
 }
 
-/// Goal: a guest's block backend, which takes more permissions than the tools, excludes us and is excluded. Method: qemu-storage-daemon
-/// with a writable NBD export of a raw node.
+/// Goal: a guest's block backend, which takes more permissions than the tools, excludes us and is excluded.
+/// Method: qemu-storage-daemon with a writable NBD export of a raw node.
 #[tokio::test]
 async fn storage_daemon_and_we_exclude_each_other() {
     let test = "storage_daemon_and_we_exclude_each_other";
     if !has_program("qemu-storage-daemon") {
         return skip(test, "qemu-storage-daemon is not installed");
     }
-    let rig = Rig::new();
+    let rig = Rig::new().await;
     let path = rig.image("disk.img", 1 << 20);
     let socket = rig.path("qsd.sock");
     let daemon = || {
@@ -134,15 +142,7 @@ async fn storage_daemon_and_we_exclude_each_other() {
     };
     {
         let running = Running::start(&mut daemon());
-        wait_until("the daemon listens", || socket.exists());
-        // The socket comes before the export.
-        wait_until("it has its locks", || {
-            std::fs::read_dir(format!("/proc/{}/fdinfo", running.pid())).is_ok_and(|entries| {
-                entries.flatten().any(|entry| {
-                    std::fs::read_to_string(entry.path()).unwrap_or_default().contains(" 100 101")
-                })
-            })
-        });
+        wait_for_export(&socket, ":exportname=r");
         for wanted in [request(&path), reader(&path, "d1")] {
             let error = rig.files.open(wanted).await.expect_err("it writes");
             assert!(

@@ -2,36 +2,44 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use blktapd::files::{Files, OpenRequest};
 use shard::api::CacheMode;
 use tempfile::TempDir;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 /// Longer than anything here takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Tests of one program take turns: between fork and exec a child has every descriptor of its parent, and
+/// with them the locks that another test has just given up.
+static TURN: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
+
 /// A directory with a run directory in it, and the files of a daemon that runs there.
 pub struct Rig {
-    pub dir: TempDir,
     pub files: Files,
+    pub dir: TempDir,
+    _turn: OwnedMutexGuard<()>,
 }
 
 impl Rig {
-    pub fn new() -> Rig {
-        Rig::with_roots(|_| Vec::new())
+    pub async fn new() -> Rig {
+        Rig::with_roots(|_| Vec::new()).await
     }
 
-    pub fn with_roots(roots: impl FnOnce(&Path) -> Vec<PathBuf>) -> Rig {
+    pub async fn with_roots(roots: impl FnOnce(&Path) -> Vec<PathBuf>) -> Rig {
+        let _turn = TURN.clone().lock_owned().await;
         let dir = tempfile::tempdir().expect("temporary directory");
         let run_dir = dir.path().join("run");
         fs::create_dir(&run_dir).expect("run directory");
         let files = Files::new(roots(dir.path()), &run_dir).expect("no roots, or absolute ones");
-        Rig { dir, files }
+        Rig { files, dir, _turn }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -80,7 +88,8 @@ pub fn run(program: &str, arguments: &[&str]) -> (bool, String) {
 
 /// Says why a test cannot run here; it then passes without having shown anything.
 pub fn skip(test: &str, reason: &str) {
-    eprintln!("SKIPPED {test}: {reason}");
+    // Not by the macro, whose output is hidden when a test passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
 }
 
 pub fn has_program(name: &str) -> bool {
@@ -151,6 +160,17 @@ pub struct Running {
 impl Running {
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().expect("it is our child");
+    }
+
+    /// Some thread of it waits in the kernel and cannot be killed there (state D).
+    pub fn is_uninterruptible(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten();
+        let status = |task: fs::DirEntry| fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        tasks.map(status).any(|text| text.contains("\nState:\tD"))
     }
 
     pub fn start(command: &mut Command) -> Running {
