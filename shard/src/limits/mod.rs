@@ -1,19 +1,18 @@
 //! Limits of disks and groups: operations and bytes per second, for reads, writes and both together.
 //!
 //! ```text
-//!               disk (own shard)          group (any shard)      group …
-//!  request ──▶ [read|write] [total] ──▶ [read|write] [total] ──▶ … ──▶ Go: all are charged
-//!                   │          │               │          │
-//!                   └──────────┴───────────────┴──────────┴──▶ Wait until: none is charged
+//!               buckets of its direction            buckets of both directions
+//!  request ──▶ disk, group (any shard), group … ──▶ disk, group (any shard), group … ──▶ Go: all are charged
+//!                   └──────────────┴─────────────────────┴──────────┴──▶ Wait until: none is charged
 //! ```
 //!
-//! A [`Limiter`] is one disk's path of buckets. Each stage has a bucket for operations and one for bytes.
+//! A [`Limiter`] is one disk's path of buckets. Each name above is a bucket for operations and one for bytes.
 //!
 //! - **Virtual time.** A bucket is never refilled by a timer: it is one atomic word of virtual time, from which slices are
 //!   taken in order of asking (`bucket.rs`). All maths is in integers and exact, so that no rate drifts.
 //! - **Debt.** A request is admitted when no bucket on its path is in debt; then its whole cost is taken, and the debt is
 //!   paid by waiting. So a request of any size passes at any rate, and over any time T a bucket admits at most
-//!   `rate * T + max(burst, rate * CATCH_UP) + one request`.
+//!   `rate * T + max(burst, rate * CATCH_UP)`, one request per taker, and leases of 1 ms of the rate in sum.
 //! - **No burst unless asked.** A bucket that was not used gathers [`CATCH_UP`] of its rate and no more. That much is needed:
 //!   a request that waits is woken late by its timer, and the time it overslept must not be lost to it. It is lost when
 //!   more than this is overslept.
