@@ -1,0 +1,3 @@
+//! The parts of `blktapd` that tests reach: the program itself is `main.rs`.
+
+pub mod files;
