@@ -125,7 +125,7 @@ link_program() {
 }
 
 start_in_background() {
-    if ctl version >/dev/null 2>&1; then
+    if ctl list >/dev/null 2>&1; then
         note "a daemon answers on $BLKTAPD_CTL already; using it (deploy/quickstart.sh --stop ends one of an earlier run)"
         return
     fi
@@ -143,7 +143,7 @@ start_in_background() {
         </dev/null >>"$log_file" 2>&1 &
     local pid=$! waited=0
     printf '%s\n' "$pid" >"$pid_file"
-    until ctl version >/dev/null 2>&1; do
+    until ctl list >/dev/null 2>&1; do
         if ! kill -0 "$pid" 2>/dev/null; then
             rm -f "$pid_file"
             tail -n 20 "$log_file" >&2

@@ -48,7 +48,7 @@ skip() {
 
 stage_packages() { deploy/install-deps.sh test; }
 
-stage_fmt() { cargo fmt --all --check; }
+stage_fmt() { cargo fmt --all --check -- --color never; }
 
 stage_shell() {
     # shellcheck disable=SC2046  # our paths have no blanks

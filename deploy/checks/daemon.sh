@@ -41,7 +41,7 @@ start_daemon() {
     "$blktapd" serve --run-dir "$run_dir" --ram-dir "$ram_dir" --ram-limit 256M --metrics "$metrics" "$@" >"$work/daemon.log" 2>&1 </dev/null &
     daemon_pid=$!
     local tries=0
-    until ctl version >/dev/null 2>&1; do
+    until ctl list >/dev/null 2>&1; do
         kill -0 "$daemon_pid" 2>/dev/null || die "the daemon ended instead of starting"
         [ "$tries" -lt 300 ] || die "the daemon does not answer after 30 s"
         tries=$((tries + 1))

@@ -17,8 +17,10 @@ port=$(free_port)
 socat "TCP-LISTEN:$port,bind=127.0.0.1,fork,reuseaddr" "UNIX-CONNECT:$BLKTAPD_CTL" &
 
 cd "$work" # schemathesis leaves its caches where it runs
-schemathesis run "http://127.0.0.1:$port/v1/openapi.json" --wait-for-schema 10 --seed 1 --max-examples 25 \
-    --request-timeout 20 --suppress-health-check all --checks all
+schemathesis --config-file "$repo_dir/deploy/checks/schemathesis.toml" run "http://127.0.0.1:$port/v1/openapi.json" \
+    --url "http://127.0.0.1:$port" --wait-for-schema 10 --checks all --max-examples 40 \
+    --generation-deterministic --request-timeout 20 --suppress-health-check all \
+    --continue-on-failure --no-color
 
-ctl version >/dev/null
+ctl list >/dev/null
 ! grep -i panicked "$work/daemon.log"
