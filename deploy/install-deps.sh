@@ -80,28 +80,28 @@ missing_things() {
     done
 }
 
+can_be_root() { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }
+
 as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    elif command -v sudo >/dev/null; then
-        sudo "$@"
-    else
-        die "packages are missing and this is neither root nor a machine with sudo; as root, run: $*"
-    fi
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
 apt_is_fresh=
 apt_update() {
-    [ -n "$apt_is_fresh" ] && return
+    [ -z "$apt_is_fresh" ] || return 0
     command -v apt-get >/dev/null ||
         die "apt-get was not found: on another system than Debian install these yourself: $(missing_things | tr '\n' ';')"
+    apt_is_fresh=yes
+    # Without root the package lists that are there must do.
+    can_be_root || return 0
     say "refreshing the package lists"
     as_root apt-get -qq -o DPkg::Lock::Timeout=300 update ||
         say "warning: apt-get update failed; going on with the package lists that are there" >&2
-    apt_is_fresh=yes
 }
 
 apt_install() {
+    can_be_root || die "packages are missing, and this is neither root nor a machine with sudo; as root, run:
+  apt-get install --no-install-recommends $*"
     apt_update
     say "installing: $*"
     local log
