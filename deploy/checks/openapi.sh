@@ -16,9 +16,12 @@ ctl attach witness 'null:?size=1M' --nbd
 port=$(free_port)
 socat "TCP-LISTEN:$port,bind=127.0.0.1,fork,reuseaddr" "UNIX-CONNECT:$BLKTAPD_CTL" &
 
+# A body that fits the schema can still be refused (no such image, no frontend, a burst without its rate), so acceptance of
+# all that fits is not asked for.
 cd "$work" # schemathesis leaves its caches where it runs
 schemathesis --config-file "$repo_dir/deploy/checks/schemathesis.toml" run "http://127.0.0.1:$port/v1/openapi.json" \
-    --url "http://127.0.0.1:$port" --wait-for-schema 10 --checks all --max-examples 40 \
+    --url "http://127.0.0.1:$port" --wait-for-schema 10 --checks all \
+    --exclude-checks positive_data_acceptance --max-examples 40 \
     --generation-deterministic --request-timeout 20 --suppress-health-check all \
     --continue-on-failure --no-color
 
