@@ -22,7 +22,7 @@ stages='
 packages   600
 fmt         60
 shell       60
-units       60
+systemd     60
 rules       60
 licences    60
 clippy     600
@@ -56,7 +56,7 @@ stage_shell() {
     find deploy -name '*.py' -print0 | xargs -0 -r -n 1 /usr/bin/python3 -c 'import ast, sys; ast.parse(open(sys.argv[1]).read())'
 }
 
-stage_units() { deploy/checks/units.sh; }
+stage_systemd() { deploy/checks/systemd.sh; }
 
 stage_rules() {
     promtool check rules deploy/prometheus/blktapd.rules.yml

@@ -27,7 +27,7 @@ systemd-analyze security --offline=true --threshold="${EXPOSURE_LIMIT:-50}" "$wo
 mkdir -p "$work/root/etc"
 systemd-sysusers --root="$work/root" "$repo_dir/deploy/systemd/blktapd.sysusers"
 grep -q '^blktapd-ro:' "$work/root/etc/group" || { echo "sysusers made no group blktapd-ro"; exit 1; }
-printf 'root:x:0:0:root:/root:/bin/sh\n' >>"$work/root/etc/passwd"
+printf 'root:x:0:0::/:/bin/sh\n' >>"$work/root/etc/passwd"
 printf 'root:x:0:\n' >>"$work/root/etc/group"
 systemd-tmpfiles --root="$work/root" --create "$repo_dir/deploy/systemd/blktapd.tmpfiles"
 [ -d "$work/root/run/blktapd" ] || { echo "tmpfiles made no /run/blktapd"; exit 1; }
