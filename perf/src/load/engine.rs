@@ -165,8 +165,8 @@ impl<'a> Engine<'a> {
         self.start.elapsed().as_nanos() as u64
     }
 
-    /// Runs warm-up, window and drain.
-    pub(super) fn run(mut self, at: &mut dyn FnMut(Edge) -> Result<()>) -> Result<Outcome> {
+    /// Runs warm-up, window and drain; hands the connections back.
+    pub(super) fn run(mut self, at: &mut dyn FnMut(Edge) -> Result<()>) -> Result<(Outcome, Vec<Client>)> {
         self.start = Instant::now();
         if let Pace::Closed { depth } = self.job.pace {
             for index in 0..self.connections.len() {
@@ -186,11 +186,9 @@ impl<'a> Engine<'a> {
         let window = opened.elapsed();
         at(Edge::End)?;
         self.drain()?;
-        for connection in self.connections {
-            connection.client.disconnect();
-        }
+        let clients = self.connections.into_iter().map(|connection| connection.client).collect();
         let Tally { completed, errors, unanswered, latency_ns, .. } = self.tally;
-        Ok(Outcome { completed, errors, unanswered, window, latency_ns })
+        Ok((Outcome { completed, errors, unanswered, window, latency_ns }, clients))
     }
 
     /// Sends, receives and sleeps until the time `until_ns`.

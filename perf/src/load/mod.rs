@@ -15,7 +15,7 @@ use anyhow::Result;
 use hdrhistogram::Histogram;
 
 use crate::servers::Endpoint;
-pub use client::Op;
+pub use client::{Client, Op};
 
 /// Where requests go on a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -101,5 +101,12 @@ impl Outcome {
 
 /// Runs a load to its end; `at` is called on the load's thread at both edges of the window.
 pub fn run(job: &Job, at: &mut dyn FnMut(Edge) -> Result<()>) -> Result<Outcome> {
+    let (outcome, clients) = run_and_keep(job, at)?;
+    clients.into_iter().for_each(Client::disconnect);
+    Ok(outcome)
+}
+
+/// As [`run`], but the connections stay open and are handed back, idle unless the server did not answer in time.
+pub fn run_and_keep(job: &Job, at: &mut dyn FnMut(Edge) -> Result<()>) -> Result<(Outcome, Vec<Client>)> {
     engine::Engine::new(job)?.run(at)
 }
