@@ -90,8 +90,14 @@ fn write_file(path: &Path, bytes: u64) -> Result<()> {
         file.write_all(&chunk[..part])?;
         left -= part;
     }
+    flush(path)
+}
+
+/// Brings a file to the disk and out of the page cache: what one server left dirty must not be written during the next row,
+/// and cached pages must not serve the one server that has no direct I/O.
+pub fn flush(path: &Path) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     file.sync_all()?;
-    // The pages would otherwise serve the one server that has no direct I/O.
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
     Ok(())
 }

@@ -105,7 +105,7 @@ fn run(args: &RunArgs) -> Result<()> {
         publish(&bench.report, &args.out)?;
     }
     ended?;
-    ensure!(bench.report.failed.is_empty(), "{} rows failed, see above", bench.report.failed.len());
+    ensure!(!bench.subject_failed, "rows of blktapd failed, see above");
     Ok(())
 }
 

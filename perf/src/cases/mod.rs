@@ -60,6 +60,8 @@ pub struct Bench {
     pub programs: Vec<Program>,
     /// What was found out so far.
     pub report: Report,
+    /// True when a row of blktapd failed. A peer that fails is reported but does not fail the run.
+    pub subject_failed: bool,
     scratch: TempDir,
 }
 
@@ -67,7 +69,7 @@ impl Bench {
     /// A run with an empty report.
     pub fn new(settings: Settings, programs: Vec<Program>, report: Report) -> Result<Self> {
         let scratch = tempfile::Builder::new().prefix("blkperf").tempdir()?;
-        Ok(Self { settings, programs, report, scratch })
+        Ok(Self { settings, programs, report, subject_failed: false, scratch })
     }
 
     /// The cores.
@@ -117,19 +119,21 @@ impl Bench {
         self.report.commands.insert(format!("{case}: {row}"), running.command.clone());
     }
 
-    /// Notes that a row failed. What the user interrupted is no failure of the row and ends the run.
+    /// Notes that a row failed: it is not measured further, the others are. What the user interrupted is no failure of the row
+    /// and ends the run.
     pub fn failed(&mut self, case: &str, row: &Row, error: anyhow::Error) -> Result<()> {
         stop::check()?;
         let line = format!("{case}: {row}: {error:#}");
         eprintln!("{line}");
+        self.subject_failed |= row.server == Kind::Blktapd.name();
         self.report.failed.push(line);
         Ok(())
     }
 }
 
-/// The order of `count` rows in a round: each round starts with another row, so that none always follows the same.
-pub fn order(count: usize, round: u32) -> impl Iterator<Item = usize> {
-    (0..count).map(move |index| (index + round as usize) % count)
+/// The order of `count` rows in a turn: each turn starts with another row, so that none is always the first after a change.
+pub fn order(count: usize, turn: u32) -> impl Iterator<Item = usize> {
+    (0..count).map(move |index| (index + turn as usize) % count)
 }
 
 /// Runs a load against a server and measures both: the load's outcome, and the server's CPU between the edges of the window.
@@ -169,11 +173,11 @@ pub fn per_million(cpu: Duration, operations: u64) -> f64 {
 mod tests {
     use super::*;
 
-    // Goal: each round measures every row once and begins with another. Method: three rows, three rounds.
+    // Goal: each turn measures every row once and begins with another. Method: three rows, three turns.
     #[test]
-    fn rounds_rotate() {
-        let rounds: Vec<Vec<usize>> = (0..3).map(|round| order(3, round).collect()).collect();
-        assert_eq!(rounds, [[0, 1, 2], [1, 2, 0], [2, 0, 1]]);
+    fn turns_rotate() {
+        let turns: Vec<Vec<usize>> = (0..3).map(|turn| order(3, turn).collect()).collect();
+        assert_eq!(turns, [[0, 1, 2], [1, 2, 0], [2, 0, 1]]);
     }
 
     // Goal: units of the CPU figure. Method: 0.5 s for 100 000 operations are 5 s per million.

@@ -11,7 +11,7 @@ use crate::fio;
 use crate::load::{self, Op, Pace, Pattern};
 use crate::report::{Metric, Row, Values};
 use crate::servers::{self, Aio, Disk, Program, Running, Setup};
-use crate::{proc, stop};
+use crate::{files, proc, stop};
 
 /// A way to load one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,8 +131,8 @@ pub fn run(
         }
     }
     for round in 0..bench.settings.rounds {
-        for point in &POINTS {
-            for index in order(entrants.len(), round) {
+        for (at, point) in POINTS.iter().enumerate() {
+            for index in order(entrants.len(), round + at as u32) {
                 let entrant = &mut entrants[index];
                 if entrant.failed {
                     continue;
@@ -216,6 +216,9 @@ fn measure(
         Loader::Fio => with_fio(bench, server, size_bytes, point, round),
         Loader::Own => with_own(bench, server, point, round),
     };
+    if let Subject::Server { disk: Disk::File(path), .. } = &entrant.contender.subject {
+        files::flush(path)?;
+    }
     result.map_err(|error| {
         error.context(format!("{case} {}; the server said: {}", point.name(), server.last_words()))
     })

@@ -209,7 +209,7 @@ pub struct Report {
     pub samples: Vec<Sample>,
     /// What was not measured, and why.
     pub skipped: Vec<String>,
-    /// What failed; not empty means that the run failed.
+    /// Rows that failed, and why.
     pub failed: Vec<String>,
     /// The targets, judged.
     pub targets: Vec<TargetResult>,
@@ -274,7 +274,8 @@ pub struct PointRows<'a> {
     pub rows: Vec<&'a Summary>,
 }
 
-/// Summaries by case and point, all in order of appearance: the first round measures the rows in the order of the table.
+/// Summaries by case and point in order of appearance. Rows have the order of the case's first point, which is measured in the
+/// order of the table; later points begin with other rows.
 pub fn grouped(summaries: &[Summary]) -> Vec<CaseRows<'_>> {
     let mut cases: Vec<CaseRows<'_>> = Vec::new();
     for summary in summaries {
@@ -286,6 +287,13 @@ pub fn grouped(summaries: &[Summary]) -> Vec<CaseRows<'_>> {
         match points.iter_mut().find(|rows| rows.point == summary.point) {
             Some(found) => found.rows.push(summary),
             None => points.push(PointRows { point: &summary.point, rows: vec![summary] }),
+        }
+    }
+    for CaseRows { points, .. } in &mut cases {
+        let first: Vec<Row> =
+            points.iter().flat_map(|point| &point.rows).map(|summary| summary.row.clone()).collect();
+        for PointRows { rows, .. } in points {
+            rows.sort_by_key(|summary| first.iter().position(|row| *row == summary.row));
         }
     }
     cases
