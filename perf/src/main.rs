@@ -99,6 +99,9 @@ fn run(args: &RunArgs) -> Result<()> {
             break;
         }
     }
+    if let Err(error) = &ended {
+        bench.report.failed.push(format!("the run ended early: {error:#}"));
+    }
     // What was measured before an interruption or failure is worth a report too.
     if !bench.report.samples.is_empty() {
         bench.report.targets = targets::judge(&bench.report, &names);

@@ -22,6 +22,7 @@ pub fn render(report: &Report) -> String {
         report.host.files,
         report.host.fio
     );
+    let _ = writeln!(text, "command: {}", report.host.command);
     for program in &report.programs {
         let _ = writeln!(text, "{}: {}", program.kind, program.version);
     }
