@@ -13,10 +13,10 @@ use plotters::style::{Color, IntoFont, RGBColor, WHITE};
 use super::table::number;
 use super::{CaseRows, Metric, PointRows, Report, Summary, grouped};
 
-const PANEL_WIDTH: i32 = 560;
+const PANEL_WIDTH: i32 = 660;
 const ROW_HEIGHT: i32 = 22;
 const TITLE_HEIGHT: i32 = 30;
-const LABEL_WIDTH: i32 = 230;
+const LABEL_WIDTH: i32 = 330;
 const VALUE_WIDTH: i32 = 70;
 const INK: RGBColor = RGBColor(40, 40, 40);
 const SUBJECT: RGBColor = RGBColor(0, 114, 178);
