@@ -5,7 +5,7 @@
 //! fdatasync would lie.
 
 use super::{Action, Ctx, Disk};
-use crate::api::{Backend, DiskState, ErrorPolicy};
+use crate::api::{Backend, ErrorPolicy};
 use crate::request::{Phase, ReqKey};
 
 /// Requests that wait for fdatasync.
@@ -29,6 +29,11 @@ impl Disk {
         if self.config.read_only || !matches!(self.config.backend, Backend::File(_)) {
             return self.finish(ctx, key, 0);
         }
+        if self.flush_failed && self.config.on_error == ErrorPolicy::Pause && self.can_hold() {
+            self.hold_failed(ctx, key);
+            let reason = "an fdatasync failed earlier; `resume --data-in-doubt` or `fail`".to_owned();
+            return self.enter_storage_error(ctx, reason, true);
+        }
         if self.flush_failed {
             return self.finish(ctx, key, libc::EIO);
         }
@@ -45,6 +50,12 @@ impl Disk {
         }
     }
 
+    /// An fdatasync failed: no flush is answered with success from now on.
+    pub fn note_flush_failed(&mut self) {
+        self.flush_failed = true;
+        self.config.counters.flush_failures.add(1);
+    }
+
     /// fdatasync is done: 0 or an errno.
     pub fn on_sync(&mut self, ctx: &mut Ctx<'_>, errno: i32) {
         self.sync.in_flight = false;
@@ -57,19 +68,16 @@ impl Disk {
             }
             return;
         }
-        self.flush_failed = true;
-        self.config.counters.flush_failures.add(1);
-        self.config.counters.storage_errors.add(1);
+        self.note_flush_failed();
         waiters.append(&mut self.sync.next);
-        let hold = self.config.on_error == ErrorPolicy::Pause
-            && !matches!(self.state, DiskState::Failed | DiskState::Zombie);
+        let hold = self.config.on_error == ErrorPolicy::Pause && self.can_hold();
         let what = nix::errno::Errno::from_raw(errno).desc();
-        if !matches!(self.state, DiskState::Failed | DiskState::Zombie) {
+        if self.can_hold() {
             let reason = format!(
                 "fdatasync failed: {what}; data that was acknowledged since the last flush may be lost: check the store, then \
                  `resume --data-in-doubt`, or `fail`"
             );
-            self.enter_state(ctx, DiskState::StorageError, reason);
+            self.enter_storage_error(ctx, reason, hold);
         }
         for key in waiters {
             if hold {

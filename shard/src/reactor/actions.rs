@@ -16,7 +16,9 @@ use crate::storage::uring::IOWQ_WORKERS;
 /// answers leaves most of them to its neighbours.
 const PER_STORE: u32 = IOWQ_WORKERS[0] / 4;
 /// Bounce buffers of a shard; who comes later waits.
-const BOUNCES_MAX: u32 = 64;
+const BOUNCES_MAX: u32 = 256;
+/// Those of one disk.
+const BOUNCES_PER_DISK: u32 = 16;
 /// Tries of an operation that the kernel interrupted.
 const TRIES_MAX: u8 = 16;
 
@@ -47,7 +49,16 @@ impl<K: Kernel> Shard<K> {
         }
         match action {
             Action::Io { .. } => self.start_io(disk, action),
-            Action::Sync | Action::Fallocate { .. } => self.start_gated(disk, action),
+            Action::Sync | Action::Fallocate { .. } => {
+                if self.enter_gate(disk, &action) {
+                    self.launch(disk, action, 0, true);
+                }
+            }
+            Action::DropBounce { req } => {
+                if let Some(bounce) = self.requests[req].bounce.take() {
+                    self.give_bounce(disk, bounce);
+                }
+            }
             Action::Side { target, call } => {
                 let Some(Backend::File(file)) = self.backend(disk).cloned() else { return };
                 let user_data = self.ops.insert(OpKind::Side { disk, target });
@@ -60,9 +71,16 @@ impl<K: Kernel> Shard<K> {
                 if request.payload.is_none() {
                     // A read that needed only its bounce buffer so far. It holds one already, so it may go beyond the budget.
                     request.payload = self.pool.take(request.len as usize, true);
+                    if let (Some(buf), Some(origin)) = (&request.payload, request.origin)
+                        && let Some(conn) = self.conns.get_mut(origin.conn as usize)
+                        && conn.generation == origin.generation
+                    {
+                        conn.note_buffer(buf);
+                    }
                 }
                 if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
-                    let (payload_at, bounce_at, len) = (payload_at as usize, bounce_at as usize, len as usize);
+                    let (payload_at, bounce_at, len) =
+                        (payload_at as usize, bounce_at as usize, len as usize);
                     if to_bounce {
                         self.pool.copy(payload, payload_at, bounce, bounce_at, len);
                     } else {
@@ -98,14 +116,14 @@ impl<K: Kernel> Shard<K> {
 
     /// Finds memory for an I/O and starts it.
     fn start_io(&mut self, disk: u32, action: Action) {
-        let Action::Io { req, write, target, offset, len, mem } = action else { return };
-        let Some(addr) = self.address(req, mem) else {
+        let Action::Io { req, write, target, len, mem, .. } = action else { return };
+        let Some(addr) = self.address(disk, req, mem) else {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((disk, action));
             return;
         };
-        let (fd, gated) = match self.backend(disk) {
-            Some(Backend::File(file)) => descriptor(file, target),
+        let gated = match self.backend(disk) {
+            Some(Backend::File(file)) => descriptor(file, target).1,
             Some(Backend::Ram(ram)) => {
                 let ram = ram.clone();
                 return self.ram_io(disk, &ram, action);
@@ -117,38 +135,65 @@ impl<K: Kernel> Shard<K> {
                 return self.io_done(disk, req, target, mem, len, IoResult::Done);
             }
         };
-        if gated && !self.enter_gate(disk, &action) {
-            return;
+        if !gated || self.enter_gate(disk, &action) {
+            self.launch(disk, action, addr, gated);
         }
-        let op = IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+    }
+
+    /// Hands a file operation to the kernel. `addr` is the memory of an I/O.
+    fn launch(&mut self, disk: u32, action: Action, addr: usize, gated: bool) {
+        let Some(Backend::File(file)) = self.backend(disk) else { return };
+        let fd = file.fd.as_raw_fd();
+        let (kind, op) = match action {
+            Action::Io { req, write, target, offset, len, mem } => {
+                let (fd, _) = descriptor(file, target);
+                self.disks[disk as usize].ops += 1;
+                let op =
+                    IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+                return self.push_io(op);
+            }
+            Action::Fallocate { group, mode, offset, len } => {
+                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
+            }
+            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
+        };
+        let user_data = self.ops.insert(kind);
         self.disks[disk as usize].ops += 1;
-        self.push_io(op);
+        self.counters.ring_ops.add(1);
+        self.kernel.push(user_data, op);
     }
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
-    fn address(&mut self, req: ReqKey, mem: Mem) -> Option<usize> {
+    fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
         let request = &mut self.requests[req];
         match mem {
             Mem::Zeroes => Some(self.pool.zeroes()),
             Mem::Payload(at) => {
                 if request.payload.is_none() {
                     let len = request.len;
-                    let guaranteed = request
-                        .origin
-                        .and_then(|origin| self.conns.get(origin.conn as usize))
-                        .is_none_or(|conn| conn.held() <= len);
-                    request.payload = Some(self.pool.take(len as usize, guaranteed)?);
+                    let conn = request.origin.and_then(|origin| {
+                        let conn = self.conns.get_mut(origin.conn as usize)?;
+                        (conn.generation == origin.generation).then_some(conn)
+                    });
+                    let guaranteed = conn.as_ref().is_none_or(|conn| conn.is_empty_handed());
+                    let buf = self.pool.take(len as usize, guaranteed)?;
+                    if let Some(conn) = conn {
+                        conn.note_buffer(&buf);
+                    }
+                    request.payload = Some(buf);
                 }
                 request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize)
             }
             Mem::Bounce { at, size } => {
                 if request.bounce.is_none() {
                     // Beyond the budget, or payloads that wait for a bounce buffer could fill it; bounded on its own.
-                    if self.bounces >= BOUNCES_MAX {
+                    let entry = &mut self.disks[disk as usize];
+                    if self.bounces >= BOUNCES_MAX || entry.bounces >= BOUNCES_PER_DISK {
                         return None;
                     }
                     request.bounce = Some(self.pool.take(size as usize, true)?);
                     self.bounces += 1;
+                    entry.bounces += 1;
                 }
                 request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
             }
@@ -193,7 +238,8 @@ impl<K: Kernel> Shard<K> {
     /// Discards, zeroes or lists a range of a disk in memory.
     fn memory(&mut self, disk: u32, req: ReqKey) {
         let request = &self.requests[req];
-        let (kind, offset, len) = (request.kind, request.offset + request.cursor, request.len - request.cursor);
+        let (kind, offset, len) =
+            (request.kind, request.offset + request.cursor, request.len - request.cursor);
         let result = match self.backend(disk) {
             Some(Backend::Ram(ram)) => match kind {
                 Kind::Extents { max } => {
@@ -222,25 +268,6 @@ impl<K: Kernel> Shard<K> {
         self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, result));
     }
 
-    /// Starts fdatasync or fallocate when the store's share of kernel workers allows.
-    fn start_gated(&mut self, disk: u32, action: Action) {
-        if !self.enter_gate(disk, &action) {
-            return;
-        }
-        let Some(Backend::File(file)) = self.backend(disk) else { return };
-        let fd = file.fd.as_raw_fd();
-        let (kind, op) = match action {
-            Action::Fallocate { group, mode, offset, len } => {
-                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
-            }
-            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
-        };
-        let user_data = self.ops.insert(kind);
-        self.disks[disk as usize].ops += 1;
-        self.counters.ring_ops.add(1);
-        self.kernel.push(user_data, op);
-    }
-
     /// Counts one more punted operation of the disk's store, or lets the action wait.
     fn enter_gate(&mut self, disk: u32, action: &Action) -> bool {
         let Some(store) = self.disks[disk as usize].store else { return true };
@@ -257,12 +284,28 @@ impl<K: Kernel> Shard<K> {
         let Some(store) = self.disks.get(disk as usize).and_then(|entry| entry.store) else { return };
         let Some(gate) = self.gates.get_mut(&store) else { return };
         gate.in_flight = gate.in_flight.saturating_sub(1);
-        match gate.waiting.pop_front() {
-            Some(next) => self.actions.push_back(next),
-            None if gate.in_flight == 0 => {
-                self.gates.remove(&store);
+        self.open_gate(store);
+    }
+
+    /// Starts what waits for a store, as far as its share goes.
+    pub(super) fn open_gate(&mut self, store: u64) {
+        while let Some(gate) = self.gates.get_mut(&store) {
+            if gate.in_flight >= PER_STORE {
+                return;
             }
-            None => {}
+            let Some((disk, action)) = gate.waiting.pop_front() else {
+                if gate.in_flight == 0 {
+                    self.gates.remove(&store);
+                }
+                return;
+            };
+            gate.in_flight += 1;
+            let addr = match action {
+                // It got its memory before it began to wait.
+                Action::Io { req, mem, .. } => self.address(disk, req, mem).unwrap_or(0),
+                _ => 0,
+            };
+            self.launch(disk, action, addr, true);
         }
     }
 
@@ -285,6 +328,14 @@ impl<K: Kernel> Shard<K> {
             OpKind::Io(op) => self.on_io(op, result),
             OpKind::Sync { disk } => {
                 self.op_gone(disk, true);
+                if result < 0
+                    && let Some(entry) = self.disks.get_mut(disk as usize)
+                    && entry.quarantined
+                    && let Some(d) = &mut entry.disk
+                {
+                    // The kernel says it once: the flush that runs again would succeed.
+                    d.note_flush_failed();
+                }
                 self.deliver(disk, |disk, ctx| disk.on_sync(ctx, -result.min(0)));
             }
             OpKind::Fallocate { disk, group } => {
@@ -357,23 +408,25 @@ impl<K: Kernel> Shard<K> {
 
     /// Tries again what waited for buffers.
     pub(super) fn feed_starved(&mut self) {
+        // Each once, in order: one that still gets none does not stop others with a guaranteed buffer.
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
-            let before = self.starved.len();
             self.carry_out(disk, action);
             self.run_actions();
-            if self.starved.len() > before {
-                // Still none: it went to the back, and has to be first again.
-                if let Some(last) = self.starved.pop_back() {
-                    self.starved.push_front(last);
-                }
-                break;
-            }
         }
         for _ in 0..self.want_buffer.len() {
             if let Some(conn) = self.want_buffer.pop_front() {
                 self.service(conn);
             }
+        }
+        self.fed_at = self.pool.used();
+    }
+
+    pub(super) fn give_bounce(&mut self, disk: u32, bounce: crate::storage::pool::Buf) {
+        self.pool.give(bounce);
+        self.bounces -= 1;
+        if let Some(entry) = self.disks.get_mut(disk as usize) {
+            entry.bounces -= 1;
         }
     }
 
@@ -381,8 +434,7 @@ impl<K: Kernel> Shard<K> {
     fn answer(&mut self, slot: u32, key: ReqKey) {
         let mut request = self.requests.remove(key);
         if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
+            self.give_bounce(slot, bounce);
         }
         let entry = &mut self.disks[slot as usize];
         entry.requests -= 1;
@@ -400,17 +452,20 @@ impl<K: Kernel> Shard<K> {
                 } else {
                     ops.errors.add(1);
                 }
-                ops.service.record(total - queue);
-                ops.queue.record(queue);
-                entry.meter.record(class, queue, total, self.now);
+                // One duration per operation of the client: its first piece stands for a large one.
+                if request.operations > 0 {
+                    ops.service.record(total - queue);
+                    ops.queue.record(queue);
+                    entry.meter.record(class, queue, total, self.now);
+                }
             }
         }
         if let Some(Pending::Remove { flush, .. }) = &mut entry.pending {
             if *flush == Flush::Asked(key) {
-                *flush = Flush::Done;
+                *flush = if request.errno == 0 { Flush::Done } else { Flush::Failed };
             }
             self.unsettled.push(slot);
-        } else if entry.pending.is_some() {
+        } else if entry.pending.is_some() || entry.zombie {
             self.unsettled.push(slot);
         }
         let origin = request.origin.take();
@@ -436,6 +491,6 @@ impl<K: Kernel> Shard<K> {
 fn descriptor(file: &ImageFile, target: Target) -> (i32, bool) {
     match (target, &file.tail) {
         (Target::Tail, Some(tail)) => (tail.as_raw_fd(), true),
-        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None),
+        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None || file.punts || target == Target::Tail),
     }
 }

@@ -38,8 +38,12 @@ impl<K: Kernel> Shard<K> {
                 self.stopping = Some(tag);
                 Ok(None)
             }
-            Command::RemoveDisk { disk, force } => self.slot(disk).and_then(|slot| self.remove(slot, tag, force)),
-            Command::Connect { disk, handoff } => self.slot(disk).and_then(|slot| self.connect(slot, *handoff)),
+            Command::RemoveDisk { disk, force } => {
+                self.slot(disk).and_then(|slot| self.remove(slot, tag, force))
+            }
+            Command::Connect { disk, handoff } => {
+                self.slot(disk).and_then(|slot| self.connect(slot, *handoff))
+            }
             Command::Pause { disk } => self.slot(disk).and_then(|slot| self.pause(slot, tag)),
             Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
             Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_pending(slot)),
@@ -47,7 +51,10 @@ impl<K: Kernel> Shard<K> {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
             Command::Fail { disk } => self.slot(disk).and_then(|slot| {
-                self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Failed, "given up by an operator"));
+                self.check_whole(slot)?;
+                self.with_disk(slot, |disk, ctx| {
+                    disk.fail(ctx, DiskState::Failed, "given up by an operator")
+                });
                 self.unsettled.push(slot);
                 Ok(Some(Reply::Done))
             }),
@@ -61,7 +68,8 @@ impl<K: Kernel> Shard<K> {
             Command::Clients { disk } => self.slot(disk).map(|slot| Some(Reply::Clients(self.clients(slot)))),
             Command::InjectPanic { disk } => self.slot(disk).and_then(|slot| {
                 if !self.fault_commands {
-                    let message = "fault commands are off: start the daemon with --fault-commands (tests only)";
+                    let message =
+                        "fault commands are off: start the daemon with --fault-commands (tests only)";
                     return Err(failure(ShardErrorKind::WrongState, message));
                 }
                 self.with_disk(slot, |disk, _| disk.panic_for_test());
@@ -91,6 +99,9 @@ impl<K: Kernel> Shard<K> {
             disk: Some(Disk::new(config, self.now)),
             conns: Vec::new(),
             ops: 0,
+            bounces: 0,
+            saved: None,
+            share: (0, 0),
             requests: 0,
             meter: Meter::default(),
             pending: None,
@@ -140,20 +151,31 @@ impl<K: Kernel> Shard<K> {
             .collect()
     }
 
+    /// The disk is neither waiting for its operations after a panic nor on its way out.
+    fn check_whole(&self, slot: u32) -> Result<(), ShardError> {
+        let entry = &self.disks[slot as usize];
+        if entry.quarantined || entry.zombie {
+            let message =
+                "the disk waits for kernel operations to come back: try again, or detach it with --force";
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
+        Ok(())
+    }
+
     fn set_pending(&mut self, slot: u32, pending: Pending) -> Result<(), ShardError> {
-        let entry = &mut self.disks[slot as usize];
-        if let Some(pending) = &entry.pending {
+        if let Some(pending) = &self.disks[slot as usize].pending {
             let what = match pending {
                 Pending::Pause { .. } => "being paused",
                 Pending::Park { .. } => "being moved",
                 Pending::Remove { .. } => "being detached",
             };
-            return Err(failure(ShardErrorKind::WrongState, format!("the disk is {what}: wait for that to end")));
+            return Err(failure(
+                ShardErrorKind::WrongState,
+                format!("the disk is {what}: wait for that to end"),
+            ));
         }
-        if entry.quarantined || entry.zombie {
-            return Err(failure(ShardErrorKind::WrongState, "the disk waits for kernel operations to come back"));
-        }
-        entry.pending = Some(pending);
+        self.check_whole(slot)?;
+        self.disks[slot as usize].pending = Some(pending);
         self.unsettled.push(slot);
         Ok(())
     }
@@ -176,6 +198,7 @@ impl<K: Kernel> Shard<K> {
             let message = "the pause was ended by a resume before everything in flight had finished";
             self.reply(tag, Err(failure(ShardErrorKind::Interrupted, message)));
         }
+        self.check_whole(slot)?;
         let mut result = Ok(());
         self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
         result.map(|()| Some(Reply::Done))
@@ -202,6 +225,7 @@ impl<K: Kernel> Shard<K> {
         for conn in self.disks[slot as usize].conns.clone() {
             if let Some(c) = self.conns.get_mut(conn as usize) {
                 c.stopped = true;
+                c.parking = cancel;
             }
             if cancel {
                 self.cancel_conn(conn);
@@ -216,10 +240,18 @@ impl<K: Kernel> Shard<K> {
             Pending::Pause { tag } | Pending::Park { tag } | Pending::Remove { tag, .. } => tag,
         };
         self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
-        self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+        let entry = &mut self.disks[slot as usize];
+        if entry.quarantined {
+            if let Some(saved) = &mut entry.saved {
+                saved.unhold();
+            }
+        } else {
+            self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+        }
         for conn in self.disks[slot as usize].conns.clone() {
             if let Some(c) = self.conns.get_mut(conn as usize) {
                 c.stopped = false;
+                c.parking = false;
                 self.dirty.push(conn);
             }
         }
@@ -245,7 +277,8 @@ impl<K: Kernel> Shard<K> {
                 let (conn, generation) = origins[index];
                 crate::request::Origin { conn, generation, command }
             });
-            let mut new = Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
+            let mut new =
+                Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
             new.operations = request.operations;
             if let Some(bytes) = request.payload {
                 let Some(buf) = self.pool.take(bytes.len(), true) else {
@@ -279,9 +312,11 @@ impl<K: Kernel> Shard<K> {
         if force {
             return self.remove_by_force(slot, tag);
         }
-        let state = self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
+        let state =
+            self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
         match state {
-            Some((DiskState::Running | DiskState::Failed, _)) => {}
+            Some((DiskState::Failed, _)) => {}
+            Some((DiskState::Running, _)) if !self.disks[slot as usize].flush_failed() => {}
             Some((state, reason)) => {
                 let message =
                     format!("the disk is {state:?} ({reason}): resume it first, or detach it with --force");
@@ -300,6 +335,10 @@ impl<K: Kernel> Shard<K> {
             let (Pending::Pause { tag } | Pending::Park { tag } | Pending::Remove { tag, .. }) = pending;
             let message = "the disk was detached by force";
             self.reply(tag, Err(failure(ShardErrorKind::Interrupted, message)));
+        }
+        if let Some(earlier) = self.disks[slot as usize].zombie_tag.take() {
+            let message = "another forced detach came";
+            self.reply(earlier, Err(failure(ShardErrorKind::Interrupted, message)));
         }
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));

@@ -26,10 +26,17 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn settle(&mut self, slot: u32) {
-        let entry = &self.disks[slot as usize];
+        let entry = &mut self.disks[slot as usize];
         if entry.quarantined {
+            if entry.ops > 0
+                && let Some(tag) = entry.zombie_tag.take()
+            {
+                let in_flight = entry.ops;
+                self.reply(tag, Ok(Reply::Zombie { in_flight }));
+            }
             return self.settle_quarantine(slot);
         }
+        let entry = &self.disks[slot as usize];
         if entry.zombie {
             return self.settle_zombie(slot);
         }
@@ -60,17 +67,18 @@ impl<K: Kernel> Shard<K> {
         let Some(disk) = entry.disk.take() else { return };
         let mut disk = disk.rebuilt(self.now);
         let again = entry.panics < 2;
-        let reason = if again {
-            String::new()
+        let saved = entry.saved.take();
+        if entry.zombie {
+            disk.set_state(DiskState::Zombie, "detached by force");
+        } else if let Some(saved) = saved
+            && again
+        {
+            disk.restore_state(saved);
         } else {
-            "the disk's code failed twice: `resume` tries again, `fail` gives the disk up".to_owned()
-        };
-        let state = match (entry.zombie, again) {
-            (true, _) => DiskState::Zombie,
-            (false, true) => DiskState::Running,
-            (false, false) => DiskState::Paused,
-        };
-        disk.set_state(state, &reason);
+            let reason = "the disk's code failed twice: `resume` tries again, `fail` gives the disk up";
+            disk.set_state(DiskState::Paused, reason);
+        }
+        let (state, reason) = (disk.state(), disk.reason().to_owned());
         entry.disk = Some(disk);
         entry.quarantined = false;
         let id = entry.id;
@@ -86,7 +94,11 @@ impl<K: Kernel> Shard<K> {
             let request = &mut self.requests[key];
             request.rewind();
             request.pending = 0;
-            request.throttled = 0;
+            if std::mem::take(&mut request.throttled) != 0
+                && let Some(disk) = &self.disks[slot as usize].disk
+            {
+                disk.config().counters.throttled_now.sub(1);
+            }
             self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
             self.run_actions();
         }
@@ -132,9 +144,15 @@ impl<K: Kernel> Shard<K> {
         self.with_disk(slot, |disk, ctx| keys = disk.take_unstarted(ctx));
         let mut conns = Vec::new();
         for conn in std::mem::take(&mut self.disks[slot as usize].conns) {
-            if let Some(conn) = self.conns.try_remove(conn as usize) {
-                self.counters.clients.sub(1);
-                conns.push(conn.park(&mut self.pool));
+            let Some(mut conn) = self.conns.try_remove(conn as usize) else { continue };
+            self.counters.clients.sub(1);
+            match conn.closing().map(str::to_owned) {
+                None => conns.push(conn.park(&mut self.pool)),
+                Some(reason) => {
+                    conn.release(&mut self.pool);
+                    let disk = self.disks[slot as usize].id;
+                    self.events.send(Event::ClientGone { disk, peer: conn.peer().to_owned(), reason });
+                }
             }
         }
         let requests = keys.into_iter().map(|key| self.park_request(key, &conns)).collect();
@@ -158,8 +176,7 @@ impl<K: Kernel> Shard<K> {
             bytes
         });
         if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
+            self.give_bounce(request.disk, bounce);
         }
         if let Some(entry) = self.disks.get(request.disk as usize)
             && let Some(disk) = &entry.disk
@@ -182,7 +199,7 @@ impl<K: Kernel> Shard<K> {
     fn settle_remove(&mut self, slot: u32, tag: u64, flush: Flush) {
         let entry = &mut self.disks[slot as usize];
         let Some(disk) = &entry.disk else { return };
-        if disk.state() == DiskState::StorageError {
+        if disk.state() == DiskState::StorageError || flush == Flush::Failed {
             let message = format!(
                 "the disk cannot be detached without loss: {}; mend the store and resume, or detach it with --force",
                 disk.reason()
@@ -191,6 +208,7 @@ impl<K: Kernel> Shard<K> {
             for conn in entry.conns.clone() {
                 if let Some(c) = self.conns.get_mut(conn as usize) {
                     c.stopped = false;
+                    c.parking = false;
                     self.dirty.push(conn);
                 }
             }
