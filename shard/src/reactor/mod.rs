@@ -226,7 +226,7 @@ impl<K: Kernel> Shard<K> {
     /// # Errors
     /// Those of io_uring_enter that cannot be met by another try: the ring is broken.
     pub fn turn(&mut self) -> std::io::Result<bool> {
-        let more = !self.ready.is_empty() || !self.retry.is_empty();
+        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty();
         let deadline = self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
         self.kernel.set_timer(deadline);
         self.kernel.enter(!more)?;
