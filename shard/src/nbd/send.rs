@@ -153,10 +153,12 @@ impl Conn {
     fn end_streaming(&mut self, pool: &mut Pool) {
         self.streaming = None;
         self.out.append(&mut self.deferred);
-        // Another ordered reply may have been ready behind this one.
-        let next = self.commands.iter().find(|(_, c)| c.ordered.as_ref().is_some_and(|o| !o.ready.is_empty()));
-        if let Some((key, _)) = next {
-            self.stream(pool, key as u32);
+        // Others may have had their first piece, or their error, ready behind this one.
+        let ordered: Vec<_> = self.commands.iter().filter(|(_, c)| c.ordered.is_some()).map(|(key, _)| key).collect();
+        for key in ordered {
+            if self.streaming.is_none() {
+                self.stream(pool, key as u32);
+            }
         }
     }
 
