@@ -58,6 +58,15 @@ impl Data {
         }
     }
 
+    /// Gives the memory back; returns how many bytes were held.
+    fn discard(self, pool: &mut Pool) -> u64 {
+        let len = self.len() as u64;
+        if let Data::Pool(buf, _) = self {
+            pool.give(buf);
+        }
+        len
+    }
+
     fn address(&self, pool: &Pool) -> usize {
         match self {
             Data::None => 0,
@@ -328,9 +337,7 @@ impl Conn {
     /// Gives all buffers back; the kernel must be done with them.
     pub fn release(&mut self, pool: &mut Pool) {
         let mut give = |data: Data| {
-            if let Data::Pool(buf, _) = data {
-                pool.give(buf);
-            }
+            data.discard(pool);
         };
         for reply in self.out.drain(..).chain(self.deferred.drain(..)).chain(self.sending.drain(..)) {
             give(reply.data);

@@ -122,10 +122,7 @@ impl Conn {
             if errno != 0 {
                 // Nothing was sent: wait for the other pieces, then say the error.
                 for (_, data) in ordered.ready.drain(..) {
-                    if let Data::Pool(buf, len) = data {
-                        self.held = self.held.saturating_sub(u64::from(len));
-                        pool.give(buf);
-                    }
+                    self.held = self.held.saturating_sub(data.discard(pool));
                 }
                 if finished {
                     let command = self.commands.remove(key as usize);
@@ -237,10 +234,7 @@ impl Conn {
                     Err(error) => self.closing = Some(error.to_string()),
                 }
             }
-            if let Data::Pool(buf, len) = reply.data {
-                self.held = self.held.saturating_sub(u64::from(len));
-                pool.give(buf);
-            }
+            self.held = self.held.saturating_sub(reply.data.discard(pool));
         }
         tls.session.swap_output(&mut tls.output);
         if self.send_message.is_small(1) {
@@ -275,10 +269,7 @@ impl Conn {
     fn finish_sending(&mut self, pool: &mut Pool) {
         self.send_message.clear();
         for reply in self.sending.drain(..) {
-            if let Data::Pool(buf, len) = reply.data {
-                self.held = self.held.saturating_sub(u64::from(len));
-                pool.give(buf);
-            }
+            self.held = self.held.saturating_sub(reply.data.discard(pool));
         }
     }
 
