@@ -187,6 +187,8 @@ pub struct Conn {
     pub cancelled: bool,
     /// Takes no more input: being parked or drained.
     pub stopped: bool,
+    /// Starts no more sends: being parked. What is not sent goes along.
+    pub parking: bool,
     /// Why it is to end; `None` while it lives.
     closing: Option<String>,
 }
@@ -262,6 +264,7 @@ impl Conn {
             progress_at: now,
             cancelled: false,
             stopped: false,
+            parking: false,
             closing: None,
         }
     }
@@ -316,11 +319,13 @@ impl Conn {
             && self.out.is_empty()
             && self.deferred.is_empty()
             && self.send_op.is_none()
+            && self.send_message.remaining() == 0
     }
 
     /// Every reply has been sent.
     pub fn is_sent(&self) -> bool {
-        self.out.is_empty() && self.deferred.is_empty() && self.send_op.is_none()
+        let sending = self.send_op.is_some() || self.send_message.remaining() > 0;
+        self.out.is_empty() && self.deferred.is_empty() && !sending
     }
 
     fn rx_done(&mut self) {

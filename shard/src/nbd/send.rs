@@ -182,7 +182,7 @@ impl Conn {
         if self.send_op.is_some() || (self.out.is_empty() && self.send_message.remaining() == 0) {
             return None;
         }
-        if self.closing.is_some() {
+        if self.closing.is_some() || self.parking {
             return None;
         }
         let fd = self.raw_fd();

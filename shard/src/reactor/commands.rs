@@ -197,14 +197,27 @@ impl<K: Kernel> Shard<K> {
         Ok(None)
     }
 
-    /// Stops reading from the connections of a disk; `cancel` also takes back what the kernel is doing for them.
-    pub(super) fn stop_conns(&mut self, slot: u32, cancel: bool) {
+    /// Stops reading from the connections of a disk; with `park` also sending, and takes back what the kernel is doing for
+    /// them.
+    pub(super) fn stop_conns(&mut self, slot: u32, park: bool) {
         for conn in self.disks[slot as usize].conns.clone() {
             if let Some(c) = self.conns.get_mut(conn as usize) {
                 c.stopped = true;
+                c.parking = park;
             }
-            if cancel {
+            if park {
                 self.cancel_conn(conn);
+            }
+        }
+    }
+
+    /// Connections read and send again.
+    pub(super) fn restart_conns(&mut self, slot: u32) {
+        for conn in self.disks[slot as usize].conns.clone() {
+            if let Some(c) = self.conns.get_mut(conn as usize) {
+                c.stopped = false;
+                c.parking = false;
+                self.dirty.push(conn);
             }
         }
     }
@@ -217,12 +230,7 @@ impl<K: Kernel> Shard<K> {
         };
         self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
         self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
-        for conn in self.disks[slot as usize].conns.clone() {
-            if let Some(c) = self.conns.get_mut(conn as usize) {
-                c.stopped = false;
-                self.dirty.push(conn);
-            }
-        }
+        self.restart_conns(slot);
         Ok(Some(Reply::Done))
     }
 

@@ -188,12 +188,7 @@ impl<K: Kernel> Shard<K> {
                 disk.reason()
             );
             entry.pending = None;
-            for conn in entry.conns.clone() {
-                if let Some(c) = self.conns.get_mut(conn as usize) {
-                    c.stopped = false;
-                    self.dirty.push(conn);
-                }
-            }
+            self.restart_conns(slot);
             return self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message }));
         }
         match flush {
