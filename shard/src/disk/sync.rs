@@ -30,7 +30,7 @@ impl Disk {
             return self.finish(ctx, key, 0);
         }
         if self.flush_failed {
-            return self.finish(ctx, key, libc::EIO);
+            return if self.holds_failed() { self.hold_failed(ctx, key) } else { self.finish(ctx, key, libc::EIO) };
         }
         ctx.requests[key].phase = Phase::Sync;
         self.sync.next.push(key);
@@ -43,6 +43,11 @@ impl Disk {
             std::mem::swap(&mut self.sync.running, &mut self.sync.next);
             ctx.out.push(Action::Sync);
         }
+    }
+
+    /// The policy for a request that a failed fdatasync stands in the way of is to hold it.
+    fn holds_failed(&self) -> bool {
+        self.config.on_error == ErrorPolicy::Pause && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
     }
 
     /// fdatasync is done: 0 or an errno.
@@ -61,8 +66,7 @@ impl Disk {
         self.config.counters.flush_failures.add(1);
         self.config.counters.storage_errors.add(1);
         waiters.append(&mut self.sync.next);
-        let hold = self.config.on_error == ErrorPolicy::Pause
-            && !matches!(self.state, DiskState::Failed | DiskState::Zombie);
+        let hold = self.holds_failed();
         let what = nix::errno::Errno::from_raw(errno).desc();
         if !matches!(self.state, DiskState::Failed | DiskState::Zombie) {
             let reason = format!(
