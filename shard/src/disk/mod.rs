@@ -273,6 +273,11 @@ impl Disk {
         if self.state == state {
             return;
         }
+        if self.state == DiskState::Parked {
+            // The move goes on; this is the state to arrive in.
+            self.before_hold = Some((state, reason));
+            return;
+        }
         self.set_state(state, &reason);
         ctx.out.push(Action::State);
     }
@@ -545,6 +550,8 @@ impl Disk {
 
     /// Gives the disk up: what waits is answered with EIO, and so is everything that comes.
     pub fn fail(&mut self, ctx: &mut Ctx<'_>, state: DiskState, reason: &str) {
+        // Nothing to return to, should a move be under way.
+        self.before_hold = None;
         self.set_state(state, reason);
         for direction in 0..2 {
             for key in std::mem::take(&mut self.waiting[direction]) {
@@ -575,7 +582,7 @@ impl Disk {
 
     /// The state before [`Disk::hold`].
     pub fn state_before_hold(&mut self) -> (DiskState, String) {
-        self.before_hold.take().unwrap_or((self.state, String::new()))
+        self.before_hold.take().unwrap_or((self.state, self.reason.clone()))
     }
 
     /// Returns to the state before [`Disk::hold`] or [`Disk::drain`].

@@ -42,7 +42,7 @@ impl<K: Kernel> Shard<K> {
             Command::Connect { disk, handoff } => self.slot(disk).and_then(|slot| self.connect(slot, *handoff)),
             Command::Pause { disk } => self.slot(disk).and_then(|slot| self.pause(slot, tag)),
             Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
-            Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_pending(slot)),
+            Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_park(slot)),
             Command::Resume { disk, data_in_doubt } => {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
@@ -223,11 +223,9 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Returns to service.
-    fn cancel_pending(&mut self, slot: u32) -> Outcome {
-        let Some(pending) = self.disks[slot as usize].pending.take() else { return Ok(Some(Reply::Done)) };
-        let tag = match pending {
-            Pending::Pause { tag } | Pending::Park { tag } | Pending::Remove { tag, .. } => tag,
-        };
+    fn cancel_park(&mut self, slot: u32) -> Outcome {
+        let Some(Pending::Park { tag }) = self.disks[slot as usize].pending else { return Ok(Some(Reply::Done)) };
+        self.disks[slot as usize].pending = None;
         self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
         self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
         self.restart_conns(slot);
@@ -246,6 +244,11 @@ impl<K: Kernel> Shard<K> {
         }
         if parked.state != DiskState::Running || parked.flush_failed {
             let (state, reason, flush_failed) = (parked.state, parked.reason, parked.flush_failed);
+            if state == DiskState::StorageError {
+                // It may have failed on its way, when nobody was told.
+                let disk = self.disks[slot as usize].id;
+                self.events.send(Event::State { disk, state, reason: reason.clone() });
+            }
             self.with_disk(slot, |disk, _| disk.restore(state, &reason, flush_failed));
         }
         for request in parked.requests {
