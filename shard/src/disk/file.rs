@@ -21,6 +21,8 @@ pub(super) struct Edges {
     align: u32,
     /// Where O_DIRECT ends.
     direct_end: u64,
+    /// Bytes of the file when it was opened.
+    length: u64,
     /// Start of each held block, with its holder.
     held: Vec<(u64, ReqKey)>,
     blocked: VecDeque<ReqKey>,
@@ -35,7 +37,8 @@ impl Edges {
             Backend::File(file) => (file.offset_align, u64::MAX),
             Backend::Ram(_) | Backend::Null => (1, u64::MAX),
         };
-        Edges { align: align.max(1), direct_end, held: Vec::new(), blocked: VecDeque::new() }
+        let length = if let Backend::File(file) = backend { file.length } else { u64::MAX };
+        Edges { align: align.max(1), direct_end, length, held: Vec::new(), blocked: VecDeque::new() }
     }
 
     fn split(&self, offset: u64, len: u64) -> raw::Split {
@@ -196,7 +199,9 @@ impl Disk {
             (IoResult::Done, _) => 0,
             (IoResult::Failed(errno), _) => errno,
             // Behind the end of the file there are zeroes.
-            (IoResult::Short(done), Mem::Payload(at)) if target == Target::Tail && request.kind == Kind::Read => {
+            (IoResult::Short(done), Mem::Payload(at))
+                if request.kind == Kind::Read && request.offset + u64::from(at + done) >= self.file.length =>
+            {
                 ctx.out.push(Action::ZeroPayload { req: key, at: at + done, len: len - done });
                 0
             }
