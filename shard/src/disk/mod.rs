@@ -401,7 +401,9 @@ impl Disk {
 
     /// Gives leases of groups back when nothing has run for a while.
     pub fn idle(&mut self) {
-        self.limiter.idle();
+        if self.waiting.iter().all(VecDeque::is_empty) {
+            self.limiter.idle();
+        }
     }
 
     fn start(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
