@@ -32,6 +32,8 @@ pub use park::ParkedConn;
 pub const REQUESTS_MAX: u32 = 128;
 /// Bytes of payload that one connection may hold.
 pub const HELD_MAX: u64 = 4 << 20;
+/// Replies that wait to be sent while requests are still read.
+const REPLIES_MAX: usize = 2 * REQUESTS_MAX as usize;
 /// Requests and bytes that one connection may start in one turn.
 const TURN_REQUESTS: u32 = 64;
 const TURN_BYTES: u64 = 1 << 20;

@@ -125,7 +125,9 @@ impl Conn {
         if self.buffered() < self.agreed.header_bytes() {
             return Some(Stop::Input);
         }
-        if !self.has_room(0) {
+        // Refusals and hints are answered without a request: who does not take these replies is not read further either.
+        let replies = self.out.len() + self.deferred.len();
+        if !self.has_room(0) || replies >= REPLIES_MAX {
             return Some(Stop::Room);
         }
         let decoded = self.agreed.decode(&self.input[self.input_start..self.input_end]);
