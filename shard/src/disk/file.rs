@@ -188,7 +188,6 @@ impl Disk {
         &mut self,
         ctx: &mut Ctx<'_>,
         key: ReqKey,
-        target: Target,
         mem: Mem,
         len: u32,
         result: IoResult,

@@ -114,13 +114,13 @@ impl<K: Kernel> Shard<K> {
                 if !write && let Some(payload) = &self.requests[req].payload {
                     self.pool.bytes_mut(payload)[..len as usize].fill(0);
                 }
-                return self.io_done(disk, req, target, mem, len, IoResult::Done);
+                return self.io_done(disk, req, mem, len, IoResult::Done);
             }
         };
         if gated && !self.enter_gate(disk, &action) {
             return;
         }
-        let op = IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+        let op = IoOp { disk, req, write, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
         self.disks[disk as usize].ops += 1;
         self.push_io(op);
     }
@@ -187,7 +187,7 @@ impl<K: Kernel> Shard<K> {
             RamOutcome::NoSpace => IoResult::Failed(libc::ENOSPC),
             RamOutcome::Failed(errno) => IoResult::Failed(errno),
         };
-        self.io_done(disk, req, target, mem, len, result);
+        self.io_done(disk, req, mem, len, result);
     }
 
     /// Discards, zeroes or lists a range of a disk in memory.
@@ -335,11 +335,11 @@ impl<K: Kernel> Shard<K> {
             errno => IoResult::Failed(-errno),
         };
         self.op_gone(op.disk, op.gated);
-        self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.target, op.mem, op.len, outcome));
+        self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.mem, op.len, outcome));
     }
 
-    fn io_done(&mut self, disk: u32, req: ReqKey, target: Target, mem: Mem, len: u32, result: IoResult) {
-        self.with_disk(disk, |disk, ctx| disk.on_io(ctx, req, target, mem, len, result));
+    fn io_done(&mut self, disk: u32, req: ReqKey, mem: Mem, len: u32, result: IoResult) {
+        self.with_disk(disk, |disk, ctx| disk.on_io(ctx, req, mem, len, result));
     }
 
     /// Results of side threads.
