@@ -296,9 +296,11 @@ impl Conn {
         self.slot
     }
 
-    /// Bytes of payload at the disk or on their way to the client.
-    pub fn held(&self) -> u64 {
-        self.held
+    /// Whether a piece of a read may have a buffer although the budget is spent: when the connection has no other, or when the
+    /// piece is the next one of a reply that has to be sent in order, behind which all others wait.
+    pub fn may_always_have(&self, command: u32, offset: u64, len: u64) -> bool {
+        let is_next = |command: &Command| command.ordered.as_ref().is_some_and(|ordered| ordered.next == offset);
+        self.held <= len || self.commands.get(command as usize).is_some_and(is_next)
     }
 
     /// Ends the connection when the kernel has let go of its memory.

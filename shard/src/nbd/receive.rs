@@ -221,11 +221,13 @@ impl Conn {
     }
 
     fn read_piece(&mut self, ctx: &mut ConnCtx<'_>, command: u32, next: u64) -> Option<Stop> {
-        let request = self.commands[command as usize].request;
+        let Command { request, left, .. } = self.commands[command as usize];
         let end = request.offset + request.length;
         let stop = Self::piece_end(next, end);
         let len = stop - next;
-        if !self.has_room(len) {
+        // Replies that wait behind this one must not keep it from going on.
+        let first = self.streaming == Some(command) && left == 0;
+        if !first && !self.has_room(len) {
             return Some(Stop::Room);
         }
         self.held += len;

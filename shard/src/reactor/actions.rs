@@ -15,8 +15,10 @@ use crate::storage::uring::IOWQ_WORKERS;
 /// Punted operations of one backing store that may be out: a quarter of the kernel's workers, so that a store that never
 /// answers leaves most of them to its neighbours.
 const PER_STORE: u32 = IOWQ_WORKERS[0] / 4;
-/// Bounce buffers of a shard; who comes later waits.
+/// Bounce buffers of a shard; who comes later waits. Every disk may have one beyond.
 const BOUNCES_MAX: u32 = 64;
+/// Bounce buffers of one disk: a store that never answers must leave the others theirs.
+const BOUNCES_PER_DISK: u32 = BOUNCES_MAX / 4;
 /// Tries of an operation that the kernel interrupted.
 const TRIES_MAX: u8 = 16;
 
@@ -56,11 +58,7 @@ impl<K: Kernel> Shard<K> {
             }
             Action::Memory { req } => self.memory(disk, req),
             Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
-                let request = &mut self.requests[req];
-                if request.payload.is_none() {
-                    // A read that needed only its bounce buffer so far. It holds one already, so it may go beyond the budget.
-                    request.payload = self.pool.take(request.len as usize, true);
-                }
+                let request = &self.requests[req];
                 if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
                     let (payload_at, bounce_at, len) = (payload_at as usize, bounce_at as usize, len as usize);
                     if to_bounce {
@@ -68,8 +66,6 @@ impl<K: Kernel> Shard<K> {
                     } else {
                         self.pool.copy(bounce, bounce_at, payload, payload_at, len);
                     }
-                } else {
-                    request.errno = libc::ENOMEM;
                 }
             }
             Action::ZeroBounce { req, at, len } => {
@@ -99,7 +95,7 @@ impl<K: Kernel> Shard<K> {
     /// Finds memory for an I/O and starts it.
     fn start_io(&mut self, disk: u32, action: Action) {
         let Action::Io { req, write, target, offset, len, mem } = action else { return };
-        let Some(addr) = self.address(req, mem) else {
+        let Some(addr) = self.address(disk, req, mem) else {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((disk, action));
             return;
@@ -126,31 +122,45 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
-    fn address(&mut self, req: ReqKey, mem: Mem) -> Option<usize> {
+    fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
         let request = &mut self.requests[req];
+        // The bytes of a read arrive in its payload in the end, also those that are bounced.
+        let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
+        if needs_payload && request.payload.is_none() {
+            let (len, offset) = (request.len, request.offset);
+            let guaranteed = request
+                .origin
+                .and_then(|origin| Some((self.conns.get(origin.conn as usize)?, origin.command)))
+                .is_none_or(|(conn, command)| conn.may_always_have(command, offset, len));
+            request.payload = Some(self.pool.take(len as usize, guaranteed)?);
+        }
         match mem {
             Mem::Zeroes => Some(self.pool.zeroes()),
-            Mem::Payload(at) => {
-                if request.payload.is_none() {
-                    let len = request.len;
-                    let guaranteed = request
-                        .origin
-                        .and_then(|origin| self.conns.get(origin.conn as usize))
-                        .is_none_or(|conn| conn.held() <= len);
-                    request.payload = Some(self.pool.take(len as usize, guaranteed)?);
-                }
-                request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize)
-            }
+            Mem::Payload(at) => request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize),
             Mem::Bounce { at, size } => {
                 if request.bounce.is_none() {
                     // Beyond the budget, or payloads that wait for a bounce buffer could fill it; bounded on its own.
-                    if self.bounces >= BOUNCES_MAX {
+                    let entry = &mut self.disks[disk as usize];
+                    let full = self.bounces >= BOUNCES_MAX || entry.bounces >= BOUNCES_PER_DISK;
+                    if full && entry.bounces > 0 {
                         return None;
                     }
                     request.bounce = Some(self.pool.take(size as usize, true)?);
                     self.bounces += 1;
+                    entry.bounces += 1;
                 }
                 request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
+            }
+        }
+    }
+
+    /// Gives the bounce buffer of a request back, if it has one.
+    pub(super) fn free_bounce(&mut self, disk: u32, request: &mut Request) {
+        if let Some(bounce) = request.bounce.take() {
+            self.pool.give(bounce);
+            self.bounces -= 1;
+            if let Some(entry) = self.disks.get_mut(disk as usize) {
+                entry.bounces -= 1;
             }
         }
     }
@@ -357,19 +367,24 @@ impl<K: Kernel> Shard<K> {
 
     /// Tries again what waited for buffers.
     pub(super) fn feed_starved(&mut self) {
+        // Each is tried once, and goes to the back in the same order if there is still none. A disk that has to wait does not
+        // stop the others; its own later actions are not tried before its first.
+        let mut waiting = std::mem::take(&mut self.starving);
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
+            if waiting.contains(&disk) {
+                self.starved.push_back((disk, action));
+                continue;
+            }
             let before = self.starved.len();
             self.carry_out(disk, action);
             self.run_actions();
             if self.starved.len() > before {
-                // Still none: it went to the back, and has to be first again.
-                if let Some(last) = self.starved.pop_back() {
-                    self.starved.push_front(last);
-                }
-                break;
+                waiting.push(disk);
             }
         }
+        waiting.clear();
+        self.starving = waiting;
         for _ in 0..self.want_buffer.len() {
             if let Some(conn) = self.want_buffer.pop_front() {
                 self.service(conn);
@@ -380,10 +395,7 @@ impl<K: Kernel> Shard<K> {
     /// Answers a request: the one place where requests end.
     fn answer(&mut self, slot: u32, key: ReqKey) {
         let mut request = self.requests.remove(key);
-        if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
-        }
+        self.free_bounce(slot, &mut request);
         let entry = &mut self.disks[slot as usize];
         entry.requests -= 1;
         if let Some(disk) = &entry.disk {

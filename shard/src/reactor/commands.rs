@@ -92,6 +92,7 @@ impl<K: Kernel> Shard<K> {
             conns: Vec::new(),
             ops: 0,
             requests: 0,
+            bounces: 0,
             meter: Meter::default(),
             pending: None,
             timer: None,

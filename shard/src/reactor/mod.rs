@@ -95,6 +95,8 @@ struct Entry {
     ops: u32,
     /// Requests in the slab.
     requests: u32,
+    /// Bounce buffers in use.
+    bounces: u32,
     meter: Meter,
     pending: Option<Pending>,
     /// When the timer heap has an entry for it.
@@ -139,6 +141,8 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
+    /// Disks whose actions have to go on waiting for a buffer; empty between turns.
+    starving: Vec<u32>,
     /// Bounce buffers in use.
     bounces: u32,
     /// Actions of RAM disks that met another shard: tried again in the next turn.
@@ -195,6 +199,7 @@ impl<K: Kernel> Shard<K> {
             dirty: Vec::new(),
             want_buffer: VecDeque::new(),
             starved: VecDeque::new(),
+            starving: Vec::new(),
             bounces: 0,
             retry: Vec::new(),
             gates: HashMap::new(),

@@ -157,10 +157,8 @@ impl<K: Kernel> Shard<K> {
             self.pool.give(buf);
             bytes
         });
-        if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
-        }
+        let slot = request.disk;
+        self.free_bounce(slot, &mut request);
         if let Some(entry) = self.disks.get(request.disk as usize)
             && let Some(disk) = &entry.disk
         {
