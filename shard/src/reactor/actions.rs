@@ -44,9 +44,14 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn carry_out(&mut self, disk: u32, action: Action) {
-        if self.disks.get(disk as usize).is_none_or(|entry| entry.disk.is_none()) {
-            return;
+        let Some(entry) = self.disks.get(disk as usize).filter(|entry| entry.disk.is_some()) else { return };
+        if entry.zombie {
+            return self.carry_out_for_zombie(disk, action);
         }
+        self.carry_out_for_disk(disk, action);
+    }
+
+    fn carry_out_for_disk(&mut self, disk: u32, action: Action) {
         match action {
             Action::Io { .. } => self.start_io(disk, action),
             Action::Sync | Action::Fallocate { .. } => self.start_gated(disk, action),
@@ -90,6 +95,40 @@ impl<K: Kernel> Shard<K> {
                 }
             }
         }
+    }
+
+    /// A disk that was detached by force: nothing new goes to the kernel.
+    fn carry_out_for_zombie(&mut self, disk: u32, action: Action) {
+        const GONE: i32 = libc::EIO;
+        match action {
+            Action::Io { req, mem, len, .. } => self.io_done(disk, req, mem, len, IoResult::Failed(GONE)),
+            Action::Sync => self.with_disk(disk, |disk, ctx| disk.on_sync(ctx, GONE)),
+            Action::Fallocate { group, .. } | Action::Side { target: SideTarget::Group(group), .. } => {
+                self.with_disk(disk, |disk, ctx| disk.on_space(ctx, group, GONE));
+            }
+            Action::Memory { req } | Action::Side { target: SideTarget::Request(req), .. } => {
+                self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, Err(GONE)));
+            }
+            _ => self.carry_out_for_disk(disk, action),
+        }
+    }
+
+    /// Actions of a disk that wait for buffers, kernel workers or the next turn go on at once, to be refused.
+    pub(super) fn unqueue(&mut self, slot: u32) {
+        let mut queued = Vec::new();
+        let mut take = |disk: u32, action: Action| {
+            let ours = disk == slot;
+            if ours {
+                queued.push((disk, action));
+            }
+            !ours
+        };
+        self.starved.retain(|&(disk, action)| take(disk, action));
+        self.retry.retain(|&(disk, action)| take(disk, action));
+        for gate in self.gates.values_mut() {
+            gate.waiting.retain(|&(disk, action)| take(disk, action));
+        }
+        self.actions.extend(queued);
     }
 
     /// Finds memory for an I/O and starts it.

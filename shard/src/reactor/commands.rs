@@ -315,6 +315,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+        self.unqueue(slot);
         self.run_actions();
         for conn in self.disks[slot as usize].conns.clone() {
             if let Some(c) = self.conns.get_mut(conn as usize) {
@@ -322,7 +323,9 @@ impl<K: Kernel> Shard<K> {
                 self.dirty.push(conn);
             }
         }
-        self.disks[slot as usize].zombie_tag = Some(tag);
+        if let Some(earlier) = self.disks[slot as usize].zombie_tag.replace(tag) {
+            self.reply(earlier, Err(failure(ShardErrorKind::Interrupted, "the disk was detached by force again")));
+        }
         self.unsettled.push(slot);
         Ok(None)
     }

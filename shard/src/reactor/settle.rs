@@ -55,7 +55,7 @@ impl<K: Kernel> Shard<K> {
     fn settle_quarantine(&mut self, slot: u32) {
         let entry = &mut self.disks[slot as usize];
         if entry.ops > 0 {
-            return;
+            return self.tell_zombie(slot);
         }
         let Some(disk) = entry.disk.take() else { return };
         let mut disk = disk.rebuilt(self.now);
@@ -97,20 +97,25 @@ impl<K: Kernel> Shard<K> {
         let entry = &mut self.disks[slot as usize];
         let gone = entry.ops == 0 && entry.requests == 0 && entry.conns.is_empty();
         if !gone {
-            // Told once; the connections go within this turn or the next.
-            if entry.ops > 0
-                && let Some(tag) = entry.zombie_tag.take()
-            {
-                let in_flight = entry.ops;
-                self.reply(tag, Ok(Reply::Zombie { in_flight }));
-            }
-            return;
+            // The connections go within this turn or the next.
+            return self.tell_zombie(slot);
         }
         let tag = entry.zombie_tag.take();
         let Some(config) = self.take_disk(slot) else { return };
         match tag {
             Some(tag) => self.reply(tag, Ok(Reply::Removed(config))),
             None => self.events.send(Event::ZombieGone { config }),
+        }
+    }
+
+    /// Answers a forced detach, once, if the kernel still works for the disk.
+    fn tell_zombie(&mut self, slot: u32) {
+        let entry = &mut self.disks[slot as usize];
+        let in_flight = entry.ops;
+        if in_flight > 0
+            && let Some(tag) = entry.zombie_tag.take()
+        {
+            self.reply(tag, Ok(Reply::Zombie { in_flight }));
         }
     }
 
