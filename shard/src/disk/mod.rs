@@ -229,11 +229,13 @@ impl Disk {
         self.config
     }
 
-    /// A new disk with the same configuration and limits, and no request: after a panic. The failed-flush mark survives.
+    /// A new disk with the same configuration and limits, and no request: after a panic. The failed-flush mark survives, and
+    /// so does the state to return to from a move or a detach.
     pub fn rebuilt(self, now: Nanos) -> Disk {
-        let flush_failed = self.flush_failed;
+        let (flush_failed, before_hold) = (self.flush_failed, self.before_hold);
         let mut disk = Disk::new(self.config, now);
         disk.flush_failed = flush_failed;
+        disk.before_hold = before_hold;
         disk
     }
 

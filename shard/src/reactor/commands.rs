@@ -98,6 +98,7 @@ impl<K: Kernel> Shard<K> {
             timer: None,
             panics: 0,
             quarantined: false,
+            before_quarantine: (DiskState::Running, String::new()),
             zombie: false,
             zombie_tag: None,
             store,

@@ -104,6 +104,8 @@ struct Entry {
     panics: u32,
     /// Waits for its operations to come back after a panic.
     quarantined: bool,
+    /// State and reason before that.
+    before_quarantine: (DiskState, String),
     /// Detached by force.
     zombie: bool,
     /// The command that forced it, until it is answered.
@@ -361,6 +363,9 @@ impl<K: Kernel> Shard<K> {
         let reason = format!("the disk's code failed ({message}); please report it");
         if let Some(disk) = &mut entry.disk {
             disk.config().counters.quarantines.add(1);
+            if disk.state() != DiskState::Quarantined {
+                entry.before_quarantine = (disk.state(), disk.reason().to_owned());
+            }
             if !entry.zombie {
                 disk.set_state(DiskState::Quarantined, &reason);
             }

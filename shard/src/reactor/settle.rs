@@ -58,22 +58,24 @@ impl<K: Kernel> Shard<K> {
             return self.tell_zombie(slot);
         }
         let Some(disk) = entry.disk.take() else { return };
+        let (now, before) = ((disk.state(), disk.reason().to_owned()), entry.before_quarantine.clone());
         let mut disk = disk.rebuilt(self.now);
-        let again = entry.panics < 2;
-        let reason = if again {
-            String::new()
-        } else {
-            "the disk's code failed twice: `resume` tries again, `fail` gives the disk up".to_owned()
-        };
-        let state = match (entry.zombie, again) {
-            (true, _) => DiskState::Zombie,
-            (false, true) => DiskState::Running,
-            (false, false) => DiskState::Paused,
+        let (state, reason) = match now.0 {
+            // A command that came meanwhile.
+            DiskState::Failed | DiskState::Zombie => now,
+            _ if entry.panics < 2 || before.0 == DiskState::Failed => before,
+            _ => {
+                let reason = "the disk's code failed twice: `resume` tries again, `fail` gives the disk up";
+                (DiskState::Paused, reason.to_owned())
+            }
         };
         disk.set_state(state, &reason);
         entry.disk = Some(disk);
         entry.quarantined = false;
         let id = entry.id;
+        if state == DiskState::Paused {
+            self.end_pending(slot, "the disk's code failed twice, it is paused now");
+        }
         self.events.send(Event::State { disk: id, state, reason });
         let mut keys: Vec<_> = self
             .requests
@@ -86,11 +88,27 @@ impl<K: Kernel> Shard<K> {
             let request = &mut self.requests[key];
             request.rewind();
             request.pending = 0;
-            request.throttled = 0;
+            if std::mem::take(&mut request.throttled) != 0
+                && let Some(disk) = &self.disks[slot as usize].disk
+            {
+                disk.config().counters.throttled_now.sub(1);
+            }
             self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
             self.run_actions();
         }
         self.unsettled.push(slot);
+    }
+
+    /// Ends a move or detach that cannot go on.
+    fn end_pending(&mut self, slot: u32, why: &str) {
+        let entry = &mut self.disks[slot as usize];
+        let (Some(Pending::Park { tag }) | Some(Pending::Remove { tag, .. })) = entry.pending else { return };
+        entry.pending = None;
+        if let Some(disk) = &mut entry.disk {
+            disk.state_before_hold();
+        }
+        self.restart_conns(slot);
+        self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message: why.to_owned() }));
     }
 
     fn settle_zombie(&mut self, slot: u32) {
