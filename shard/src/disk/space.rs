@@ -20,7 +20,7 @@ pub(super) struct Space {
     in_flight: u32,
     waiting: VecDeque<(ReqKey, Call)>,
     /// Requests that one kernel operation serves.
-    groups: slab::Slab<Vec<ReqKey>>,
+    groups: slab::Slab<(Call, Vec<ReqKey>)>,
     no_punch: bool,
     no_zero_range: bool,
     no_discard: bool,
@@ -125,7 +125,7 @@ impl Disk {
                     !joins
                 });
             }
-            let group = self.space.groups.insert(members) as u32;
+            let group = self.space.groups.insert((call, members)) as u32;
             self.space.in_flight += 1;
             let (offset, len) = (start, end - start);
             ctx.out.push(match call {
@@ -141,27 +141,20 @@ impl Disk {
     /// An [`Action::Fallocate`] or device discard is done: 0 or an errno.
     pub fn on_space(&mut self, ctx: &mut Ctx<'_>, group: u32, errno: i32) {
         self.space.in_flight -= 1;
-        let members = self.space.groups.remove(group as usize);
+        let (call, members) = self.space.groups.remove(group as usize);
         let unsupported = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY);
+        match call {
+            Call::Fallocate(PUNCH) => self.space.no_punch |= unsupported,
+            Call::Fallocate(_) => self.space.no_zero_range |= unsupported,
+            Call::DiscardDevice => self.space.no_discard |= unsupported,
+        }
         for key in members {
             let kind = ctx.requests[key].kind;
             match (errno, kind) {
                 (0, _) => self.data_done(ctx, key),
-                (_, Kind::Discard { .. }) if unsupported => {
-                    match self.config.backend {
-                        Backend::File(ref file) if file.kind == FileKind::Regular => self.space.no_punch = true,
-                        _ => self.space.no_discard = true,
-                    }
-                    self.finish(ctx, key, 0);
-                }
-                (_, Kind::WriteZeroes { no_hole, .. }) if unsupported => {
-                    if no_hole || self.space.no_punch {
-                        self.space.no_zero_range = true;
-                    }
-                    self.space.no_punch |= !no_hole;
-                    // The next way down: zero range, then writing.
-                    self.start_space(ctx, key);
-                }
+                (_, Kind::Discard { .. }) if unsupported => self.finish(ctx, key, 0),
+                // The next way down: zero range, then writing.
+                (_, Kind::WriteZeroes { .. }) if unsupported => self.start_space(ctx, key),
                 _ => self.failed_io(ctx, key, errno),
             }
         }
