@@ -19,6 +19,8 @@ use crate::request::{Kind, PIECE, Phase, ReqKey, Request};
 pub(super) struct Edges {
     /// Block size; 1 when every offset will do.
     align: u32,
+    /// Alignment of memory.
+    memory_align: u32,
     /// Where O_DIRECT ends.
     direct_end: u64,
     /// Bytes of the file when it was opened.
@@ -37,8 +39,9 @@ impl Edges {
             Backend::File(file) => (file.offset_align, u64::MAX),
             Backend::Ram(_) | Backend::Null => (1, u64::MAX),
         };
+        let memory_align = if let Backend::File(file) = backend { file.memory_align.max(1) } else { 1 };
         let length = if let Backend::File(file) = backend { file.length } else { u64::MAX };
-        Edges { align: align.max(1), direct_end, length, held: Vec::new(), blocked: VecDeque::new() }
+        Edges { align: align.max(1), memory_align, direct_end, length, held: Vec::new(), blocked: VecDeque::new() }
     }
 
     fn split(&self, offset: u64, len: u64) -> raw::Split {
@@ -122,9 +125,15 @@ impl Disk {
     pub(super) fn read_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, cover: &Cover) {
         ctx.requests[key].phase = Phase::EdgeRead;
         let size = (cover.end - cover.start) as u32;
+        self.file.held.extend(edges(cover).map(|block| (block, key)));
+        // Memory may have to be aligned more strictly than blocks are large: then the whole range is read.
+        let place = |block: u64| (block - cover.start) as u32;
+        if !edges(cover).all(|block| place(block).is_multiple_of(self.file.memory_align)) {
+            let mem = Mem::Bounce { at: 0, size };
+            return self.push_io(ctx, key, false, Target::Direct, cover.start, size, mem);
+        }
         for block in edges(cover) {
-            self.file.held.push((block, key));
-            let mem = Mem::Bounce { at: (block - cover.start) as u32, size };
+            let mem = Mem::Bounce { at: place(block), size };
             self.push_io(ctx, key, false, Target::Direct, block, self.file.align, mem);
         }
     }
