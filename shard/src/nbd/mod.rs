@@ -189,7 +189,7 @@ pub struct Conn {
     pub cancelled: bool,
     /// Takes no more input: being parked or drained.
     pub stopped: bool,
-    /// Starts no more sends: being parked. What is not sent goes along.
+    /// Starts no more sends: about to be parked. What is not sent goes along.
     pub parking: bool,
     /// Why it is to end; `None` while it lives.
     closing: Option<String>,

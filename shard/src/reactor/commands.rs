@@ -195,20 +195,15 @@ impl<K: Kernel> Shard<K> {
             return Err(failure(ShardErrorKind::WrongState, message));
         }
         self.with_disk(slot, |disk, _| disk.hold());
-        self.stop_conns(slot, true);
+        self.stop_conns(slot);
         Ok(None)
     }
 
-    /// Stops reading from the connections of a disk; with `park` also sending, and takes back what the kernel is doing for
-    /// them.
-    pub(super) fn stop_conns(&mut self, slot: u32, park: bool) {
-        for conn in self.disks[slot as usize].conns.clone() {
-            if let Some(c) = self.conns.get_mut(conn as usize) {
-                c.stopped = true;
-                c.parking = park;
-            }
-            if park {
-                self.cancel_conn(conn);
+    /// Stops reading from the connections of a disk.
+    fn stop_conns(&mut self, slot: u32) {
+        for &conn in &self.disks[slot as usize].conns {
+            if let Some(conn) = self.conns.get_mut(conn as usize) {
+                conn.stopped = true;
             }
         }
     }
@@ -304,7 +299,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.set_pending(slot, Pending::Remove { tag, flush: Flush::NotYet })?;
         self.with_disk(slot, |disk, _| disk.drain());
-        self.stop_conns(slot, false);
+        self.stop_conns(slot);
         Ok(None)
     }
 

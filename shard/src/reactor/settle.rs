@@ -145,9 +145,16 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn settle_park(&mut self, slot: u32, tag: u64) {
-        let entry = &self.disks[slot as usize];
-        let all_still =
-            entry.conns.iter().all(|&conn| self.conns.get(conn as usize).is_none_or(|conn| conn.can_park()));
+        // Replies are sent until the last request has its answer, or their buffers might be what it waits for. Now that nothing
+        // runs, what the kernel does for the connections is taken back.
+        let mut all_still = true;
+        for conn in self.disks[slot as usize].conns.clone() {
+            let Some(c) = self.conns.get_mut(conn as usize) else { continue };
+            all_still &= c.can_park();
+            if !std::mem::replace(&mut c.parking, true) {
+                self.cancel_conn(conn);
+            }
+        }
         if !all_still {
             return;
         }
