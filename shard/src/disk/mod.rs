@@ -125,11 +125,6 @@ pub enum Action {
         /// For this request.
         req: ReqKey,
     },
-    /// The request does not need its bounce buffer any more.
-    DropBounce {
-        /// Which.
-        req: ReqKey,
-    },
     /// The request is done; its `errno` says how.
     Answer {
         /// Which.
@@ -171,25 +166,6 @@ pub struct Ctx<'a> {
     pub out: &'a mut Vec<Action>,
 }
 
-/// The state of a disk over a quarantine.
-#[derive(Debug)]
-pub struct SavedState {
-    state: DiskState,
-    reason: String,
-    holding: bool,
-    before_hold: Option<(DiskState, String)>,
-}
-
-impl SavedState {
-    /// Takes a move or detach back.
-    pub fn unhold(&mut self) {
-        if let Some((state, reason)) = self.before_hold.take() {
-            self.state = state;
-            self.reason = reason;
-        }
-    }
-}
-
 /// A disk of this shard.
 #[derive(Debug)]
 pub struct Disk {
@@ -206,10 +182,6 @@ pub struct Disk {
     /// Requests that failed and wait for `resume` or `fail`.
     failed: Vec<ReqKey>,
     started: u32,
-    /// In `StorageError`: nothing is started. False when the policy is to report and go on.
-    holding: bool,
-    /// `pump` is at work.
-    pumping: bool,
     /// State and reason to return to when a move or a detach is taken back.
     before_hold: Option<(DiskState, String)>,
     /// An fdatasync failed: no flush succeeds until an operator says `resume --data-in-doubt`.
@@ -239,8 +211,6 @@ impl Disk {
             held: VecDeque::new(),
             failed: Vec::new(),
             started: 0,
-            holding: false,
-            pumping: false,
             before_hold: None,
             flush_failed: false,
             file,
@@ -259,11 +229,13 @@ impl Disk {
         self.config
     }
 
-    /// A new disk with the same configuration and limits, and no request: after a panic. The failed-flush mark survives.
+    /// A new disk with the same configuration and limits, and no request: after a panic. The failed-flush mark survives, and
+    /// so does the state to return to from a move or a detach.
     pub fn rebuilt(self, now: Nanos) -> Disk {
-        let flush_failed = self.flush_failed;
+        let (flush_failed, before_hold) = (self.flush_failed, self.before_hold);
         let mut disk = Disk::new(self.config, now);
         disk.flush_failed = flush_failed;
+        disk.before_hold = before_hold;
         disk
     }
 
@@ -299,21 +271,17 @@ impl Disk {
         self.config.counters.state.set(state as u64);
     }
 
-    /// The store failed. A move or detach that is under way must not return to a better state.
-    fn enter_storage_error(&mut self, ctx: &mut Ctx<'_>, reason: String, hold: bool) {
-        self.config.counters.storage_errors.add(1);
-        self.before_hold = None;
-        let again = self.state == DiskState::StorageError && self.holding == hold;
-        self.holding = hold || (self.state == DiskState::StorageError && self.holding);
-        if !again {
-            self.set_state(DiskState::StorageError, &reason);
-            ctx.out.push(Action::State);
+    fn enter_state(&mut self, ctx: &mut Ctx<'_>, state: DiskState, reason: String) {
+        if self.state == state {
+            return;
         }
-    }
-
-    /// Requests may be held back by the error policy.
-    fn can_hold(&self) -> bool {
-        !matches!(self.state, DiskState::Failed | DiskState::Zombie)
+        if self.state == DiskState::Parked {
+            // The move goes on; this is the state to arrive in.
+            self.before_hold = Some((state, reason));
+            return;
+        }
+        self.set_state(state, &reason);
+        ctx.out.push(Action::State);
     }
 
     /// New requests are started.
@@ -321,7 +289,7 @@ impl Disk {
         match self.state {
             DiskState::Running | DiskState::Draining => true,
             // With the policy `report` reads and writes go on; only flushes fail.
-            DiskState::StorageError => !self.holding,
+            DiskState::StorageError => self.config.on_error == ErrorPolicy::Report,
             _ => false,
         }
     }
@@ -370,7 +338,6 @@ impl Disk {
         let request = &ctx.requests[key];
         let bytes = match request.kind {
             Kind::Read | Kind::Write { .. } => request.len,
-            kind if self.fills(kind, request.offset, request.len) => request.len,
             _ => crate::limits::erase_cost_bytes(request.len),
         };
         match self.limiter.admit(ctx.now, direction, request.operations, bytes) {
@@ -436,7 +403,7 @@ impl Disk {
 
     /// Gives leases of groups back when nothing has run for a while.
     pub fn idle(&mut self) {
-        if self.started == 0 && self.waiting.iter().all(VecDeque::is_empty) {
+        if self.waiting.iter().all(VecDeque::is_empty) {
             self.limiter.idle();
         }
     }
@@ -446,11 +413,8 @@ impl Disk {
         let request = &mut ctx.requests[key];
         request.started = ctx.now;
         let kind = request.kind;
-        if !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
-            if self.config.read_only {
-                return self.finish(ctx, key, libc::EPERM);
-            }
-            self.note_change(key);
+        if self.config.read_only && !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
+            return self.finish(ctx, key, libc::EPERM);
         }
         let is_file = matches!(self.config.backend, Backend::File(_));
         match kind {
@@ -497,17 +461,14 @@ impl Disk {
 
     /// Starts what waited for others to finish.
     fn pump(&mut self, ctx: &mut Ctx<'_>) {
-        // What is started may end at once and come here again: the outer loop goes on, the stack does not grow.
-        if !self.serves() || self.pumping {
+        if !self.serves() {
             return;
         }
-        self.pumping = true;
         while self.started < STARTED_MAX
             && let Some(key) = self.held.pop_front()
         {
             self.admit(ctx, key);
         }
-        self.pumping = false;
         if self.wake_at.is_none() && self.waiting.iter().any(|queue| !queue.is_empty()) {
             // They were stopped by STARTED_MAX, not by a limit.
             self.wake_at = Some(ctx.now);
@@ -518,7 +479,7 @@ impl Disk {
     fn failed_io(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, errno: i32) {
         let no_space = matches!(errno, libc::ENOSPC | libc::EDQUOT);
         let policy = if no_space { self.config.on_enospc } else { self.config.on_error };
-        if policy == ErrorPolicy::Report || !self.can_hold() {
+        if policy == ErrorPolicy::Report || matches!(self.state, DiskState::Failed | DiskState::Zombie) {
             return self.finish(ctx, key, errno);
         }
         let request = &ctx.requests[key];
@@ -530,12 +491,12 @@ impl Disk {
             request.offset,
         );
         self.hold_failed(ctx, key);
-        self.enter_storage_error(ctx, reason, true);
+        self.config.counters.storage_errors.add(1);
+        self.enter_state(ctx, DiskState::StorageError, reason);
     }
 
     fn hold_failed(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         self.release_edges(ctx, key);
-        ctx.out.push(Action::DropBounce { req: key });
         ctx.requests[key].rewind();
         self.started -= 1;
         self.failed.push(key);
@@ -544,9 +505,7 @@ impl Disk {
     /// Stops starting requests.
     pub fn pause(&mut self) -> Result<(), ShardError> {
         match self.state {
-            DiskState::Running | DiskState::Pausing => {
-                self.set_state(DiskState::Pausing, "pause was asked for")
-            }
+            DiskState::Running | DiskState::Pausing => self.set_state(DiskState::Pausing, "pause was asked for"),
             DiskState::Paused => {}
             state => {
                 let message = format!(
@@ -584,7 +543,6 @@ impl Disk {
             self.config.counters.data_in_doubt.add(1);
         }
         self.set_state(DiskState::Running, "");
-        self.holding = false;
         for key in std::mem::take(&mut self.failed) {
             // It paid its limit when it first ran.
             self.start(ctx, key);
@@ -596,8 +554,9 @@ impl Disk {
 
     /// Gives the disk up: what waits is answered with EIO, and so is everything that comes.
     pub fn fail(&mut self, ctx: &mut Ctx<'_>, state: DiskState, reason: &str) {
-        self.set_state(state, reason);
+        // Nothing to return to, should a move be under way.
         self.before_hold = None;
+        self.set_state(state, reason);
         for direction in 0..2 {
             for key in std::mem::take(&mut self.waiting[direction]) {
                 self.unthrottle(ctx, key);
@@ -625,30 +584,9 @@ impl Disk {
         }
     }
 
-    /// What a quarantine must not lose.
-    pub fn save_state(&mut self) -> SavedState {
-        SavedState {
-            state: self.state,
-            reason: std::mem::take(&mut self.reason),
-            holding: self.holding,
-            before_hold: self.before_hold.take(),
-        }
-    }
-
-    /// Back to that.
-    pub fn restore_state(&mut self, saved: SavedState) {
-        self.set_state(saved.state, &saved.reason);
-        self.holding = saved.holding;
-        self.before_hold = saved.before_hold;
-        if self.flush_failed && matches!(self.state, DiskState::Running | DiskState::Pausing) {
-            self.holding = self.config.on_error == ErrorPolicy::Pause;
-            self.set_state(DiskState::StorageError, "an fdatasync failed while the disk was in quarantine");
-        }
-    }
-
     /// The state before [`Disk::hold`].
     pub fn state_before_hold(&mut self) -> (DiskState, String) {
-        self.before_hold.take().unwrap_or_else(|| (self.state, self.reason.clone()))
+        self.before_hold.take().unwrap_or((self.state, self.reason.clone()))
     }
 
     /// Returns to the state before [`Disk::hold`] or [`Disk::drain`].
@@ -663,39 +601,7 @@ impl Disk {
     /// Takes a state over from another shard.
     pub fn restore(&mut self, state: DiskState, reason: &str, flush_failed: bool) {
         self.set_state(state, reason);
-        self.holding = state == DiskState::StorageError && self.config.on_error == ErrorPolicy::Pause;
         self.flush_failed = flush_failed;
-    }
-
-    /// A connection has gone: what it asked for and nobody has begun is dropped, so that it cannot land behind what its client
-    /// writes over another connection.
-    pub fn forget(&mut self, ctx: &mut Ctx<'_>, conn: u32, generation: u32) {
-        let gone = |ctx: &Ctx<'_>, key: ReqKey| {
-            ctx.requests[key]
-                .origin
-                .is_some_and(|origin| origin.conn == conn && origin.generation == generation)
-        };
-        let mut dropped = Vec::new();
-        for queue in self.waiting.iter_mut().chain([&mut self.held]) {
-            queue.retain(|&key| {
-                let gone = gone(ctx, key);
-                if gone {
-                    dropped.push(key);
-                }
-                !gone
-            });
-        }
-        self.failed.retain(|&key| {
-            let gone = gone(ctx, key);
-            if gone {
-                dropped.push(key);
-            }
-            !gone
-        });
-        for key in dropped {
-            self.unthrottle(ctx, key);
-            self.refuse(ctx, key);
-        }
     }
 
     /// Takes back all requests that are not started, in the order in which they would run: for a park or a rebuild.

@@ -5,7 +5,7 @@
 //! fdatasync would lie.
 
 use super::{Action, Ctx, Disk};
-use crate::api::{Backend, ErrorPolicy};
+use crate::api::{Backend, DiskState, ErrorPolicy};
 use crate::request::{Phase, ReqKey};
 
 /// Requests that wait for fdatasync.
@@ -29,13 +29,8 @@ impl Disk {
         if self.config.read_only || !matches!(self.config.backend, Backend::File(_)) {
             return self.finish(ctx, key, 0);
         }
-        if self.flush_failed && self.config.on_error == ErrorPolicy::Pause && self.can_hold() {
-            self.hold_failed(ctx, key);
-            let reason = "an fdatasync failed earlier; `resume --data-in-doubt` or `fail`".to_owned();
-            return self.enter_storage_error(ctx, reason, true);
-        }
         if self.flush_failed {
-            return self.finish(ctx, key, libc::EIO);
+            return if self.holds_failed() { self.hold_failed(ctx, key) } else { self.finish(ctx, key, libc::EIO) };
         }
         ctx.requests[key].phase = Phase::Sync;
         self.sync.next.push(key);
@@ -50,10 +45,9 @@ impl Disk {
         }
     }
 
-    /// An fdatasync failed: no flush is answered with success from now on.
-    pub fn note_flush_failed(&mut self) {
-        self.flush_failed = true;
-        self.config.counters.flush_failures.add(1);
+    /// The policy for a request that a failed fdatasync stands in the way of is to hold it.
+    fn holds_failed(&self) -> bool {
+        self.config.on_error == ErrorPolicy::Pause && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
     }
 
     /// fdatasync is done: 0 or an errno.
@@ -68,16 +62,18 @@ impl Disk {
             }
             return;
         }
-        self.note_flush_failed();
+        self.flush_failed = true;
+        self.config.counters.flush_failures.add(1);
+        self.config.counters.storage_errors.add(1);
         waiters.append(&mut self.sync.next);
-        let hold = self.config.on_error == ErrorPolicy::Pause && self.can_hold();
+        let hold = self.holds_failed();
         let what = nix::errno::Errno::from_raw(errno).desc();
-        if self.can_hold() {
+        if !matches!(self.state, DiskState::Failed | DiskState::Zombie) {
             let reason = format!(
                 "fdatasync failed: {what}; data that was acknowledged since the last flush may be lost: check the store, then \
                  `resume --data-in-doubt`, or `fail`"
             );
-            self.enter_storage_error(ctx, reason, hold);
+            self.enter_state(ctx, DiskState::StorageError, reason);
         }
         for key in waiters {
             if hold {

@@ -82,6 +82,7 @@ impl Conn {
                 let skip = sent.min(bytes.len());
                 bytes.drain(..skip);
                 sent -= skip;
+                self.held = self.held.saturating_sub(skip as u64);
             }
             out.push_back(Reply { head, data });
         }

@@ -47,7 +47,7 @@ impl Conn {
                 let data = match request.payload.take() {
                     Some(buf) if request.errno == 0 => Data::Pool(buf, request.len as u32),
                     Some(buf) => {
-                        self.give(pool, buf);
+                        pool.give(buf);
                         Data::None
                     }
                     None => Data::None,
@@ -72,7 +72,7 @@ impl Conn {
             }
         }
         if let Some(buf) = request.payload.take() {
-            self.give(pool, buf);
+            pool.give(buf);
         }
     }
 
@@ -117,17 +117,12 @@ impl Conn {
             let (errno, finished) = (command.errno, command.issued && command.left == 0);
             let Some(ordered) = &mut command.ordered else { return };
             if errno != 0 && ordered.header_sent {
-                return self.close(
-                    "a read failed after its header had been sent, which the simple reply style cannot say",
-                );
+                return self.close("a read failed after its header had been sent, which the simple reply style cannot say");
             }
             if errno != 0 {
                 // Nothing was sent: wait for the other pieces, then say the error.
-                for (_, data) in std::mem::take(&mut ordered.ready) {
-                    if let Data::Pool(buf, len) = data {
-                        self.held = self.held.saturating_sub(u64::from(len));
-                        self.give(pool, buf);
-                    }
+                for (_, data) in ordered.ready.drain(..) {
+                    self.held = self.held.saturating_sub(data.discard(pool));
                 }
                 if finished {
                     let command = self.commands.remove(key as usize);
@@ -135,9 +130,7 @@ impl Conn {
                 }
                 return;
             }
-            let Some(index) = ordered.ready.iter().position(|(offset, _)| *offset == ordered.next) else {
-                return;
-            };
+            let Some(index) = ordered.ready.iter().position(|(offset, _)| *offset == ordered.next) else { return };
             let (_, data) = ordered.ready.swap_remove(index);
             ordered.next += data.len() as u64;
             let first = !std::mem::replace(&mut ordered.header_sent, true);
@@ -157,15 +150,10 @@ impl Conn {
     fn end_streaming(&mut self, pool: &mut Pool) {
         self.streaming = None;
         self.out.append(&mut self.deferred);
-        // Other ordered replies may have become ready behind this one: the first that can begins, the failed ones end.
-        let waiting: Vec<usize> = self
-            .commands
-            .iter()
-            .filter(|(_, command)| command.ordered.as_ref().is_some_and(|ordered| !ordered.ready.is_empty()))
-            .map(|(key, _)| key)
-            .collect();
-        for key in waiting {
-            if self.streaming.is_none() && self.commands.contains(key) {
+        // Others may have had their first piece, or their error, ready behind this one.
+        let ordered: Vec<_> = self.commands.iter().filter(|(_, c)| c.ordered.is_some()).map(|(key, _)| key).collect();
+        for key in ordered {
+            if self.streaming.is_none() {
                 self.stream(pool, key as u32);
             }
         }
@@ -191,30 +179,20 @@ impl Conn {
 
     /// The operation that sends what is ready; `None` when there is nothing or a message is on its way.
     pub fn send_op(&mut self, pool: &mut Pool) -> Option<Op> {
-        if self.send_op.is_some() || self.parking || self.closing.is_some() || !self.has_output() {
+        if self.send_op.is_some() || (self.out.is_empty() && self.send_message.remaining() == 0) {
+            return None;
+        }
+        if self.closing.is_some() || self.parking {
             return None;
         }
         let fd = self.raw_fd();
         if self.send_message.remaining() == 0 {
             self.fill_message(pool);
-            if self.closing.is_some() || self.send_message.remaining() == 0 {
+            if self.closing.is_some() {
                 return None;
             }
         }
         Some(Op::SendMsg { fd, header: self.send_message.prepare() })
-    }
-
-    /// Something is to be sent; at the end of a TLS session its goodbye.
-    fn has_output(&mut self) -> bool {
-        let last = matches!(self.rx, Rx::Done) && self.commands.is_empty() && self.deferred.is_empty();
-        let replies = !self.out.is_empty() || self.send_message.remaining() > 0;
-        if let Some(tls) = &mut self.tls {
-            if last && !replies && !std::mem::replace(&mut self.said_goodbye, true) {
-                tls.session.close();
-            }
-            return replies || tls.session.output_len() > 0;
-        }
-        replies
     }
 
     fn fill_message(&mut self, pool: &mut Pool) {
@@ -241,37 +219,23 @@ impl Conn {
 
     /// Encrypts replies until a message is full.
     fn encrypt(&mut self, pool: &mut Pool) {
-        while let Some(mut reply) = self.out.pop_front() {
-            let Some(tls) = &mut self.tls else { return };
+        let Some(tls) = &mut self.tls else { return };
+        while tls.session.output_len() < 256 << 10 {
+            let Some(reply) = self.out.pop_front() else { break };
             let data = match &reply.data {
                 Data::None => &[][..],
                 Data::Pool(buf, len) => &pool.bytes(buf)[..*len as usize],
                 Data::Bytes(bytes) => bytes,
             };
-            let mut taken = [0; 2];
-            for (part, taken) in [&reply.head[..], data].into_iter().zip(&mut taken) {
+            for part in [&reply.head[..], data] {
                 match tls.session.write_plain(part) {
-                    Ok(n) => *taken = n,
+                    Ok(n) if n == part.len() => {}
+                    Ok(_) => self.closing = Some("TLS took only a part of a reply".into()),
                     Err(error) => self.closing = Some(error.to_string()),
                 }
-                if *taken < part.len() {
-                    break;
-                }
             }
-            // The session's output is full: the rest of this reply is first in the next message.
-            let rest = (taken[1] < data.len()).then(|| data[taken[1]..].to_vec());
-            if let Data::Pool(buf, len) = std::mem::replace(&mut reply.data, Data::None) {
-                self.held = self.held.saturating_sub(u64::from(len));
-                self.give(pool, buf);
-            }
-            reply.head.drain(..taken[0]);
-            if rest.is_some() || !reply.head.is_empty() {
-                reply.data = rest.map_or(Data::None, Data::Bytes);
-                self.out.push_front(reply);
-                break;
-            }
+            self.held = self.held.saturating_sub(reply.data.discard(pool));
         }
-        let Some(tls) = &mut self.tls else { return };
         tls.session.swap_output(&mut tls.output);
         if self.send_message.is_small(1) {
             self.send_message = Message::new(1);
@@ -286,9 +250,7 @@ impl Conn {
         if result < 0 {
             match -result {
                 libc::ECANCELED | libc::EINTR | libc::EAGAIN => {}
-                libc::EPIPE | libc::ECONNRESET => {
-                    self.close("closed by the client with replies on their way")
-                }
+                libc::EPIPE | libc::ECONNRESET => self.close("closed by the client with replies on their way"),
                 errno => {
                     let what = nix::errno::Errno::from_raw(errno).desc();
                     self.close(&format!("sending failed: {what}"));
@@ -296,7 +258,7 @@ impl Conn {
             }
             return;
         }
-        self.sent_at = now;
+        self.progress_at = now;
         self.send_message.advance(result as usize);
         if self.send_message.remaining() > 0 {
             return;
@@ -306,20 +268,14 @@ impl Conn {
 
     fn finish_sending(&mut self, pool: &mut Pool) {
         self.send_message.clear();
-        let mut sent = std::mem::take(&mut self.sending);
-        for reply in sent.drain(..) {
-            if let Data::Pool(buf, len) = reply.data {
-                self.held = self.held.saturating_sub(u64::from(len));
-                self.give(pool, buf);
-            }
+        for reply in self.sending.drain(..) {
+            self.held = self.held.saturating_sub(reply.data.discard(pool));
         }
-        self.sending = sent;
     }
 
     /// Gives memory for large batches back when the connection has been idle.
     pub fn shrink(&mut self) {
-        let nothing = self.send_message.remaining() == 0 && self.sending.is_empty() && self.out.is_empty();
-        if self.send_op.is_none() && nothing {
+        if self.send_op.is_none() && self.out.is_empty() && self.sending.is_empty() {
             self.out.shrink_to(4);
             self.deferred.shrink_to_fit();
             self.sending.shrink_to_fit();

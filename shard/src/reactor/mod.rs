@@ -70,17 +70,10 @@ impl EventSink {
 /// What a command waits for.
 #[derive(Debug)]
 enum Pending {
-    Pause {
-        tag: u64,
-    },
-    Park {
-        tag: u64,
-    },
+    Pause { tag: u64 },
+    Park { tag: u64 },
     /// `flush`: the last flush of the disk, once it was asked for.
-    Remove {
-        tag: u64,
-        flush: Flush,
-    },
+    Remove { tag: u64, flush: Flush },
 }
 
 /// The flush before a disk goes.
@@ -88,7 +81,6 @@ enum Pending {
 enum Flush {
     NotYet,
     Asked(ReqKey),
-    Failed,
     Done,
 }
 
@@ -101,14 +93,10 @@ struct Entry {
     conns: Vec<u32>,
     /// Kernel operations and side jobs out.
     ops: u32,
-    /// Bounce buffers held.
-    bounces: u32,
-    /// State, and state before a hold, to return to after a quarantine.
-    saved: Option<crate::disk::SavedState>,
-    /// Turn in which its connections were served last, and the bytes that they may still start in it.
-    share: (u64, u64),
     /// Requests in the slab.
     requests: u32,
+    /// Bounce buffers in use.
+    bounces: u32,
     meter: Meter,
     pending: Option<Pending>,
     /// When the timer heap has an entry for it.
@@ -116,18 +104,14 @@ struct Entry {
     panics: u32,
     /// Waits for its operations to come back after a panic.
     quarantined: bool,
+    /// State and reason before that.
+    before_quarantine: (DiskState, String),
     /// Detached by force.
     zombie: bool,
     /// The command that forced it, until it is answered.
     zombie_tag: Option<u64>,
     /// Limits punted kernel work per backing store.
     store: Option<u64>,
-}
-
-impl Entry {
-    fn flush_failed(&self) -> bool {
-        self.disk.as_ref().is_some_and(Disk::flush_failed)
-    }
 }
 
 /// A shard without its thread: everything that runs on one core.
@@ -159,11 +143,10 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
+    /// Disks whose actions have to go on waiting for a buffer; empty between turns.
+    starving: Vec<u32>,
     /// Bounce buffers in use.
     bounces: u32,
-    /// Buffer bytes in use when those that wait were last looked at.
-    fed_at: usize,
-    turn: u64,
     /// Actions of RAM disks that met another shard: tried again in the next turn.
     retry: Vec<(u32, Action)>,
     gates: HashMap<u64, Gate>,
@@ -218,9 +201,8 @@ impl<K: Kernel> Shard<K> {
             dirty: Vec::new(),
             want_buffer: VecDeque::new(),
             starved: VecDeque::new(),
+            starving: Vec::new(),
             bounces: 0,
-            fed_at: 0,
-            turn: 0,
             retry: Vec::new(),
             gates: HashMap::new(),
             unsettled: Vec::new(),
@@ -251,12 +233,8 @@ impl<K: Kernel> Shard<K> {
     /// # Errors
     /// Those of io_uring_enter that cannot be met by another try: the ring is broken.
     pub fn turn(&mut self) -> std::io::Result<bool> {
-        let freed =
-            (!self.starved.is_empty() || !self.want_buffer.is_empty()) && self.pool.used() < self.fed_at;
-        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty() || freed;
-        self.turn += 1;
-        let deadline =
-            self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
+        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty();
+        let deadline = self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
         self.kernel.set_timer(deadline);
         self.kernel.enter(!more)?;
         let start = self.kernel.now();
@@ -326,12 +304,10 @@ impl<K: Kernel> Shard<K> {
         self.pool.trim();
         let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty();
         for (_, conn) in &mut self.conns {
-            if pressed && conn.is_stalled(self.now, STALL) {
-                conn.close(
-                    "neither received its replies nor sent its data for 30 s while others waited for buffers",
-                );
+            if pressed && conn.send_op.is_some() && self.now > conn.progress_at + STALL {
+                conn.close("has not received its replies for 30 s while others wait for buffers");
                 self.dirty.push(conn.slot());
-            } else if conn.is_idle(self.now, TICK) {
+            } else if self.now > conn.progress_at + TICK {
                 conn.shrink();
             }
         }
@@ -354,11 +330,12 @@ impl<K: Kernel> Shard<K> {
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| event(disk, &mut ctx)));
         match result {
             Ok(()) => {
-                // Not in the past: a turn that asks for itself would starve the others.
-                let wake_at = disk.wake_at().map(|at| at.max(self.now + MILLISECOND / 100));
+                let wake_at = disk.wake_at();
                 if let Some(at) = wake_at
                     && entry.timer.is_none_or(|timer| at < timer)
                 {
+                    // Not in the past: a turn that asks for itself would starve the others.
+                    let at = at.max(self.now + MILLISECOND / 100);
                     entry.timer = Some(at);
                     self.timers.push(Reverse((at, slot)));
                 }
@@ -380,18 +357,15 @@ impl<K: Kernel> Shard<K> {
         for gate in self.gates.values_mut() {
             gate.forget(slot);
         }
-        if let Some(store) = self.disks[slot as usize].store {
-            self.open_gate(store);
-        }
         let entry = &mut self.disks[slot as usize];
         entry.panics += 1;
         entry.quarantined = true;
         let reason = format!("the disk's code failed ({message}); please report it");
         if let Some(disk) = &mut entry.disk {
-            if entry.saved.is_none() {
-                entry.saved = Some(disk.save_state());
-            }
             disk.config().counters.quarantines.add(1);
+            if disk.state() != DiskState::Quarantined {
+                entry.before_quarantine = (disk.state(), disk.reason().to_owned());
+            }
             if !entry.zombie {
                 disk.set_state(DiskState::Quarantined, &reason);
             }

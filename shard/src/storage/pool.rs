@@ -213,6 +213,12 @@ impl Pool {
         self.base.as_ptr() as usize + buf.chunk as usize * CHUNK + buf.slot as usize * PAGE
     }
 
+    /// Address and length of the memory that all buffers are carved from.
+    #[cfg(test)]
+    pub fn range(&self) -> (usize, usize) {
+        (self.base.as_ptr() as usize, self.mapped)
+    }
+
     /// Address of [`CHUNK`] bytes that read as zero, for writes.
     pub fn zeroes(&self) -> usize {
         self.zeroes.as_ptr() as usize
