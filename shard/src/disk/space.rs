@@ -61,7 +61,7 @@ impl Disk {
                     FileKind::Regular if !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
                     FileKind::Block { discard: true } if aligned && !self.space.no_discard => {
                         Way::Call(Call::DiscardDevice)
-                    },
+                    }
                     _ => Way::Nothing,
                 };
             }
@@ -71,10 +71,19 @@ impl Disk {
             FileKind::Regular if !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
             FileKind::Regular if !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
             // A device's punch zeroes by unmapping or fails; its zero range falls back to writing, which is not fast.
-            FileKind::Block { .. } if aligned && !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
-            FileKind::Block { .. } if aligned && !fast && !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
+            FileKind::Block { .. } if aligned && !no_hole && !self.space.no_punch => {
+                Way::Call(Call::Fallocate(PUNCH))
+            }
+            FileKind::Block { .. } if aligned && !fast && !self.space.no_zero_range => {
+                Way::Call(Call::Fallocate(ZERO))
+            }
             _ => slow,
         }
+    }
+
+    /// The store will write zeroes one by one.
+    pub(super) fn fills(&self, kind: Kind, offset: u64, len: u64) -> bool {
+        matches!(self.way(kind, offset, len), Way::Fill)
     }
 
     pub(super) fn start_space(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
@@ -186,9 +195,13 @@ impl Disk {
         let cover = raw::cover(cursor, block_end.min(split.direct.end) - cursor, self.align());
         if self.must_wait(ctx, key, &cover) {
             // It lets go of what it holds, so that nobody waits in a circle, and starts again at the front later: zeroes
-            // written twice are still zeroes.
-            self.block(ctx, key);
-            return self.retry_blocked(ctx, key);
+            // written twice are still zeroes. Who waited for it goes first; if that ended at once, so does the wait.
+            ctx.out.push(Action::DropBounce { req: key });
+            ctx.requests[key].phase = Phase::Blocked;
+            self.retry_blocked(ctx, key);
+            if self.must_wait(ctx, key, &cover) {
+                return self.block(ctx, key);
+            }
         }
         self.read_edges(ctx, key, &cover);
     }

@@ -30,7 +30,11 @@ impl Disk {
             return self.finish(ctx, key, 0);
         }
         if self.flush_failed {
-            return if self.holds_failed() { self.hold_failed(ctx, key) } else { self.finish(ctx, key, libc::EIO) };
+            return if self.holds_failed() {
+                self.hold_failed(ctx, key)
+            } else {
+                self.finish(ctx, key, libc::EIO)
+            };
         }
         ctx.requests[key].phase = Phase::Sync;
         self.sync.next.push(key);
@@ -47,7 +51,14 @@ impl Disk {
 
     /// The policy for a request that a failed fdatasync stands in the way of is to hold it.
     fn holds_failed(&self) -> bool {
-        self.config.on_error == ErrorPolicy::Pause && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
+        self.config.on_error == ErrorPolicy::Pause
+            && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
+    }
+
+    /// An fdatasync failed: no flush is answered with success from now on.
+    pub fn note_flush_failed(&mut self) {
+        self.flush_failed = true;
+        self.config.counters.flush_failures.add(1);
     }
 
     /// fdatasync is done: 0 or an errno.
@@ -62,8 +73,7 @@ impl Disk {
             }
             return;
         }
-        self.flush_failed = true;
-        self.config.counters.flush_failures.add(1);
+        self.note_flush_failed();
         self.config.counters.storage_errors.add(1);
         waiters.append(&mut self.sync.next);
         let hold = self.holds_failed();
