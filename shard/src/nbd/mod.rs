@@ -60,15 +60,6 @@ impl Data {
         }
     }
 
-    /// Gives the memory back; returns how many bytes were held.
-    fn discard(self, pool: &mut Pool) -> u64 {
-        let len = self.len() as u64;
-        if let Data::Pool(buf, _) = self {
-            pool.give(buf);
-        }
-        len
-    }
-
     fn address(&self, pool: &Pool) -> usize {
         match self {
             Data::None => 0,
@@ -170,6 +161,8 @@ pub struct Conn {
     requests: u32,
     /// Bytes of payload at the disk or on their way to the client.
     held: u64,
+    /// Buffers of the pool that its requests and replies have.
+    buffers: u32,
     out: VecDeque<Reply>,
     /// The command whose ordered reply has begun.
     streaming: Option<u32>,
@@ -255,6 +248,7 @@ impl Conn {
             commands: slab::Slab::new(),
             requests: 0,
             held: 0,
+            buffers: 0,
             out: VecDeque::new(),
             streaming: None,
             deferred: VecDeque::new(),
@@ -298,9 +292,9 @@ impl Conn {
 
     /// Whether a piece of a read may have a buffer although the budget is spent: when the connection has no other, or when the
     /// piece is the next one of a reply that has to be sent in order, behind which all others wait.
-    pub fn may_always_have(&self, command: u32, offset: u64, len: u64) -> bool {
+    pub fn may_always_have(&self, command: u32, offset: u64) -> bool {
         let is_next = |command: &Command| command.ordered.as_ref().is_some_and(|ordered| ordered.next == offset);
-        self.held <= len || self.commands.get(command as usize).is_some_and(is_next)
+        self.buffers == 0 || self.commands.get(command as usize).is_some_and(is_next)
     }
 
     /// Ends the connection when the kernel has let go of its memory.
@@ -308,6 +302,25 @@ impl Conn {
         if self.closing.is_none() {
             self.closing = Some(reason.to_owned());
             self.rx_done();
+        }
+    }
+
+    /// A request of its has got a buffer.
+    pub fn count_buffer(&mut self) {
+        self.buffers += 1;
+    }
+
+    /// Gives a buffer of a request back.
+    fn give(&mut self, pool: &mut Pool, buf: Buf) {
+        self.buffers -= 1;
+        pool.give(buf);
+    }
+
+    /// Data of a reply are sent or of no use.
+    fn discard(&mut self, pool: &mut Pool, data: Data) {
+        self.held = self.held.saturating_sub(data.len() as u64);
+        if let Data::Pool(buf, _) = data {
+            self.give(pool, buf);
         }
     }
 
@@ -346,7 +359,9 @@ impl Conn {
     /// Gives all buffers back; the kernel must be done with them.
     pub fn release(&mut self, pool: &mut Pool) {
         let mut give = |data: Data| {
-            data.discard(pool);
+            if let Data::Pool(buf, _) = data {
+                pool.give(buf);
+            }
         };
         for reply in self.out.drain(..).chain(self.deferred.drain(..)).chain(self.sending.drain(..)) {
             give(reply.data);

@@ -131,6 +131,7 @@ impl Conn {
                 match pool.take(len as usize, true) {
                     Some(buf) => {
                         pool.bytes_mut(&buf)[..filled as usize].copy_from_slice(&bytes[..filled as usize]);
+                        conn.buffers = 1;
                         Rx::Payload { command, offset, data: Data::Pool(buf, len), filled, len }
                     }
                     None => {

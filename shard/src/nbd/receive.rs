@@ -248,9 +248,10 @@ impl Conn {
         if !self.has_room(len) {
             return Some(Stop::Room);
         }
-        let Some(buf) = ctx.pool.take(len as usize, self.held == 0) else {
+        let Some(buf) = ctx.pool.take(len as usize, self.buffers == 0) else {
             return Some(Stop::Buffer);
         };
+        self.buffers += 1;
         self.held += len;
         self.rx = Rx::Payload {
             command,

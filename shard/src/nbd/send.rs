@@ -47,7 +47,7 @@ impl Conn {
                 let data = match request.payload.take() {
                     Some(buf) if request.errno == 0 => Data::Pool(buf, request.len as u32),
                     Some(buf) => {
-                        pool.give(buf);
+                        self.give(pool, buf);
                         Data::None
                     }
                     None => Data::None,
@@ -72,7 +72,7 @@ impl Conn {
             }
         }
         if let Some(buf) = request.payload.take() {
-            pool.give(buf);
+            self.give(pool, buf);
         }
     }
 
@@ -121,8 +121,8 @@ impl Conn {
             }
             if errno != 0 {
                 // Nothing was sent: wait for the other pieces, then say the error.
-                for (_, data) in ordered.ready.drain(..) {
-                    self.held = self.held.saturating_sub(data.discard(pool));
+                for (_, data) in std::mem::take(&mut ordered.ready) {
+                    self.discard(pool, data);
                 }
                 if finished {
                     let command = self.commands.remove(key as usize);
@@ -219,9 +219,10 @@ impl Conn {
 
     /// Encrypts replies until a message is full.
     fn encrypt(&mut self, pool: &mut Pool) {
-        let Some(tls) = &mut self.tls else { return };
-        while tls.session.output_len() < 256 << 10 {
-            let Some(reply) = self.out.pop_front() else { break };
+        while let Some(tls) = &mut self.tls
+            && tls.session.output_len() < 256 << 10
+            && let Some(reply) = self.out.pop_front()
+        {
             let data = match &reply.data {
                 Data::None => &[][..],
                 Data::Pool(buf, len) => &pool.bytes(buf)[..*len as usize],
@@ -234,8 +235,9 @@ impl Conn {
                     Err(error) => self.closing = Some(error.to_string()),
                 }
             }
-            self.held = self.held.saturating_sub(reply.data.discard(pool));
+            self.discard(pool, reply.data);
         }
+        let Some(tls) = &mut self.tls else { return };
         tls.session.swap_output(&mut tls.output);
         if self.send_message.is_small(1) {
             self.send_message = Message::new(1);
@@ -268,9 +270,11 @@ impl Conn {
 
     fn finish_sending(&mut self, pool: &mut Pool) {
         self.send_message.clear();
-        for reply in self.sending.drain(..) {
-            self.held = self.held.saturating_sub(reply.data.discard(pool));
+        let mut sending = std::mem::take(&mut self.sending);
+        for reply in sending.drain(..) {
+            self.discard(pool, reply.data);
         }
+        self.sending = sending;
     }
 
     /// Gives memory for large batches back when the connection has been idle.

@@ -166,12 +166,16 @@ impl<K: Kernel> Shard<K> {
         // The bytes of a read arrive in its payload in the end, also those that are bounced.
         let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
         if needs_payload && request.payload.is_none() {
-            let (len, offset) = (request.len, request.offset);
-            let guaranteed = request
-                .origin
-                .and_then(|origin| Some((self.conns.get(origin.conn as usize)?, origin.command)))
-                .is_none_or(|(conn, command)| conn.may_always_have(command, offset, len));
-            request.payload = Some(self.pool.take(len as usize, guaranteed)?);
+            let conn = request.origin.and_then(|origin| {
+                let conn = self.conns.get_mut(origin.conn as usize)?;
+                (conn.generation == origin.generation).then_some((conn, origin.command))
+            });
+            let guaranteed =
+                conn.as_ref().is_none_or(|(conn, command)| conn.may_always_have(*command, request.offset));
+            request.payload = Some(self.pool.take(request.len as usize, guaranteed)?);
+            if let Some((conn, _)) = conn {
+                conn.count_buffer();
+            }
         }
         match mem {
             Mem::Zeroes => Some(self.pool.zeroes()),
@@ -406,12 +410,16 @@ impl<K: Kernel> Shard<K> {
 
     /// Tries again what waited for buffers.
     pub(super) fn feed_starved(&mut self) {
-        // Each is tried once, and goes to the back in the same order if there is still none. A disk that has to wait does not
-        // stop the others; its own later actions are not tried before its first.
+        // Each is tried once, and goes to the back in the same order if there is still none. A connection that has to wait does
+        // not stop the others; its own later actions are not tried before its first.
         let mut waiting = std::mem::take(&mut self.starving);
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
-            if waiting.contains(&disk) {
+            let conn = match action {
+                Action::Io { req, .. } => self.requests[req].origin.map(|origin| origin.conn),
+                _ => None,
+            };
+            if waiting.contains(&(disk, conn)) {
                 self.starved.push_back((disk, action));
                 continue;
             }
@@ -419,7 +427,7 @@ impl<K: Kernel> Shard<K> {
             self.carry_out(disk, action);
             self.run_actions();
             if self.starved.len() > before {
-                waiting.push(disk);
+                waiting.push((disk, conn));
             }
         }
         waiting.clear();

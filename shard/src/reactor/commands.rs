@@ -264,6 +264,9 @@ impl<K: Kernel> Shard<K> {
                 };
                 self.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(&bytes);
                 new.payload = Some(buf);
+                if let Some(conn) = origin.and_then(|origin| self.conns.get_mut(origin.conn as usize)) {
+                    conn.count_buffer();
+                }
             }
             debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.payload.is_some());
             self.submit(new);

@@ -143,8 +143,8 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
-    /// Disks whose actions have to go on waiting for a buffer; empty between turns.
-    starving: Vec<u32>,
+    /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
+    starving: Vec<(u32, Option<u32>)>,
     /// Bounce buffers in use.
     bounces: u32,
     /// Actions of RAM disks that met another shard: tried again in the next turn.
