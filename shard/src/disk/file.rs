@@ -113,6 +113,7 @@ impl Disk {
             return self.block(ctx, key);
         }
         if direct_len > 0 && !cover.is_aligned() {
+            self.hold_edges(key, &cover);
             self.read_edges(ctx, key, &cover);
         } else if direct_len > 0 {
             self.push_io(ctx, key, true, Target::Direct, offset, direct_len, Mem::Payload(0));
@@ -138,11 +139,15 @@ impl Disk {
         ctx.out.push(Action::Io { req, write, target, offset, len, mem });
     }
 
-    /// Takes the partial blocks of a range and reads them; [`Phase::EdgeWrite`] follows.
+    /// Takes the partial blocks of a range, until [`Disk::release_edges`]: no other change of them starts.
+    pub(super) fn hold_edges(&mut self, key: ReqKey, cover: &Cover) {
+        self.file.held.extend(edges(cover).map(|block| (block, key)));
+    }
+
+    /// Reads the partial blocks of a range, which the request holds; [`Phase::EdgeWrite`] follows.
     pub(super) fn read_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, cover: &Cover) {
         ctx.requests[key].phase = Phase::EdgeRead;
         let size = (cover.end - cover.start) as u32;
-        self.file.held.extend(edges(cover).map(|block| (block, key)));
         // Memory may have to be aligned more strictly than blocks are large: then the whole range is read.
         let place = |block: u64| (block - cover.start) as u32;
         if !edges(cover).all(|block| place(block).is_multiple_of(self.file.memory_align)) {

@@ -100,6 +100,12 @@ impl Disk {
             Way::Nothing => self.finish(ctx, key, 0),
             Way::Refuse => self.finish(ctx, key, libc::EOPNOTSUPP),
             Way::Fill => {
+                let direct = raw::split(offset, len, self.direct_end()).direct;
+                let cover = raw::cover(direct.start, direct.end - direct.start, self.align());
+                if self.must_wait(ctx, key, &cover) {
+                    return self.block(ctx, key);
+                }
+                self.hold_edges(key, &cover);
                 ctx.requests[key].cursor = offset;
                 self.zero_step(ctx, key);
             }
@@ -190,19 +196,9 @@ impl Disk {
             ctx.requests[key].cursor = cursor + whole;
             return self.push_io(ctx, key, true, Target::Direct, cursor, whole as u32, Mem::Zeroes);
         }
-        // A part of one block.
+        // A part of one block, which is held from the start.
         let block_end = (cursor & !(align - 1)) + align;
         let cover = raw::cover(cursor, block_end.min(split.direct.end) - cursor, self.align());
-        if self.must_wait(ctx, key, &cover) {
-            // It lets go of what it holds, so that nobody waits in a circle, and starts again at the front later: zeroes
-            // written twice are still zeroes. Who waited for it goes first; if that ended at once, so does the wait.
-            ctx.out.push(Action::DropBounce { req: key });
-            ctx.requests[key].phase = Phase::Blocked;
-            self.retry_blocked(ctx, key);
-            if self.must_wait(ctx, key, &cover) {
-                return self.block(ctx, key);
-            }
-        }
         self.read_edges(ctx, key, &cover);
     }
 

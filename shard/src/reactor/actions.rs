@@ -452,12 +452,16 @@ impl<K: Kernel> Shard<K> {
 
     /// Tries again what waited for buffers.
     pub(super) fn feed_starved(&mut self) {
-        // Each is tried once, and goes to the back in the same order if there is still none. A disk that has to wait does not
-        // stop the others; its own later actions are not tried before its first.
+        // Each is tried once, and goes to the back in the same order if there is still none. A connection that has to wait does
+        // not stop the others; its own later actions are not tried before its first.
         let mut waiting = std::mem::take(&mut self.starving);
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
-            if waiting.contains(&disk) {
+            let conn = match action {
+                Action::Io { req, .. } => self.requests[req].origin.map(|origin| origin.conn),
+                _ => None,
+            };
+            if waiting.contains(&(disk, conn)) {
                 self.starved.push_back((disk, action));
                 continue;
             }
@@ -465,7 +469,7 @@ impl<K: Kernel> Shard<K> {
             self.carry_out(disk, action);
             self.run_actions();
             if self.starved.len() > before {
-                waiting.push(disk);
+                waiting.push((disk, conn));
             }
         }
         waiting.clear();

@@ -280,6 +280,9 @@ impl<K: Kernel> Shard<K> {
                     continue;
                 };
                 self.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(&bytes);
+                if let Some(conn) = origin.and_then(|origin| self.conns.get_mut(origin.conn as usize)) {
+                    conn.note_buffer(&buf);
+                }
                 new.payload = Some(buf);
             }
             debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.payload.is_some());

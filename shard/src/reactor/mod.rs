@@ -153,8 +153,8 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
-    /// Disks whose actions have to go on waiting for a buffer; empty between turns.
-    starving: Vec<u32>,
+    /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
+    starving: Vec<(u32, Option<u32>)>,
     /// Bounce buffers in use.
     bounces: u32,
     /// Buffer bytes in use when those that wait were last looked at.
