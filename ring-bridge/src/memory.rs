@@ -1,1 +1,401 @@
 //! Memory that others can change while we look at it.
+//!
+//! A guest, a client or another shard may write to the same bytes at any moment, so this module never hands out a Rust
+//! reference to them: there are bounds-checked copies, and nothing else. The rule for the callers is *copy once, check
+//! the copy, use the copy*.
+//!
+//! # Why a racing copy is defined here
+//! A plain `ptr::copy_nonoverlapping` is a non-atomic access: in a race it is undefined behaviour on paper, and in practice
+//! the compiler may drop the private copy and read the shared bytes twice, which undoes the check of the copy. A loop of
+//! relaxed word-sized atomics is defined but is not vectorised and takes several times as long for 4 KiB. (rust-vmm's
+//! `vm-memory` uses volatile words for a few bytes and a plain `memcpy` above.) Here every access is made by libc's `memcpy`
+//! and `memset`, called through a pointer that is read with `read_volatile`, so the compiler cannot know what is called: it has
+//! to take the call for foreign code that may do whatever is allowed, among it what these functions amount to on the
+//! machine, a relaxed atomic move of each byte. Each byte that arrives is one that was there at some time during the
+//! call; nothing is fetched twice, elided or assumed. The copies order nothing: whoever needs order has an atomic beside
+//! the data (a ring index, a block's lock).
+//!
+//! Invariants: a mapping lives as long as its owner and never moves; nothing in this process unmaps or shrinks what it maps.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU8;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use nix::sys::stat::fstat;
+
+/// Why memory could not be shared or accessed.
+#[derive(Debug, thiserror::Error, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryError {
+    /// The range is not inside the region. Nothing was copied.
+    #[error("{len} bytes at offset {offset} are not inside the shared region of {region_len} bytes")]
+    OutOfBounds {
+        /// First byte asked for, from the start of the region.
+        offset: usize,
+        /// Bytes asked for.
+        len: usize,
+        /// Bytes in the region.
+        region_len: usize,
+    },
+    /// The file is shorter than what was to be mapped: touching the missing part would kill the process.
+    #[error(
+        "the shared memory has {found} bytes, {expected} are needed; the peer must size it before it passes it on"
+    )]
+    TooShort {
+        /// Bytes in the file.
+        found: u64,
+        /// Bytes that were to be mapped.
+        expected: u64,
+    },
+    /// The peer could shrink its memory under us.
+    #[error(
+        "the peer's memory can be truncated under the server: its seals are {found:#x}, F_SEAL_SHRINK is required; \
+         create it by memfd_create(MFD_ALLOW_SEALING) and seal it by fcntl(F_ADD_SEALS, F_SEAL_SHRINK)"
+    )]
+    NotSealed {
+        /// The seals as fcntl(F_GET_SEALS) gives them.
+        found: c_int,
+    },
+    /// The descriptor cannot carry seals.
+    #[error("the peer's memory is no memfd and cannot be protected against truncation; pass a sealed memfd")]
+    NoMemfd,
+    /// The kernel refused.
+    #[error("{what}: {errno}")]
+    Kernel {
+        /// The call that failed.
+        what: &'static str,
+        /// Its error.
+        errno: Errno,
+    },
+}
+
+impl MemoryError {
+    fn kernel(what: &'static str) -> impl FnOnce(Errno) -> MemoryError {
+        move |errno| MemoryError::Kernel { what, errno }
+    }
+}
+
+/// Requires that a client's memory cannot be shrunk by the client (F_SEAL_SHRINK, fcntl(2)): otherwise a truncation would turn
+/// our next access into SIGBUS. Call it before [`SharedRegion::map`], which then compares the size.
+///
+/// What the seal does not cover: a client may punch holes. On a memfd of ordinary pages that costs a fresh page at our next
+/// access; on one of huge pages the access would fail when none is free.
+///
+/// # Errors
+/// [`MemoryError::NotSealed`] without the seal, [`MemoryError::NoMemfd`] when the descriptor knows no seals.
+pub fn check_sealed(client_memory: BorrowedFd<'_>) -> Result<(), MemoryError> {
+    let seals = match fcntl(client_memory, FcntlArg::F_GET_SEALS) {
+        Ok(seals) => seals,
+        Err(Errno::EINVAL) => return Err(MemoryError::NoMemfd),
+        Err(errno) => return Err(MemoryError::Kernel { what: "fcntl(F_GET_SEALS)", errno }),
+    };
+    if SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_SHRINK) {
+        Ok(())
+    } else {
+        Err(MemoryError::NotSealed { found: seals })
+    }
+}
+
+/// A file in memory (tmpfs, memfd, hugetlbfs), mapped shared, that others may write at the same time.
+///
+/// All accesses are raw copies, see the module's text. Touching a page that the file has no memory for allocates it, and
+/// ends the process by SIGBUS when there is none: callers allocate first (fallocate), or know that the owner has.
+#[derive(Debug)]
+pub struct SharedRegion {
+    mapping: Mapping,
+}
+
+impl SharedRegion {
+    /// Maps the first `len` bytes of `file` for reading and writing. The file must be one that nobody else can shrink: our
+    /// own, or a client's after [`check_sealed`]. Reserves nothing: holes stay holes.
+    ///
+    /// # Errors
+    /// [`MemoryError::TooShort`] when the file has fewer bytes; [`MemoryError::Kernel`] when mmap refuses (`len` is 0, or no
+    /// multiple of the huge page on hugetlbfs).
+    pub fn map(file: impl AsFd, len: usize) -> Result<SharedRegion, MemoryError> {
+        let found = fstat(file.as_fd()).map_err(MemoryError::kernel("fstat"))?.st_size as u64;
+        if found < len as u64 {
+            return Err(MemoryError::TooShort { found, expected: len as u64 });
+        }
+        let size =
+            NonZeroUsize::new(len).ok_or(MemoryError::Kernel { what: "mmap", errno: Errno::EINVAL })?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe { mmap(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, file, 0) }
+            .map_err(MemoryError::kernel("mmap"))?;
+        let mapping = Mapping { start: start.cast(), len };
+        // Guests' data does not belong into a core dump; a kernel that does not know the advice changes nothing.
+        mapping.advise(MmapAdvise::MADV_DONTDUMP);
+        Ok(SharedRegion { mapping })
+    }
+
+    /// Bytes in the region.
+    #[allow(clippy::len_without_is_empty)] // a region has at least one byte
+    pub fn len(&self) -> usize {
+        self.mapping.len
+    }
+
+    /// Copies `dst.len()` bytes from `offset` to `dst`.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`]; `dst` is then untouched.
+    #[inline]
+    pub fn copy_out(&self, offset: usize, dst: &mut [u8]) -> Result<(), MemoryError> {
+        let shared = self.at(offset, dst.len())?;
+        // SAFETY: `at` checked the source range; `dst` is an exclusive reference to private memory, which no mapping of this
+        // module overlaps, since none is ever lent out as a reference.
+        unsafe { copy(dst.as_mut_ptr(), shared, dst.len()) };
+        Ok(())
+    }
+
+    /// Copies `src` to `offset`.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`]; the region is then untouched.
+    #[inline]
+    pub fn copy_in(&self, offset: usize, src: &[u8]) -> Result<(), MemoryError> {
+        let shared = self.at(offset, src.len())?;
+        // SAFETY: `at` checked the destination range; `src` is private memory, which no mapping of this module overlaps.
+        unsafe { copy(shared, src.as_ptr(), src.len()) };
+        Ok(())
+    }
+
+    /// Writes `len` zeroes at `offset`.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`]; the region is then untouched.
+    #[inline]
+    pub fn zero(&self, offset: usize, len: usize) -> Result<(), MemoryError> {
+        let shared = self.at(offset, len)?;
+        // SAFETY: `at` checked the range.
+        unsafe { clear(shared, len) };
+        Ok(())
+    }
+
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> Result<*mut u8, MemoryError> {
+        let region_len = self.mapping.len;
+        if offset.checked_add(len).is_none_or(|end| end > region_len) {
+            return Err(MemoryError::OutOfBounds { offset, len, region_len });
+        }
+        // SAFETY: offset <= region_len, so the result is inside the mapping or one past its end (then `len` is 0).
+        Ok(unsafe { self.mapping.start.as_ptr().add(offset) })
+    }
+}
+
+/// An array of bytes, all zero at first, for threads that share small states: one byte per block of a large disk. Memory is
+/// used only where a byte was written.
+#[derive(Debug)]
+pub struct AtomicBytes {
+    mapping: Mapping,
+}
+
+impl AtomicBytes {
+    /// `len` zero bytes (at least one).
+    ///
+    /// # Errors
+    /// ENOMEM when there is no address space, EINVAL for 0.
+    pub fn new(len: usize) -> io::Result<AtomicBytes> {
+        let size = NonZeroUsize::new(len).ok_or(Errno::EINVAL)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let start =
+            unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) }?;
+        let mapping = Mapping { start: start.cast(), len };
+        // One written byte must not cost a huge page.
+        mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
+        Ok(AtomicBytes { mapping })
+    }
+}
+
+impl Deref for AtomicBytes {
+    type Target = [AtomicU8];
+
+    #[inline]
+    fn deref(&self) -> &[AtomicU8] {
+        // SAFETY: the mapping is private to this process and to this value, holds `len` initialised (zero) bytes, lives as
+        // long as `self`, and is only ever accessed as AtomicU8, which has the layout of a byte.
+        unsafe {
+            std::slice::from_raw_parts(self.mapping.start.as_ptr().cast::<AtomicU8>(), self.mapping.len)
+        }
+    }
+}
+
+/// `len` mapped bytes; unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread, and its address is never changed.
+unsafe impl Send for Mapping {}
+// SAFETY: through a shared reference it is reached only by raw copies that are defined when they race (module's text) and
+// by atomics.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Gives the kernel advice that changes cost, not contents; a refusal is of no consequence.
+    fn advise(&self, advice: MmapAdvise) {
+        // SAFETY: the range is this mapping, and the two kinds of advice used here do not change its contents.
+        let _ = unsafe { madvise(self.start.cast(), self.len, advice) };
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by the constructor, is unmapped once, and nobody can hold a reference to it.
+        // It fails only for a range that is none; then nothing is unmapped.
+        let _ = unsafe { munmap(self.start.cast(), self.len) };
+    }
+}
+
+static MEMCPY: unsafe extern "C" fn(*mut c_void, *const c_void, usize) -> *mut c_void = libc::memcpy;
+static MEMSET: unsafe extern "C" fn(*mut c_void, c_int, usize) -> *mut c_void = libc::memset;
+
+/// Copies `len` bytes; either side may be changed by others meanwhile (module's text).
+///
+/// # Safety
+/// Both ranges are mapped, `dst` writable, and they do not overlap.
+#[inline]
+unsafe fn copy(dst: *mut u8, src: *const u8, len: usize) {
+    // SAFETY: MEMCPY is an initialised static; the volatile read only hides its value from the compiler.
+    let memcpy = unsafe { std::ptr::read_volatile(&raw const MEMCPY) };
+    // SAFETY: the caller's promise is memcpy's condition.
+    unsafe { memcpy(dst.cast(), src.cast(), len) };
+}
+
+/// Writes `len` zeroes; others may access the bytes meanwhile (module's text).
+///
+/// # Safety
+/// The range is mapped and writable.
+#[inline]
+unsafe fn clear(dst: *mut u8, len: usize) {
+    // SAFETY: MEMSET is an initialised static; the volatile read only hides its value from the compiler.
+    let memset = unsafe { std::ptr::read_volatile(&raw const MEMSET) };
+    // SAFETY: the caller's promise is memset's condition.
+    unsafe { memset(dst.cast(), 0, len) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::unistd::ftruncate;
+
+    use super::*;
+
+    fn memfd(len: i64, flags: MFdFlags) -> OwnedFd {
+        let fd = memfd_create(c"memory-test", flags | MFdFlags::MFD_CLOEXEC).expect("memfd_create");
+        ftruncate(&fd, len).expect("ftruncate");
+        fd
+    }
+
+    // Goal: what one mapping writes, another of the same file reads, at any offset and length.
+    // Method: copies at odd offsets through two mappings, compared with a byte vector.
+    #[test]
+    fn two_mappings_see_the_same_bytes() {
+        let fd = memfd(8192, MFdFlags::empty());
+        let (a, b) = (SharedRegion::map(&fd, 8192).expect("map"), SharedRegion::map(&fd, 8192).expect("map"));
+        let mut model = vec![0u8; 8192];
+        for (offset, len, value) in
+            [(0, 8192, 1u8), (1, 4095, 2), (4095, 2, 3), (8191, 1, 4), (17, 0, 5), (8192, 0, 6)]
+        {
+            a.copy_in(offset, &vec![value; len]).expect("inside");
+            model[offset..offset + len].fill(value);
+            let mut seen = vec![0xee; 8192];
+            b.copy_out(0, &mut seen).expect("inside");
+            assert_eq!(seen, model);
+        }
+        b.zero(100, 5000).expect("inside");
+        model[100..5100].fill(0);
+        let mut seen = vec![0xee; 8192];
+        a.copy_out(0, &mut seen).expect("inside");
+        assert_eq!(seen, model);
+    }
+
+    // Goal: no access outside the region, whatever the numbers; an error and no effect instead.
+    // Method: ranges that end behind the region, start behind it, or overflow.
+    #[test]
+    fn out_of_bounds_is_an_error() {
+        let region = SharedRegion::map(memfd(4096, MFdFlags::empty()), 4096).expect("map");
+        for (offset, len) in [(0, 4097), (4096, 1), (4095, 2), (usize::MAX, 1), (usize::MAX - 1, 4)] {
+            let mut dst = vec![7u8; len];
+            let expected = Err(MemoryError::OutOfBounds { offset, len, region_len: 4096 });
+            assert_eq!(region.copy_out(offset, &mut dst), expected);
+            assert_eq!(dst, vec![7u8; len], "destination untouched");
+            assert_eq!(region.copy_in(offset, &dst), expected);
+            assert_eq!(region.zero(offset, len), expected);
+        }
+        assert!(region.zero(1, usize::MAX).is_err());
+    }
+
+    // Goal: a file shorter than the mapping is refused instead of killing us at the first access.
+    #[test]
+    fn short_file_is_refused() {
+        let fd = memfd(4096, MFdFlags::empty());
+        let error = SharedRegion::map(&fd, 8192).expect_err("too short");
+        assert_eq!(error, MemoryError::TooShort { found: 4096, expected: 8192 });
+        assert!(SharedRegion::map(&fd, 0).is_err(), "an empty region is refused");
+    }
+
+    // Goal: only memory that its owner cannot shrink is accepted from a client.
+    // Method: an unsealed memfd, one with another seal, one that is sealed (and then really cannot shrink), a plain file.
+    #[test]
+    fn client_memory_must_be_sealed() {
+        let fd = memfd(4096, MFdFlags::MFD_ALLOW_SEALING);
+        assert_eq!(check_sealed(fd.as_fd()), Err(MemoryError::NotSealed { found: 0 }));
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).expect("seal");
+        assert!(matches!(check_sealed(fd.as_fd()), Err(MemoryError::NotSealed { .. })));
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).expect("seal");
+        assert_eq!(check_sealed(fd.as_fd()), Ok(()));
+        assert_eq!(ftruncate(&fd, 0), Err(Errno::EPERM));
+        let file = std::fs::File::open("/proc/self/exe").expect("own program");
+        assert_eq!(check_sealed(file.as_fd()), Err(MemoryError::NoMemfd));
+    }
+
+    // Goal: racing copies end and every byte is one that was written.
+    // Method: one thread alternates two values over a page; another copies it out and looks for any third value.
+    #[test]
+    fn racing_copies_yield_only_written_bytes() {
+        let region = SharedRegion::map(memfd(4096, MFdFlags::empty()), 4096).expect("map");
+        region.copy_in(0, &[1; 4096]).expect("inside");
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    region.copy_in(0, &[2; 4096]).expect("inside");
+                    region.copy_in(0, &[1; 4096]).expect("inside");
+                }
+            });
+            let mut copy = [0u8; 4096];
+            for _ in 0..2000 {
+                region.copy_out(0, &mut copy).expect("inside");
+                assert!(copy.iter().all(|&byte| byte == 1 || byte == 2));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+    }
+
+    // Goal: a large array costs memory only where it was written.
+    // Method: 64 GiB of states; a byte at either end is changed, the rest reads zero.
+    #[test]
+    fn atomic_bytes_are_sparse_and_zero() {
+        let bytes = AtomicBytes::new(64 << 30).expect("address space");
+        bytes[0].store(1, Ordering::Relaxed);
+        bytes[(64 << 30) - 1].store(2, Ordering::Relaxed);
+        assert_eq!(bytes[1].load(Ordering::Relaxed), 0);
+        assert_eq!(bytes[32 << 30].load(Ordering::Relaxed), 0);
+        assert_eq!(bytes[(64 << 30) - 1].load(Ordering::Relaxed), 2);
+        assert!(AtomicBytes::new(0).is_err());
+    }
+}
