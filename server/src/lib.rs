@@ -18,6 +18,7 @@
 pub mod args;
 pub mod config;
 pub mod events;
+pub mod files;
 pub mod fleet;
 pub mod limit_change;
 pub mod model;

@@ -1,0 +1,1 @@
+//! `blktapd doctor`.
