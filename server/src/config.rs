@@ -191,6 +191,8 @@ pub struct Settings {
     pub on_enospc: ErrorPolicy,
     /// Directory of RAM disks.
     pub ram_dir: PathBuf,
+    /// An operator chose it.
+    pub ram_dir_given: bool,
     /// Limit on the memory of all RAM disks; `None` for no limit.
     pub ram_limit_bytes: Option<u64>,
     /// NBD on TCP.
@@ -302,6 +304,7 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
             "shards.buffer_budget is {buffer_budget} bytes: expected at least 1M, so that a request fits"
         )));
     }
+    let file_has_ram_dir = file.ram.dir.is_some();
     let seconds = |given: Option<u32>, default: u32| Duration::from_secs(given.unwrap_or(default).into());
     let settings = Settings {
         ctl: absolute(ctl)?,
@@ -316,6 +319,7 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
         on_error: file.disks.on_error.unwrap_or(ErrorPolicy::Report),
         on_enospc: file.disks.on_enospc.unwrap_or(ErrorPolicy::Report),
         ram_dir: absolute(args.ram_dir.clone().or(file.ram.dir).unwrap_or_else(|| run_dir.join("ram")))?,
+        ram_dir_given: args.ram_dir.is_some() || file_has_ram_dir,
         ram_limit_bytes: args.ram_limit.or(file.ram.limit).filter(|limit| *limit > 0),
         nbd_listen: nbd_listen.iter().map(|text| parse_nbd_listen(text)).collect::<Result<_, _>>()?,
         nbd_access: access("nbd", file.nbd.mode, file.nbd.group, 0o600)?,
@@ -347,7 +351,8 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
         ));
     }
     formats::spec::check_socket_path(&settings.ctl)?;
-    formats::spec::check_socket_path(&settings.nbd_all_socket())?;
+    // Sockets are bound there before they are renamed to their places.
+    formats::spec::check_socket_path(&settings.run_dir.join(crate::rundir::HIDDEN).join("s000000"))?;
     Ok(settings)
 }
 
@@ -365,7 +370,13 @@ fn tls_files(args: &ServeArgs, file: TlsSection) -> Result<TlsFiles, Problem> {
              nbd.tls.key as well",
         ));
     }
-    Ok(TlsFiles { cert_key, client_ca, psk: args.tls_psk.clone().or(file.psk) })
+    let psk = args.tls_psk.clone().or(file.psk);
+    if psk.is_some() && cert_key.is_some() {
+        return Err(Problem::invalid(
+            "both a certificate and pre-shared keys are given for TLS: the listeners use one of them, give that one",
+        ));
+    }
+    Ok(TlsFiles { cert_key, client_ca, psk })
 }
 
 fn groups(written: BTreeMap<String, LimitChange>) -> Result<BTreeMap<String, Limits>, Problem> {

@@ -16,12 +16,24 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 
 pub mod args;
+pub mod client;
 pub mod config;
+pub mod daemon;
 pub mod events;
 pub mod files;
 pub mod fleet;
+pub mod generate;
+pub mod http;
+pub mod images;
 pub mod limit_change;
+pub mod logging;
+pub mod metrics;
 pub mod model;
+pub mod nbd;
 pub mod placement;
 pub mod problem;
+pub mod rundir;
+pub mod serve;
 pub mod state;
+pub mod supervise;
+pub mod systemd;

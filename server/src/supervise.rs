@@ -1,0 +1,96 @@
+//! Starting the shards, and carrying their events to the fleet.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use shard::executor::{self, EventReceiver, ShardOptions};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+
+use crate::config::Settings;
+use crate::fleet::{Fleet, Notice, Shard};
+use crate::problem::Problem;
+
+/// The running shards, what they say by themselves, and the end at which their events arrive.
+pub type Started = (Arc<Fleet>, mpsc::UnboundedReceiver<Notice>, EventReceiver);
+
+/// Starts a shard on each CPU. Blocks until all their rings work.
+///
+/// The signals that end or reload the daemon must be blocked in the calling thread: shards inherit that.
+pub fn start_shards(settings: &Settings) -> Result<Started, Problem> {
+    let cpus = cpus(settings);
+    executor::probe_ring(settings.ring).map_err(|error| Problem::failed(error.to_string()))?;
+    let (sender, receiver) = executor::event_channel()
+        .map_err(|error| Problem::failed(format!("the shards' event channel cannot be made: {error}")))?;
+    let mut shards = Vec::new();
+    for (index, cpu) in cpus.into_iter().enumerate() {
+        let options = ShardOptions {
+            index,
+            cpu,
+            ring: settings.ring,
+            buffer_budget_bytes: settings.buffer_budget_bytes,
+            fault_commands: settings.fault_commands,
+        };
+        let handle = executor::start(options, sender.clone())
+            .map_err(|error| Problem::failed(format!("shard {index} cannot start: {error}")))?;
+        tracing::info!(shard = index, cpu = handle.cpu, "started");
+        shards.push(Shard::new(index, handle.cpu, handle.counters.clone(), Box::new(handle)));
+    }
+    let (fleet, notices) = Fleet::new(shards);
+    Ok((fleet, notices, receiver))
+}
+
+/// One entry for each shard. core_affinity tells which CPUs this process may use; it must be asked before anything is pinned.
+fn cpus(settings: &Settings) -> Vec<Option<usize>> {
+    let allowed: Vec<usize> =
+        core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect();
+    let wanted = match &settings.cpus {
+        Some(cpus) => cpus.clone(),
+        None if allowed.is_empty() => {
+            tracing::warn!("the allowed CPUs cannot be found out: one unpinned shard is started");
+            return vec![None];
+        }
+        None => allowed.clone(),
+    };
+    wanted
+        .into_iter()
+        .map(|cpu| {
+            if allowed.contains(&cpu) {
+                Some(cpu)
+            } else {
+                tracing::warn!(
+                    "CPU {cpu} is not one that this process may use (allowed: {allowed:?}); its shard runs unpinned; \
+                     correct --cpus, the affinity or the cpuset"
+                );
+                None
+            }
+        })
+        .collect()
+}
+
+/// Carries events to the fleet until the process ends.
+pub async fn deliver_events(fleet: Arc<Fleet>, events: EventReceiver) {
+    let wake = match AsyncFd::register(events.wake.clone()) {
+        Ok(wake) => wake,
+        Err(error) => {
+            tracing::error!("the shards' events cannot be waited for: {error}");
+            return;
+        }
+    };
+    loop {
+        let Ok(mut ready) = wake.readable().await else { return };
+        // The count does not matter; reading resets it, and events that come later set it again.
+        let read = ready.try_io(|fd: &AsyncFd<Arc<OwnedFd>>| {
+            nix::unistd::read(fd.get_ref(), &mut [0; 8]).map_err(std::io::Error::from)
+        });
+        if let Ok(Err(error)) = read
+            && error.kind() != std::io::ErrorKind::WouldBlock
+        {
+            tracing::error!("the shards' eventfd cannot be read: {error}");
+            return;
+        }
+        while let Ok((shard, event)) = events.rx.try_recv() {
+            fleet.deliver(shard, event);
+        }
+    }
+}
