@@ -1,6 +1,7 @@
 //! Facts about a block device from sysfs (`/sys/dev/block/MAJOR:MINOR`), and who else uses it.
 //!
-//! Sysfs answers without opening the device, and the same for a disk and a partition: a partition's request queue is its parent's.
+//! Sysfs answers without opening the device, and the same for a disk and a partition: a partition's request
+//! queue is its parent's.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,8 @@
 //! Who holds a lock on a file: found in the `lock:` lines of `/proc/PID/fdinfo` (proc(5)).
 //!
-//! F_OFD_GETLK and /proc/locks know a byte but no process for OFD locks. The walk costs time in proportion to the descriptors of the
-//! host, so it is done only to explain a refusal, and it is bounded. It reads /proc alone and touches no other file.
+//! F_OFD_GETLK and /proc/locks know a byte but no process for OFD locks. The walk costs time in proportion to
+//! the descriptors of the host, so it is done only to explain a refusal, and it is bounded. It reads /proc
+//! alone and touches no other file.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +18,7 @@ const SEARCH_MAX: Duration = Duration::from_secs(2);
 pub struct Holder {
     /// Its process id.
     pub pid: u32,
-    /// Its name as the kernel knows it.
+    /// Its name: the kernel's, which has at most 15 bytes, completed from the command line.
     pub program: String,
 }
 
@@ -32,8 +33,8 @@ pub fn name(holder: Option<&Holder>) -> String {
     holder.map_or_else(|| "another program".to_owned(), Holder::to_string)
 }
 
-/// The file's name in `lock:` lines, from one that this process holds on `fd`: `MAJOR:MINOR:INODE`. On btrfs and overlayfs these are not the
-/// numbers that stat gives.
+/// The file's name in `lock:` lines, from one that this process holds on `fd`: `MAJOR:MINOR:INODE`. On btrfs
+/// and overlayfs these are not the numbers that stat gives.
 pub fn name_in_own_lock(fd: i32) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
     text.lines().find_map(parse).map(|line| line.file.to_owned())
@@ -54,12 +55,25 @@ pub fn find(file: &str, byte: i64) -> Option<Holder> {
             break;
         }
         if pid != me && holds(&process.path(), file, byte, end) {
-            let program = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            let program = if program.is_empty() { "a program" } else { program.trim_end() };
-            return Some(Holder { pid, program: program.to_owned() });
+            return Some(Holder { pid, program: program_name(&process.path()) });
         }
     }
     None
+}
+
+fn program_name(process: &Path) -> String {
+    let kernels = fs::read_to_string(process.join("comm")).unwrap_or_default();
+    let kernels = kernels.trim_end();
+    let command = fs::read(process.join("cmdline")).unwrap_or_default();
+    let program = command.split(|&byte| byte == 0).next().unwrap_or_default();
+    let program = String::from_utf8_lossy(program.rsplit(|&byte| byte == b'/').next().unwrap_or_default());
+    match (kernels, &*program) {
+        ("", "") => "a program".to_owned(),
+        // A program may write what it likes into its command line: believed only where it continues the
+        // kernel's name.
+        (kernels, program) if program.starts_with(kernels) => program.chars().take(64).collect(),
+        (kernels, _) => kernels.to_owned(),
+    }
 }
 
 fn holds(process: &Path, file: &str, byte: i64, end: Instant) -> bool {
@@ -100,7 +114,8 @@ fn parse(line: &str) -> Option<LockLine<'_>> {
 mod tests {
     use super::*;
 
-    /// Goal: the kernel's lines are understood and others are left out. Method: lines as the kernel prints them.
+    /// Goal: the kernel's lines are understood and others are left out. Method: lines as the kernel prints
+    /// them.
     #[test]
     fn lock_lines() {
         let line = parse("lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:10010650 100 101").expect("a lock");

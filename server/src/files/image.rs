@@ -1,11 +1,11 @@
 //! From an identified object to an [`ImageFile`]: opened for I/O, fenced, locked, measured.
 //!
-//! Everything here blocks and runs on a lane. It opens the object that was identified, not its path again. The order matters: the fence
-//! first (a predecessor's kernel operations also hold the predecessor's locks), the locks second, and only then the length, which a former
-//! holder could still have changed.
+//! Everything here blocks and runs on a lane. It opens the object that was identified, not its path again.
+//! The order matters: the fence first (a predecessor's kernel operations also hold the predecessor's locks),
+//! the locks second, and only then the length, which a former holder could still have changed.
 //!
-//! Size rule: a device is served as it is; a regular file is served with its length rounded *up* to 512 bytes, the last sector's missing
-//! bytes read as zeroes, and a write to them lengthens the file.
+//! Size rule: a device is served as it is; a regular file is served with its length rounded *up* to 512
+//! bytes, the last sector's missing bytes read as zeroes, and a write to them lengthens the file.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -92,8 +92,11 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
         CacheMode::None => direct_alignment(object, &file, length, device.as_ref())?,
         CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
     };
-    let tail =
-        if length % u64::from(offset_align) == 0 { None } else { Some(open_tail(object, options, fence)?) };
+    let tail = if length.is_multiple_of(offset_align.into()) {
+        None
+    } else {
+        Some(open_tail(object, options, fence)?)
+    };
     let (kind, store) = match (&device, object.key) {
         (Some(device), FileKey::Block { device: number }) => {
             (FileKind::Block { discard: device.takes_discard() }, number)
@@ -120,8 +123,9 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
 pub fn geometry(path: &Path, image: &ImageFile, sector: Option<u32>) -> Result<Geometry, OpenError> {
     check_sector_option(path, sector)?;
     let sector_bytes = sector.unwrap_or(match image.kind {
-        // Clients of a device with 4096-byte blocks should not be invited to smaller requests; of a file they always were.
-        FileKind::Block { .. } if image.length % u64::from(image.offset_align) == 0 => {
+        // Clients of a device with 4096-byte blocks should not be invited to smaller requests; of a file they
+        // always were.
+        FileKind::Block { .. } if image.length.is_multiple_of(image.offset_align.into()) => {
             image.offset_align.max(512)
         }
         _ => 512,
@@ -130,10 +134,10 @@ pub fn geometry(path: &Path, image: &ImageFile, sector: Option<u32>) -> Result<G
         FileKind::Regular => image.length.next_multiple_of(SECTOR),
         FileKind::Block { .. } => image.length,
     };
-    if served_bytes % u64::from(sector_bytes) != 0 {
+    if !served_bytes.is_multiple_of(sector_bytes.into()) {
         let message = format!(
-            "{}: its {} bytes are no multiple of {sector_bytes}-byte sectors; leave ?sector={sector_bytes} out or change the \
-             length to {}",
+            "{}: its {} bytes are no multiple of {sector_bytes}-byte sectors; leave ?sector={sector_bytes} \
+            out or change the length to {}",
             path.display(),
             image.length,
             served_bytes.next_multiple_of(u64::from(sector_bytes))
@@ -165,7 +169,8 @@ fn open_for_io(
 ) -> Result<File, Attempt> {
     let path = object.path.as_path();
     let direct = options.cache == CacheMode::None;
-    // On a block device O_EXCL claims it: not mounted, not part of another device, not claimed by somebody else, and kept so.
+    // On a block device O_EXCL claims it: not mounted, not part of another device, not claimed by somebody
+    // else, and kept so.
     let exclusive = device.filter(|_| !options.read_only);
     let flags = if direct { libc::O_DIRECT } else { 0 } | if exclusive.is_some() { libc::O_EXCL } else { 0 };
     let opened = open_again(object, !options.read_only, flags);
@@ -177,14 +182,15 @@ fn open_for_io(
             if fenced {
                 return Attempt::Fenced;
             }
-            refuse(path, OpenErrorKind::Busy, format!("is in use: {}; a disk needs the device alone", device.users()))
+            let why = format!("is in use: {}; a disk needs the device alone", device.users());
+            refuse(path, OpenErrorKind::Busy, why)
         }
         (Some(libc::EACCES | libc::EPERM | libc::EROFS), _) if !options.read_only => refuse(
             path,
             OpenErrorKind::Permission,
             format!(
-                "open for writing: {error}; check owner, mode, attributes (lsattr) and whether {} is mounted read-only, or \
-                 attach it with --read-only",
+                "open for writing: {error}; check owner, mode, attributes (lsattr) and whether {} is \
+                mounted read-only, or attach it with --read-only",
                 object.mount.point.display()
             ),
         ),
@@ -201,21 +207,23 @@ fn no_direct_io(object: &Object) -> Attempt {
         &object.path,
         OpenErrorKind::Unsupported,
         format!(
-            "{} ({}) does not take direct I/O (O_DIRECT) on this file; attach it with ?cache=writeback, which goes through the \
-             page cache and still makes flushes durable, or move the image to another file system",
+            "{} ({}) does not take direct I/O (O_DIRECT) on this file; attach it with ?cache=writeback, \
+            which goes through the page cache and still makes flushes durable, or move the image to \
+            another file system",
             object.mount.point.display(),
             object.mount.fs_type
         ),
     )
 }
 
-/// Waits for nobody: `Fenced` while a predecessor's operations are out, else the locks or who stands against them.
+/// Waits for nobody: `Fenced` while a predecessor's operations are out, else the locks or who stands against
+/// them.
 fn take_locks(object: &Object, file: &File, options: &ImageOptions, fence: Fence) -> Result<(), Attempt> {
     let path = object.path.as_path();
     let failed = |error: io::Error| {
         let why = format!(
-            "its file system ({} on {}) does not take locks: {error}; without them two programs could write one image: mount \
-             it with locks (NFS: start the lock service)",
+            "its file system ({} on {}) does not take locks: {error}; without them two programs could \
+            write one image: mount it with locks (NFS: start the lock service)",
             object.mount.fs_type,
             object.mount.point.display()
         );
@@ -245,9 +253,12 @@ fn take_locks(object: &Object, file: &File, options: &ImageOptions, fence: Fence
 pub fn still_fenced(object: &Object, fence: Fence, waited_ms: u128) -> OpenError {
     let holder = holders::find(&holders::name_from_stat(&object.stat), fence.byte());
     let who = match holder {
-        Some(holder) => format!("{holder} serves it with the same run directory; stop that one first"),
-        None => "kernel operations of a former blktapd are still under way on it; it is free when its store has answered \
-                 them"
+        Some(holder) => format!(
+            "{holder} still has it: another blktapd with the same run directory, or one that ends and has \
+             operations under way; stop it, or wait until the store has answered them"
+        ),
+        None => "kernel operations of a former blktapd are still under way on it; it is free when its store \
+                 has answered them"
             .to_owned(),
     };
     let message = format!("{}: after {waited_ms} ms {who}", object.path.display());
@@ -279,11 +290,7 @@ fn direct_alignment(
     device: Option<&Device>,
 ) -> Result<(u32, u32), Attempt> {
     let path = object.path.as_path();
-    let answer = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
-        .ok()
-        .filter(|stat| stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0)
-        .map(|stat| (stat.stx_dio_offset_align, stat.stx_dio_mem_align));
-    let (offset, memory) = match (answer, device) {
+    let (offset, memory) = match (direct_units(file), device) {
         // The kernel knows this file and says no (encrypted, data journalled).
         (Some((0, _)), _) => return Err(no_direct_io(object)),
         (Some(answer), _) => answer,
@@ -299,8 +306,8 @@ fn direct_alignment(
     let valid = |unit: u32| unit.is_power_of_two() && unit <= ALIGN_MAX;
     if !valid(offset) || !valid(memory.max(1)) {
         let why = format!(
-            "direct I/O needs units of {offset} bytes in memory aligned to {memory}; at most {ALIGN_MAX} is supported: attach \
-             it with ?cache=writeback"
+            "direct I/O needs units of {offset} bytes in memory aligned to {memory}; at most {ALIGN_MAX} \
+            is supported: attach it with ?cache=writeback"
         );
         return Err(refuse(path, OpenErrorKind::Unsupported, why));
     }
@@ -308,9 +315,17 @@ fn direct_alignment(
     Ok((offset.max(512), memory.max(1)))
 }
 
-/// Where the kernel does not tell (tmpfs, some network file systems): the finest unit in which a read is not refused. Only reads, and
-/// only inside the file, since a read behind its end may return before it is checked.
-fn probe_alignment(file: &File, length: u64) -> Option<(u32, u32)> {
+/// Units of direct I/O as the kernel tells them: offsets, then memory; zeroes when this file takes none.
+pub(crate) fn direct_units(file: &File) -> Option<(u32, u32)> {
+    let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let told = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0;
+    told.then_some((stat.stx_dio_offset_align, stat.stx_dio_mem_align))
+}
+
+/// Where the kernel does not tell (tmpfs, some network file systems): the finest unit in which a read is not
+/// refused. Only reads, and only inside the file, since a read behind its end may return before it is
+/// checked.
+pub(crate) fn probe_alignment(file: &File, length: u64) -> Option<(u32, u32)> {
     [512_u32, 4096].into_iter().find_map(|unit| {
         if length < 2 * u64::from(unit) {
             // Too short to ask. Whatever takes 512 takes 4096; the rest goes through the buffered descriptor.

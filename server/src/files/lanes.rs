@@ -1,12 +1,14 @@
 //! Threads that may hang: every call that touches a path or closes an image runs on one of them.
 //!
-//! Each file system has a lane: a queue and a few threads, which start when there is work and end when there has been none for
-//! a while. A dead mount fills its own lane; callers get an error at their deadline, and what the kernel delivers
-//! later is dropped where it arrives, so that a late descriptor is closed on the lane as well.
+//! Each file system has a lane: a queue and a few threads, which start when there is work and end when there
+//! has been none for a while. A dead mount fills its own lane; callers get an error at their deadline, and
+//! what the kernel delivers later is dropped where it arrives, so that a late descriptor is closed on the
+//! lane as well.
 //!
 //! Invariants:
-//! - At most [`Bounds::per_mount`] threads per file system, and [`Bounds::total`] in all, of which the last half is kept for
-//!   the first thread of a lane: file systems that hang cannot keep the others from getting one until there are very many.
+//! - At most [`Bounds::per_mount`] threads per file system, and [`Bounds::total`] in all, of which the last
+//!   half is kept for the first thread of a lane: file systems that hang cannot keep the others from getting
+//!   one until there are very many.
 //! - No job is run or dropped while the lock is held (dropping one may queue another).
 
 use std::collections::{HashMap, VecDeque};
@@ -116,10 +118,12 @@ impl Lanes {
         self.lock().threads
     }
 
-    /// Runs `work` on the lane of `mount` and waits for it until `deadline`. `path` and `doing` (as in "open it") are for the message.
+    /// Runs `work` on the lane of `mount` and waits for it until `deadline`. `path` and `doing` (as in "open
+    /// it") are for the message.
     ///
-    /// Errors: `Timeout` at the deadline, `Busy` when the lane's queue or the pool is full, `Io` when `work` panicked.
-    /// When the future is dropped, or the deadline passes, a result that comes later is dropped on the lane.
+    /// Errors: `Timeout` at the deadline, `Busy` when the lane's queue or the pool is full, `Io` when `work`
+    /// panicked. When the future is dropped, or the deadline passes, a result that comes later is dropped on
+    /// the lane.
     pub async fn run<T, F>(
         &self,
         mount: &Arc<Mount>,
@@ -139,15 +143,16 @@ impl Lanes {
         let answer = match tokio::time::timeout_at(deadline, &mut result).await {
             Ok(answer) => answer,
             Err(_) => {
-                // It may have arrived in this instant: after close() it either is here or goes back to the lane.
+                // It may have arrived in this instant: after close() it either is here or goes back to the
+                // lane.
                 result.close();
                 let late = |_| {
                     let waited_ms = asked.elapsed().as_millis();
                     OpenError::new(
                         OpenErrorKind::Timeout,
                         format!(
-                            "{}: {} ({} from {}) did not answer within {waited_ms} ms when asked to {doing}; check the store \
-                             or the server behind it, then try again",
+                            "{}: {} ({} from {}) did not answer within {waited_ms} ms when asked to \
+                            {doing}; check the store or the server behind it, then try again",
                             path.display(),
                             mount.point.display(),
                             mount.fs_type,
@@ -171,7 +176,8 @@ impl Lanes {
         let key = mount.device.clone();
         let job = Box::new(Close(value));
         let mut state = self.lock();
-        // Never refused: a thread takes it as soon as one can be had, and as many can wait as there are descriptors.
+        // Never refused: a thread takes it as soon as one can be had, and as many can wait as there are
+        // descriptors.
         state.lanes.entry(key.clone()).or_default().queue.push_back(job);
         self.staff(&mut state, &key);
     }
@@ -364,7 +370,8 @@ mod tests {
 
     const SMALL: Bounds = Bounds { per_mount: 2, total: 8, queue: 3, idle: Duration::from_millis(50) };
 
-    /// Goal: a mount that hangs costs its callers their deadline and its own threads; another mount works; the threads end.
+    /// Goal: a mount that hangs costs its callers their deadline and its own threads; another mount works;
+    /// the threads end.
     /// Method: jobs that wait on channels stand for the hung kernel.
     #[tokio::test]
     async fn hung_mount_keeps_to_its_lane() {
@@ -375,7 +382,7 @@ mod tests {
             let (tx, rx) = mpsc::channel::<()>();
             release.push(tx);
             let error = lanes
-                .run(&dead, soon(), Path::new("/m1/disk.img"), "open it", move || drop(rx.recv()))
+                .run(&dead, soon(), Path::new("/m1/disk.img"), "open it", move || rx.recv().is_ok())
                 .await
                 .expect_err("it hangs");
             assert_eq!(error.kind, OpenErrorKind::Timeout);
@@ -408,20 +415,29 @@ mod tests {
                 lanes.run(&dead, deadline, Path::new("/m1/a"), "open it", hang).await
             })
         };
-        let waiting: Vec<_> = (0..5).map(|_| call(far())).collect();
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        let mut waiting = Vec::new();
+        for queued in [0, 0, 1, 2, 3] {
+            waiting.push(call(far()));
+            while lanes.lock().lanes.get("0:1").is_none_or(|lane| lane.queue.len() != queued) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
         let error = call(far()).await.expect("joins").expect_err("2 run, 3 wait");
         assert_eq!(error.kind, OpenErrorKind::Busy);
         assert!(error.message.contains("3 calls already wait for /m1"), "{}", error.message);
-        waiting.iter().for_each(|task| task.abort());
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        for task in waiting {
+            task.abort();
+            assert!(task.await.is_err(), "aborted");
+        }
         let error = call(soon()).await.expect("joins").expect_err("it waits, then its time is over");
         assert_eq!(error.kind, OpenErrorKind::Timeout);
         drop(tx);
     }
 
-    /// Goal: many dead mounts cannot use up the places that other mounts' first threads need; at the bound the error says so.
-    /// Method: more hung mounts than threads; the total is 8, of which each lane may have a second only below 4.
+    /// Goal: many dead mounts cannot use up the places that other mounts' first threads need; at the bound
+    /// the error says so.
+    /// Method: more hung mounts than threads; the total is 8, of which each lane may have a second only below
+    /// 4.
     #[tokio::test]
     async fn total_is_bounded() {
         let lanes = Lanes::new(SMALL);
@@ -430,9 +446,10 @@ mod tests {
             for _ in 0..2 {
                 let (tx, rx) = mpsc::channel::<()>();
                 release.push(tx);
-                let hung =
-                    lanes.run(&mount(number), soon(), Path::new("/a"), "open it", move || drop(rx.recv()));
-                // With 2+2 threads in the first two lanes there are 4 places left: the lanes 2 to 5 get one each.
+                let at = mount(number);
+                let hung = lanes.run(&at, soon(), Path::new("/a"), "open it", move || rx.recv().is_ok());
+                // With 2+2 threads in the first two lanes there are 4 places left: the lanes 2 to 5 get one
+                // each.
                 assert!(hung.await.is_err());
             }
             assert!(lanes.threads() <= SMALL.total);
@@ -456,13 +473,15 @@ mod tests {
         }
     }
 
-    /// Goal: a descriptor that arrives after the deadline is closed, on the lane. Method: a late result that tells its thread.
+    /// Goal: a descriptor that arrives after the deadline is closed, on the lane. Method: a late result that
+    /// tells its thread.
     #[tokio::test]
     async fn late_result_is_dropped_on_the_lane() {
         let lanes = Lanes::new(SMALL);
         let (tx, rx) = mpsc::channel::<()>();
         let (dropped, thread) = mpsc::channel();
-        let late = lanes.run(&mount(1), soon(), Path::new("/a"), "open it", move || {
+        let at = mount(1);
+        let late = lanes.run(&at, soon(), Path::new("/a"), "open it", move || {
             let _ = rx.recv();
             Witness(dropped)
         });
@@ -480,7 +499,8 @@ mod tests {
         assert_ne!(thread.recv().expect("dropped"), std::thread::current().id());
     }
 
-    /// Goal: a panic in a call is an error of that call, and the lane goes on. Method: panic, then a good call.
+    /// Goal: a panic in a call is an error of that call, and the lane goes on. Method: panic, then a good
+    /// call.
     #[tokio::test]
     async fn panic_is_an_error_of_one_call() {
         let lanes = Lanes::new(SMALL);

@@ -1,9 +1,11 @@
-//! Locks that other programs respect: QEMU's byte protocol with open-file-description (OFD) locks, and the fence after a crash.
+//! Locks that other programs respect: QEMU's byte protocol with open-file-description (OFD) locks, and the
+//! fence after a crash.
 //!
-//! Protocol (QEMU `docs/system/qemu-block-drivers.rst.inc`, "Disk image file locking", and what its tools are seen to hold): permission `p` is in
-//! use while somebody holds a *read* lock on byte `100+p`, and is not shared while somebody holds one on byte `200+p`. Read locks
-//! never exclude each other; each party takes its own and then asks, with F_OFD_GETLK for a write lock, whether anybody holds the opposite
-//! byte of one of them.
+//! Protocol (QEMU `docs/system/qemu-block-drivers.rst.inc`, "Disk image file locking", and what its tools are
+//! seen to hold): permission `p` is in use while somebody holds a *read* lock on byte `100+p`, and is not
+//! shared while somebody holds one on byte `200+p`. Read locks never exclude each other; each party takes its
+//! own and then asks, with F_OFD_GETLK for a write lock, whether anybody holds the opposite byte of one of
+//! them.
 //!
 //! | p | permission | reader | writer |
 //! |---|---|---|---|
@@ -12,9 +14,10 @@
 //! | 2 | write unchanged bytes | - | - |
 //! | 3 | resize | does not share | uses, does not share |
 //!
-//! The locks belong to the open file description. When the process dies, the kernel drops it, and with it the locks, only after the last
-//! operation in flight has ended. That is what the **fence** is: one more read-locked byte, numbered from the identity of RUN_DIR, that
-//! only the daemon holds. A successor waits until nobody holds it, since writes of its predecessor may land until then.
+//! The locks belong to the open file description. When the process dies, the kernel drops it, and with it the
+//! locks, only after the last operation in flight has ended. That is what the **fence** is: one more
+//! read-locked byte, numbered from the identity of RUN_DIR, that only the daemon holds. A successor waits
+//! until nobody holds it, since writes of its predecessor may land until then.
 //!
 //! Invariant: locks are never released by hand; they go with their descriptor.
 
@@ -44,10 +47,12 @@ pub struct Fence {
 }
 
 impl Fence {
-    /// The fence of the daemon whose RUN_DIR this is. The number must be the same in every later release of the program.
+    /// The fence of the daemon whose RUN_DIR this is. The number must be the same in every later release of
+    /// the program.
     pub fn of_run_dir(run_dir: &Path) -> io::Result<Fence> {
         let stat = stat(run_dir)?;
-        // Two directories of one host must not share a byte: mix device and inode well (splitmix64's finaliser), keep 61 bits.
+        // Two directories of one host must not share a byte: mix device and inode well (splitmix64's
+        // finaliser), keep 61 bits.
         let mut mixed = stat.st_ino ^ stat.st_dev.rotate_left(32);
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -60,8 +65,8 @@ impl Fence {
         self.byte
     }
 
-    /// True when another description holds the fence: operations of a predecessor are under way (or a second daemon runs on one
-    /// RUN_DIR).
+    /// True when another description holds the fence: operations of a predecessor are under way (or a second
+    /// daemon runs on one RUN_DIR).
     pub fn is_held(&self, fd: impl AsFd) -> io::Result<bool> {
         somebody_holds(fd, self.byte)
     }
@@ -130,8 +135,8 @@ impl Conflict {
 
 /// Takes the locks for `access` on the description and asks whether somebody else's stand against them.
 ///
-/// `Ok(Some)` is a conflict: close the descriptor to let go of what was taken. Errors: what fcntl answered, ENOLCK where the file system
-/// has no locks.
+/// `Ok(Some)` is a conflict: close the descriptor to let go of what was taken. Errors: what fcntl answered,
+/// ENOLCK where the file system has no locks.
 pub fn take(fd: impl AsFd, access: Access) -> io::Result<Option<Conflict>> {
     for byte in access.held_bytes() {
         match hold(&fd, byte) {
@@ -158,10 +163,12 @@ fn hold(fd: impl AsFd, byte: i64) -> io::Result<()> {
 
 fn somebody_holds(fd: impl AsFd, byte: i64) -> io::Result<bool> {
     let mut lock = byte_lock(libc::F_WRLCK, byte);
-    match fcntl(fd.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock)) {
-        Ok(_) => Ok(i32::from(lock.l_type) != libc::F_UNLCK),
-        Err(Errno::EINTR) => Ok(true),
-        Err(errno) => Err(errno.into()),
+    loop {
+        match fcntl(fd.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock)) {
+            Ok(_) => return Ok(i32::from(lock.l_type) != libc::F_UNLCK),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 

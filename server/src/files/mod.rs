@@ -1,14 +1,15 @@
 //! Image files as the control side sees them: paths, locks, and the one table of open files of the process.
 //!
-//! Why it exists: a path can hang for ever (a dead NFS mount), can name something that is no disk (a FIFO, a tape), can lead
-//! out of the directories that an administrator allowed, or can name an image that somebody else writes to. All of that is
-//! settled here, before a shard sees a descriptor.
+//! Why it exists: a path can hang for ever (a dead NFS mount), can name something that is no disk (a FIFO, a
+//! tape), can lead out of the directories that an administrator allowed, or can name an image that somebody
+//! else writes to. All of that is settled here, before a shard sees a descriptor.
 //!
 //! Invariants:
-//! - A path is touched, and a descriptor of an image is closed, only on a thread of that mount's lane ([`lanes`]), never on the
-//!   control thread and never on a shard. A mount that hangs keeps its own few threads and nothing else.
-//! - There is one open file description for I/O per file ([`table`]); it carries the locks ([`locks`]), so that the kernel
-//!   takes them back when the last operation on it has ended, and not before.
+//! - A path is touched, and a descriptor of an image is closed, only on a thread of that mount's lane
+//!   ([`lanes`]), never on the control thread and never on a shard. A mount that hangs keeps its own few
+//!   threads and nothing else.
+//! - There is one open file description for I/O per file ([`table`]); it carries the locks ([`locks`]), so
+//!   that the kernel takes them back when the last operation on it has ended, and not before.
 //! - Nothing here changes the contents of an image.
 
 pub mod device;

@@ -1,7 +1,9 @@
-//! Which mount a path is on, found without touching the mount: by text, from `/proc/self/mountinfo` (proc(5)).
+//! Which mount a path is on, found without touching the mount: by text, from `/proc/self/mountinfo`
+//! (proc(5)).
 //!
-//! Asking the kernel about the path itself (stat, statfs, realpath) would hang on a dead mount; that is the very thing to be
-//! found out. The text is right when the path has no symbolic links; [`super::opener`] removes them one mount at a time.
+//! Asking the kernel about the path itself (stat, statfs, realpath) would hang on a dead mount; that is the
+//! very thing to be found out. The text is right when the path has no symbolic links; [`super::opener`]
+//! removes them one mount at a time.
 
 use std::ffi::OsString;
 use std::io;
@@ -37,14 +39,15 @@ impl Mounts {
         Mounts(text.split(|&b| b == b'\n').filter_map(parse_line).map(Arc::new).collect())
     }
 
-    /// The mount of an absolute path without symbolic links and `..`: the longest mount point that is a prefix of it, and of
-    /// several mounted on one point the last, which hides the others.
+    /// The mount of an absolute path without symbolic links and `..`: the longest mount point that is a
+    /// prefix of it, and of several mounted on one point the last, which hides the others.
     pub fn of(&self, path: &Path) -> Option<Arc<Mount>> {
         let on_path = self.0.iter().filter(|mount| path.starts_with(&mount.point));
         on_path.max_by_key(|mount| mount.point.components().count()).cloned()
     }
 
-    /// Where the block device `major:minor` is mounted; `name` is its node, for file systems that hide the number (btrfs).
+    /// Where the block device `major:minor` is mounted; `name` is its node, for file systems that hide the
+    /// number (btrfs).
     pub fn of_device(&self, major_minor: &str, name: &Path) -> Option<Arc<Mount>> {
         self.0.iter().find(|mount| mount.device == major_minor || Path::new(&mount.source) == name).cloned()
     }

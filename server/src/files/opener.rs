@@ -1,9 +1,10 @@
 //! From a path to the object that it names, without trusting the path.
 //!
-//! The way: symbolic links are followed one mount at a time, each on the lane of the mount it is on, so that a link into a dead
-//! mount hangs in the dead mount's lane. Then the object is opened with O_PATH, which asks nothing of a driver (opening a tape
-//! rewinds it, opening a FIFO waits, opening a watchdog arms it), and its type is checked. Only a regular file or a block device goes on
-//! to [`super::image`], which opens that very object, not the path again.
+//! The way: symbolic links are followed one mount at a time, each on the lane of the mount it is on, so that
+//! a link into a dead mount hangs in the dead mount's lane. Then the object is opened with O_PATH, which asks
+//! nothing of a driver (opening a tape rewinds it, opening a FIFO waits, opening a watchdog arms it), and its
+//! type is checked. Only a regular file or a block device goes on to [`super::image`], which opens that very
+//! object, not the path again.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,7 +20,8 @@ use super::lanes::{Lanes, OnLane};
 use super::mounts::{Mount, Mounts};
 use super::{FileKey, OpenError, OpenErrorKind};
 
-/// Links and `..` that are followed before the path is called a circle (the kernel's own bound for links is 40).
+/// Links and `..` that are followed before the path is called a circle (the kernel's own bound for links is
+/// 40).
 const STEPS_MAX: usize = 64;
 
 /// Opens objects by path.
@@ -58,7 +60,8 @@ impl Opener {
         Ok(opener)
     }
 
-    /// Replaces the allowed directories; holds for what is opened from now on. The directories need not exist yet.
+    /// Replaces the allowed directories; holds for what is opened from now on. The directories need not exist
+    /// yet.
     pub fn set_roots(&self, roots: Vec<PathBuf>) -> Result<(), OpenError> {
         for root in &roots {
             check_absolute(root)
@@ -79,8 +82,8 @@ impl Opener {
 
     /// Finds the regular file or block device that `path` names.
     ///
-    /// Errors: `Invalid` for a path that is not absolute and for any other kind of object, `OutsideRoots`, `NotFound`, `Permission`,
-    /// `Timeout`, `Io`.
+    /// Errors: `Invalid` for a path that is not absolute and for any other kind of object, `OutsideRoots`,
+    /// `NotFound`, `Permission`, `Timeout`, `Io`.
     pub async fn find(&self, path: &Path, deadline: Instant) -> Result<OnLane<Object>, OpenError> {
         check_absolute(path)?;
         let roots = self.roots();
@@ -130,8 +133,8 @@ impl Opener {
     }
 }
 
-/// Walks `path` from the mount point on and replaces the first link or `..` in it; `None` when there is none. Touches only the mount
-/// at `point`: everything before a component is free of links by then.
+/// Walks `path` from the mount point on and replaces the first link or `..` in it; `None` when there is none.
+/// Touches only the mount at `point`: everything before a component is free of links by then.
 fn next_step(path: &Path, point: &Path, named: &Path) -> Result<Option<PathBuf>, OpenError> {
     let mut plain = PathBuf::new();
     let mut parts = path.components();
@@ -140,7 +143,7 @@ fn next_step(path: &Path, point: &Path, named: &Path) -> Result<Option<PathBuf>,
         match part {
             Component::ParentDir => {
                 plain.pop();
-                return Ok(Some(plain.join(parts.as_path())));
+                return Ok(Some(with_rest(plain, parts.as_path())));
             }
             other => plain.push(other),
         }
@@ -148,13 +151,18 @@ fn next_step(path: &Path, point: &Path, named: &Path) -> Result<Option<PathBuf>,
             continue;
         }
         match std::fs::read_link(&plain) {
-            Ok(target) => return Ok(Some(parent.join(target).join(parts.as_path()))),
+            Ok(target) => return Ok(Some(with_rest(parent.join(target), parts.as_path()))),
             Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing(named, &plain)),
             Err(error) => return Err(OpenError::from_io(named, "look it up", &error)),
         }
     }
     Ok(None)
+}
+
+/// `join` alone would end the path in a slash where there is no rest, and ask for a directory.
+fn with_rest(path: PathBuf, rest: &Path) -> PathBuf {
+    if rest.as_os_str().is_empty() { path } else { path.join(rest) }
 }
 
 fn missing(named: &Path, plain: &Path) -> OpenError {
@@ -181,8 +189,8 @@ fn check_absolute(path: &Path) -> Result<(), OpenError> {
 
 /// Opens the object beneath one of `roots`; the kernel refuses every step that leaves the root.
 ///
-/// The plain path is tried first, since RESOLVE_BENEATH refuses absolute links even if they lead back inside; the named one second,
-/// since the root itself may have been configured through a link.
+/// The plain path is tried first, since RESOLVE_BENEATH refuses absolute links even if they lead back inside;
+/// the named one second, since the root itself may have been configured through a link.
 fn open_beneath(named: &Path, plain: &Path, roots: &[PathBuf]) -> Result<OwnedFd, OpenError> {
     for path in [plain, named] {
         for root in roots {
@@ -209,8 +217,8 @@ fn outside(named: &Path, plain: &Path, roots: &[PathBuf]) -> OpenError {
     let list: Vec<_> = roots.iter().map(|root| root.display().to_string()).collect();
     let leads = if named == plain { String::new() } else { format!(" (it leads to {})", plain.display()) };
     let message = format!(
-        "{}{leads} is outside the allowed directories {}; move the image or add its directory to allowed_roots in the \
-         configuration",
+        "{}{leads} is outside the allowed directories {}; move the image or add its directory to \
+        allowed_roots in the configuration",
         named.display(),
         list.join(", ")
     );

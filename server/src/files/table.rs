@@ -1,24 +1,27 @@
 //! The one table of open image files of the process.
 //!
-//! One entry per file, whatever paths lead to it: one open file description for I/O, which carries the locks and the fence, and the
-//! disks that use it. Readers share an entry; a writer has it alone. The table holds the last reference to a file's descriptors, so that
-//! neither a shard nor the control thread ever closes one.
+//! One entry per file, whatever paths lead to it: one open file description for I/O, which carries the locks
+//! and the fence, and the disks that use it. Readers share an entry; a writer has it alone. The table holds
+//! the last reference to a file's descriptors, so that neither a shard nor the control thread ever closes
+//! one.
 //!
 //! ```text
 //! (absent) ─▶ Opening ─▶ Open ─────────────────▶ Closing ─▶ (absent)
 //!                          └─▶ Zombie ─(reap)───────▲
 //! ```
-//! *Zombie*: the last disk has left, but a clone of the [`ImageFile`] is still out (a forced detach with kernel operations under way).
-//! *Closing*: the descriptors are on their way through the mount's lane; a new open of the file waits for them, since their locks would stand
-//! against it.
+//! *Zombie*: the last disk has left, but a clone of the [`ImageFile`] is still out (a forced detach with
+//! kernel operations under way). *Closing*: the descriptors are on their way through the mount's lane; a new
+//! open of the file waits for them, since their locks would stand against it.
 //!
-//! Every new description of a file has a new `generation`: what was cached about the file under another one is stale.
+//! Every new description of a file has a new `generation`: what was cached about the file under another one
+//! is stale.
 //!
-//! All futures may be dropped at any point: what they held goes back through the guards (`OnLane`, `Reservation`).
+//! All futures may be dropped at any point: what they held goes back through the guards (`OnLane`,
+//! `Reservation`).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use shard::api::{CacheMode, ImageFile};
@@ -154,23 +157,26 @@ struct Descriptors {
     _place: Arc<Reservation>,
 }
 
-/// A place in the table: when it is dropped, the entry goes and those who wait for it are told. An attempt to open keeps it even if its
-/// caller has given up, so that nobody runs into the locks that the attempt may be taking.
+/// A place in the table: when it is dropped, the entry goes and those who wait for it are told. An attempt to
+/// open keeps it even if its caller has given up, so that nobody runs into the locks that the attempt may be
+/// taking.
 struct Reservation {
-    table: Arc<Table>,
+    /// Weak: the table holds its entries, and they hold this.
+    table: Weak<Table>,
     key: FileKey,
     generation: u64,
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
+        let Some(table) = self.table.upgrade() else { return };
         let entry = {
-            let mut entries = self.table.lock();
+            let mut entries = table.lock();
             let mine = entries.by_key.get(&self.key).is_some_and(|entry| entry.generation == self.generation);
             if mine { entries.by_key.remove(&self.key) } else { None }
         };
         drop(entry);
-        self.table.changed.notify_waiters();
+        table.changed.notify_waiters();
     }
 }
 
@@ -210,7 +216,7 @@ impl Table {
                 state: State::Opening,
             };
             entries.by_key.insert(key, entry);
-            return Place::Mine(Arc::new(Reservation { table: self.clone(), key, generation }));
+            return Place::Mine(Arc::new(Reservation { table: Arc::downgrade(self), key, generation }));
         };
         match &entry.state {
             State::Open(held) => {
@@ -228,8 +234,8 @@ impl Table {
             State::Closing => Place::Wait { state: FileState::Closing, path: entry.path.clone() },
             State::Zombie(_) => {
                 let message = format!(
-                    "{}: kernel operations of the detached disk {} are still under way on it; it is free when its store has \
-                     answered them",
+                    "{}: kernel operations of the detached disk {} are still under way on it; it is free \
+                    when its store has answered them",
                     request.path.display(),
                     entry.user_names()
                 );
@@ -249,14 +255,16 @@ impl Entry {
             format!("the disk {users} writes to it{also}; a writer needs it alone: detach {users} first")
         } else if !request.read_only {
             format!(
-                "the disk {users} reads it{also}; a writer needs it alone: detach {users} first, or attach this one with --read-only"
+                "the disk {users} reads it{also}; a writer needs it alone: detach {users} first, or attach \
+                this one with --read-only"
             )
         } else if self.users.contains(&request.user) {
             format!("the disk {} uses it already{also}", request.user)
         } else if self.cache != request.cache {
             let mode = |cache| serde_json::to_string(&cache).unwrap_or_default().replace('"', "");
             format!(
-                "the disk {users} has it open{also} with cache={}; a file has one cache mode: use that instead of cache={}",
+                "the disk {users} has it open{also} with cache={}; a file has one cache mode: use that \
+                instead of cache={}",
                 mode(self.cache),
                 mode(request.cache)
             )
@@ -272,7 +280,8 @@ impl Entry {
 }
 
 impl Files {
-    /// An empty table. With no `allowed_roots` every path is allowed. `run_dir` must exist: the fence is numbered from it.
+    /// An empty table. With no `allowed_roots` every path is allowed. `run_dir` must exist: the fence is
+    /// numbered from it.
     pub fn new(allowed_roots: Vec<PathBuf>, run_dir: &Path) -> Result<Files, OpenError> {
         Files::with_bounds(allowed_roots, run_dir, Bounds::default())
     }
@@ -344,7 +353,8 @@ impl Files {
             if tokio::time::timeout_at(deadline, changed).await.is_err() {
                 let doing = if state == FileState::Closing { "closing" } else { "opening" };
                 let message = format!(
-                    "{}: blktapd is still {doing} it (as {}) and its mount does not answer; try again when it does",
+                    "{}: blktapd is still {doing} it (as {}) and its mount does not answer; try again when \
+                    it does",
                     request.path.display(),
                     path.display()
                 );
@@ -399,7 +409,8 @@ impl Files {
             let pause = Duration::from_millis(pause_ms);
             if Instant::now() + pause >= deadline {
                 let waited_ms = started.elapsed().as_millis();
-                // Past the deadline by the time of one walk through /proc; without it the message would be worth little.
+                // Past the deadline by the time of one walk through /proc; without it the message would be
+                // worth little.
                 let grace = deadline + Duration::from_secs(3);
                 let explain = move || image::still_fenced(&object, fence, waited_ms);
                 return Err(lanes.run(&mount, grace, path, "find who holds it", explain).await?);
@@ -411,7 +422,8 @@ impl Files {
 
     /// A disk has no more use for a file. Drop every clone of its [`ImageFile`] first.
     ///
-    /// The last user's release closes the descriptors, on the mount's lane, and waits for that until `deadline`.
+    /// The last user's release closes the descriptors, on the mount's lane, and waits for that until
+    /// `deadline`.
     pub async fn release(&self, key: FileKey, user: &str, deadline: Duration) -> Released {
         let deadline = Instant::now() + deadline;
         let generation = match self.leave(key, user) {
@@ -432,7 +444,8 @@ impl Files {
         }
     }
 
-    /// Takes the user off the entry; `Ok` when it was the last and the entry, of this generation, is being closed.
+    /// Takes the user off the entry; `Ok` when it was the last and the entry, of this generation, is being
+    /// closed.
     fn leave(&self, key: FileKey, user: &str) -> Result<u64, Released> {
         let mut entries = self.table.lock();
         let Some(entry) = entries.by_key.get_mut(&key) else { return Err(Released::Unknown) };
@@ -484,7 +497,8 @@ impl Files {
         left
     }
 
-    /// Bytes that the file takes in its store; a device takes its size. Errors: `Timeout`, `Io`; `NotFound` when it is not open.
+    /// Bytes that the file takes in its store; a device takes its size. Errors: `Timeout`, `Io`; `NotFound`
+    /// when it is not open.
     pub async fn allocated_bytes(&self, key: FileKey, deadline: Duration) -> Result<u64, OpenError> {
         self.measure(key, deadline, "count its blocks", image::allocated_bytes).await
     }
@@ -510,7 +524,8 @@ impl Files {
         };
         let mount: Arc<Mount> = held.mount().clone();
         let named = path.clone();
-        // The call keeps the descriptors, not a clone of the image: it makes no zombie of a file released meanwhile.
+        // The call keeps the descriptors, not a clone of the image: it makes no zombie of a file released
+        // meanwhile.
         let call = move || ask(&named, &held.image);
         self.opener.lanes().run(&mount, Instant::now() + deadline, &path, doing, call).await?
     }

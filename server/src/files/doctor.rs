@@ -1,1 +1,0 @@
-//! `blktapd doctor`.
