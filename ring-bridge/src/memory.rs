@@ -7,7 +7,7 @@
 //! # Why a racing copy is defined here
 //! A plain `ptr::copy_nonoverlapping` is a non-atomic access: in a race it is undefined behaviour on paper, and in practice
 //! the compiler may drop the private copy and read the shared bytes twice, which undoes the check of the copy. A loop of
-//! relaxed word-sized atomics is defined but is not vectorised and takes several times as long for 4 KiB. (rust-vmm's
+//! relaxed word-sized atomics is defined but is not vectorised and takes up to twice as long for 4 KiB. (rust-vmm's
 //! `vm-memory` uses volatile words for a few bytes and a plain `memcpy` above.) Here every access is made by libc's `memcpy`
 //! and `memset`, called through a pointer that is read with `read_volatile`, so the compiler cannot know what is called: it has
 //! to take the call for foreign code that may do whatever is allowed, among it what these functions amount to on the

@@ -2,8 +2,9 @@
 //! socket; libnbd's tools and Python binding, qemu-img and qemu-io do real work against it, and both what they print and
 //! what arrived is compared.
 //!
-//! Debian 12: `apt install libnbd-bin python3-libnbd qemu-utils gnutls-bin`. For extended headers set
-//! `NBD_EXTENDED_QEMU` to a directory with `qemu-img` and `qemu-io` of QEMU 8.2 or later.
+//! Debian 12: `apt install libnbd-bin python3-libnbd qemu-utils gnutls-bin`. Its clients do not know extended headers: for
+//! those set `NBD_EXTENDED_QEMU` to a directory with `qemu-img` and `qemu-io` of QEMU 8.2 or later, and
+//! `NBD_EXTENDED_LIBNBD` to one with `nbdinfo` and `nbdcopy` of libnbd 1.18 or later.
 
 mod nbd_server;
 
@@ -213,6 +214,23 @@ assert h.pread(512, 0) == bytes(512); h.shutdown()";
 /// nbdcopy in and out, sparse, over several connections; nbdinfo --map sees the same holes.
 #[test]
 fn nbdcopy_and_map() {
+    libnbd_work("", ReplyStyle::Structured);
+}
+
+/// Extended headers with a newer libnbd, if `NBD_EXTENDED_LIBNBD` names its directory.
+#[test]
+fn nbdcopy_and_map_with_extended_headers() {
+    let Some(directory) = std::env::var_os("NBD_EXTENDED_LIBNBD") else {
+        println!(
+            "SKIPPED: extended headers need libnbd 1.18 or later; set NBD_EXTENDED_LIBNBD to its directory"
+        );
+        return;
+    };
+    libnbd_work(&format!("{}/", directory.display()), ReplyStyle::Extended);
+}
+
+fn libnbd_work(directory: &str, style: ReplyStyle) {
+    let (nbdcopy, nbdinfo) = (format!("{directory}nbdcopy"), format!("{directory}nbdinfo"));
     let lab = Lab::new(info("d1", 24 * MIB));
     let mut image = vec![0; 24 * MIB as usize];
     let (start, length) = (5 * MIB as usize, 3 * MIB as usize);
@@ -221,18 +239,16 @@ fn nbdcopy_and_map() {
     let (source, copy) = (lab.file("in.img"), lab.file("out.img"));
     fs::write(&source, &image).expect("write");
 
-    run(
-        "nbdcopy",
-        &["--flush", "--connections=4", "--threads=4", source.to_str().expect("path"), &lab.uri()],
-    );
+    run(&nbdcopy, &["--flush", "--connections=4", "--threads=4", source.to_str().expect("path"), &lab.uri()]);
     assert!(lab.disk.bytes() == image);
     assert!(lab.saw(RequestKind::Flush, 0), "nbdcopy --flush flushes");
-    run("nbdcopy", &["--connections=4", "--threads=4", &lab.uri(), copy.to_str().expect("path")]);
+    run(&nbdcopy, &["--connections=4", "--threads=4", &lab.uri(), copy.to_str().expect("path")]);
     assert!(fs::read(&copy).expect("read") == image);
     assert!(lock(&lab.disk.agreements).len() >= 8, "multi-conn is used");
+    assert!(lab.styles().iter().all(|found| *found == style), "{:?}", lab.styles());
     assert!(lab.saw(RequestKind::BlockStatus, 0));
 
-    let map = json(&run("nbdinfo", &["--map", "--json", &lab.uri()]));
+    let map = json(&run(&nbdinfo, &["--map", "--json", &lab.uri()]));
     let extents: Vec<_> =
         map.as_array().expect("list").iter().map(|e| (&e["offset"], &e["length"], &e["type"])).collect();
     let expected =
@@ -364,6 +380,12 @@ fn qemu_tools_with_extended_headers() {
     };
     let directory = format!("{}/", directory.display());
     qemu_work(&directory, &Lab::new(info("d1", 24 * MIB)), ReplyStyle::Extended);
+
+    // An extent of more than 32 bits in one reply. The disk's memory is never touched.
+    let lab = Lab::new(info("large", 5 << 30));
+    let map = json(&run(&format!("{directory}qemu-img"), &["map", "--output=json", "-f", "raw", &lab.uri()]));
+    assert!(map[0]["start"] == 0 && map[0]["length"] == 5_u64 << 30, "{map}");
+    assert!(lab.disk.saw(|request| request.length > u64::from(u32::MAX)), "one request asked for it");
 }
 
 fn qemu_work(directory: &str, lab: &Lab, style: ReplyStyle) {

@@ -134,14 +134,9 @@ impl Images {
         disk: &str,
         deadline: Instant,
     ) -> Result<OpenImage, Problem> {
-        let cache = match options.cache {
-            CacheMode::None => shard::api::CacheMode::None,
-            CacheMode::Writeback => shard::api::CacheMode::Writeback,
-            CacheMode::Writethrough => shard::api::CacheMode::Writethrough,
-        };
         let deadline = deadline.saturating_duration_since(Instant::now());
         let user = disk.to_owned();
-        let request = OpenRequest { path, read_only, cache, sector: options.sector, user, deadline };
+        let request = OpenRequest { path, read_only, cache: options.cache, sector: options.sector, user, deadline };
         let opened = self.files.open(request).await.map_err(problem)?;
         Ok(OpenImage {
             backend: Backend::File(opened.image),
@@ -239,7 +234,7 @@ impl Images {
         let request = OpenRequest {
             path: path.to_owned(),
             read_only: true,
-            cache: shard::api::CacheMode::Writeback,
+            cache: CacheMode::Writeback,
             sector: None,
             user: initial_user(name),
             deadline: deadline.saturating_duration_since(Instant::now()),

@@ -1,5 +1,6 @@
 //! The program `blktapd`: parses the command line and calls the library.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use blktapd::args::{Cli, Command};
@@ -10,7 +11,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(args) => blktapd::serve::serve(*args),
         Command::Ctl(args) => Ok(blktapd::client::ctl(*args)),
-        Command::Doctor { dirs, json } => Ok(blktapd::doctor(&dirs, json)),
+        Command::Doctor { dirs, json } => Ok(doctor(&dirs, json)),
         Command::Generate { what } => blktapd::generate::generate(&what).map(|()| 0),
     };
     match result {
@@ -22,4 +23,16 @@ fn main() -> ExitCode {
             ExitCode::from(if code == 2 { 2 } else { 1 })
         }
     }
+}
+
+/// Checks the host and prints what was found.
+fn doctor(dirs: &[PathBuf], json: bool) -> u8 {
+    let report = blktapd::files::doctor::examine(dirs);
+    let text = match json {
+        true => serde_json::to_string_pretty(&report).unwrap_or_default() + "\n",
+        false => report.to_string(),
+    };
+    // A reader that closes its end early is no error.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+    report.exit_code()
 }

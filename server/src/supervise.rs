@@ -1,10 +1,9 @@
 //! Starting the shards, and carrying their events to the fleet.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use shard::executor::{self, EventReceiver, ShardOptions};
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe::Receiver;
 use tokio::sync::mpsc;
 
 use crate::config::Settings;
@@ -70,24 +69,19 @@ fn cpus(settings: &Settings) -> Vec<Option<usize>> {
 
 /// Carries events to the fleet until the process ends.
 pub async fn deliver_events(fleet: Arc<Fleet>, events: EventReceiver) {
-    let wake = match AsyncFd::register(events.wake.clone()) {
+    // tokio's safe way to wait for a descriptor of another kind: an eventfd is readable and read like a pipe.
+    let wake = events.wake.try_clone().and_then(Receiver::from_owned_fd_unchecked);
+    let wake = match wake {
         Ok(wake) => wake,
-        Err(error) => {
-            tracing::error!("the shards' events cannot be waited for: {error}");
-            return;
-        }
+        Err(error) => return tracing::error!("the shards' events cannot be waited for: {error}"),
     };
-    loop {
-        let Ok(mut ready) = wake.readable().await else { return };
+    while wake.readable().await.is_ok() {
         // The count does not matter; reading resets it, and events that come later set it again.
-        let read = ready.try_io(|fd: &AsyncFd<Arc<OwnedFd>>| {
-            nix::unistd::read(fd.get_ref(), &mut [0; 8]).map_err(std::io::Error::from)
-        });
-        if let Ok(Err(error)) = read
-            && error.kind() != std::io::ErrorKind::WouldBlock
-        {
-            tracing::error!("the shards' eventfd cannot be read: {error}");
-            return;
+        match wake.try_read(&mut [0; 8]) {
+            Err(error) if error.kind() != std::io::ErrorKind::WouldBlock => {
+                return tracing::error!("the shards' eventfd cannot be read: {error}");
+            }
+            _ => {}
         }
         while let Ok((shard, event)) = events.rx.try_recv() {
             fleet.deliver(shard, event);

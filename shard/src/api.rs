@@ -7,6 +7,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+pub use formats::spec::CacheMode;
 use hdrhistogram::Histogram;
 use ring_bridge::nbd::Handoff;
 
@@ -27,18 +28,6 @@ pub enum ErrorPolicy {
     Pause,
     /// Answer the request with the error and go on.
     Report,
-}
-
-/// How the image's data passes the page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum CacheMode {
-    /// O_DIRECT; the default. A flush is fdatasync.
-    None,
-    /// Through the page cache; a flush is fdatasync.
-    Writeback,
-    /// Through the page cache; every write is followed by fdatasync before it is answered.
-    Writethrough,
 }
 
 /// What kind of object a descriptor names: decides how holes are made.

@@ -2,9 +2,18 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use glommio::{LocalExecutorBuilder, Placement};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::api::{Envelope, Event};
+use crate::reactor::{EventSink, Shard, ShardParts};
 use crate::stats::ShardCounters;
+use crate::storage::pool::Pool;
+use crate::storage::side::signal;
+use crate::storage::uring::{NEEDED, Uring, best_ring};
 
 /// How a ring is set up, best first; what the kernel or a policy refuses degrades to the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,15 +45,15 @@ pub struct ShardOptions {
 /// Where shards send their events: one channel for all, and an eventfd that becomes readable.
 #[derive(Debug, Clone)]
 pub struct EventSender {
-    pub(crate) tx: crossbeam::channel::Sender<(usize, Event)>,
-    pub(crate) wake: Arc<OwnedFd>,
+    tx: Sender<(usize, Event)>,
+    wake: Arc<OwnedFd>,
 }
 
 /// The control thread's end of [`EventSender`].
 #[derive(Debug)]
 pub struct EventReceiver {
     /// Shard index and event.
-    pub rx: crossbeam::channel::Receiver<(usize, Event)>,
+    pub rx: Receiver<(usize, Event)>,
     /// An eventfd, non-blocking: readable when `rx` may hold something. Read it, then drain `rx`.
     pub wake: Arc<OwnedFd>,
 }
@@ -54,10 +63,13 @@ pub struct EventReceiver {
 pub struct ShardHandle {
     /// Its number.
     pub index: usize,
-    /// The CPU that it is pinned to.
+    /// The CPU that it is pinned to; `None` when it could not be.
     pub cpu: Option<usize>,
     /// Its counters.
     pub counters: Arc<ShardCounters>,
+    tx: Sender<Envelope>,
+    wake: Arc<OwnedFd>,
+    thread: glommio::ExecutorJoinHandle<()>,
 }
 
 /// The shard's thread is gone.
@@ -70,28 +82,186 @@ pub struct ShardGone(pub usize);
 #[error("{0}")]
 pub struct StartError(pub String);
 
-/// The channel on which every shard reports.
-pub fn event_channel() -> std::io::Result<(EventSender, EventReceiver)> {
-    Err(std::io::ErrorKind::Unsupported.into())
+fn eventfd() -> std::io::Result<Arc<OwnedFd>> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    Ok(Arc::new(OwnedFd::from(EventFd::from_flags(flags)?)))
 }
 
-/// Starts a shard on its own thread and waits until its ring works.
-pub fn start(_options: ShardOptions, _events: EventSender) -> Result<ShardHandle, StartError> {
-    Err(StartError("not built".into()))
+/// The channel on which every shard reports.
+///
+/// # Errors
+/// No descriptor for the eventfd.
+pub fn event_channel() -> std::io::Result<(EventSender, EventReceiver)> {
+    let (tx, rx) = unbounded();
+    let wake = eventfd()?;
+    Ok((EventSender { tx, wake: wake.clone() }, EventReceiver { rx, wake }))
+}
+
+/// Starts a shard on its own thread and waits until its ring works. A CPU that the thread may not use leaves it unpinned, with a
+/// warning.
+///
+/// # Errors
+/// A sentence that says what is missing: see [`probe_ring`].
+pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, StartError> {
+    probe_ring(options.ring)?;
+    let descriptors = |error| StartError(format!("cannot make an eventfd: {error}; raise the limit of open files"));
+    let wake = eventfd().map_err(descriptors)?;
+    let (tx, inbox) = unbounded();
+    let counters = Arc::new(ShardCounters::default());
+    let placements = match options.cpu {
+        Some(cpu) => vec![(Placement::Fixed(cpu), Some(cpu)), (Placement::Unbound, None)],
+        None => vec![(Placement::Unbound, None)],
+    };
+    let mut failure = String::new();
+    for (placement, cpu) in placements {
+        let (ready_tx, ready_rx) = bounded(1);
+        let seed = Seed {
+            options: options.clone(),
+            inbox: inbox.clone(),
+            wake: wake.clone(),
+            events: events.clone(),
+            counters: counters.clone(),
+            ready: ready_tx,
+        };
+        let spawned = LocalExecutorBuilder::new(placement)
+            .name(&format!("shard-{}", options.index))
+            // The data path has its own buffers: glommio's registered ones would only be locked memory.
+            .io_memory(64 << 10)
+            .ring_depth(128)
+            .preempt_timer(Duration::from_millis(1))
+            .spawn(move || async move { run(seed) });
+        let thread = match spawned {
+            Ok(thread) => thread,
+            Err(error) => {
+                failure = format!("glommio cannot start an executor: {error}");
+                continue;
+            }
+        };
+        match ready_rx.recv() {
+            Ok(Ok(())) => {
+                return Ok(ShardHandle { index: options.index, cpu, counters, tx, wake, thread });
+            }
+            Ok(Err(error)) => return Err(error),
+            // The thread ended before it ran us: it could not be pinned.
+            Err(_) => {
+                failure = thread.join().err().map_or_else(String::new, |error| error.to_string());
+            }
+        }
+        if let Some(cpu) = cpu {
+            tracing::warn!(
+                shard = options.index,
+                cpu,
+                "cannot pin the shard ({failure}); it runs unpinned: check the cpuset of the daemon or --cpus"
+            );
+        }
+    }
+    Err(StartError(format!("shard {} cannot start: {failure}", options.index)))
+}
+
+struct Seed {
+    options: ShardOptions,
+    inbox: Receiver<Envelope>,
+    wake: Arc<OwnedFd>,
+    events: EventSender,
+    counters: Arc<ShardCounters>,
+    ready: Sender<Result<(), StartError>>,
+}
+
+/// The shard's thread: the root task of its executor, which never yields. glommio's own scheduler has a lost wake-up when it
+/// parks, so the only place where this thread waits is the shard's ring.
+fn run(seed: Seed) {
+    let Seed { options, inbox, wake, events, counters, ready } = seed;
+    let kernel = match Uring::new(options.ring, wake.clone()) {
+        Ok(kernel) => kernel,
+        Err(error) => {
+            let _ = ready.send(Err(StartError(ring_sentence(&error))));
+            return;
+        }
+    };
+    counters.ring_flavour.set(kernel.flavour() as u64);
+    let pool = match Pool::new(options.buffer_budget_bytes, options.buffer_budget_bytes * 3 + (64 << 20)) {
+        Ok(pool) => pool,
+        Err(error) => {
+            let _ = ready.send(Err(StartError(error.to_string())));
+            return;
+        }
+    };
+    let sink = EventSink { tx: events.tx, wake: events.wake, shard: options.index };
+    let mut shard = Shard::new(ShardParts {
+        kernel,
+        pool,
+        inbox,
+        inbox_wake: wake,
+        events: sink.clone(),
+        counters,
+        fault_commands: options.fault_commands,
+    });
+    let _ = ready.send(Ok(()));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        loop {
+            match shard.turn() {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => return Some(format!("io_uring_enter failed: {error}")),
+            }
+        }
+    }));
+    let error = result.unwrap_or_else(|_| Some("the shard's own code panicked; its log has the place".to_owned()));
+    sink.send(Event::Stopped { error });
 }
 
 impl ShardHandle {
     /// Sends a command; the reply comes as an event with the same tag.
-    pub fn send(&self, _envelope: Envelope) -> Result<(), ShardGone> {
-        Err(ShardGone(self.index))
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn send(&self, envelope: Envelope) -> Result<(), ShardGone> {
+        self.tx.send(envelope).map_err(|_| ShardGone(self.index))?;
+        signal(&self.wake);
+        Ok(())
     }
 
     /// Waits for the thread to end (after [`crate::api::Command::Stop`]).
-    pub fn join(self) {}
+    pub fn join(self) {
+        // Its own account of why it ended has come as an event.
+        let _ = self.thread.join();
+    }
 }
 
-/// Tries to set up a small ring and the operations that a shard needs; the error is a sentence for an operator that says
-/// what is missing (io_uring absent, forbidden by sysctl or seccomp, locked-memory or descriptor limit too low) and what to do.
-pub fn probe_ring(_best: RingFlavour) -> Result<RingFlavour, StartError> {
-    Err(StartError("not built".into()))
+fn ring_sentence(error: &std::io::Error) -> String {
+    let what = match error.raw_os_error() {
+        Some(libc::ENOSYS) => {
+            "io_uring is missing: this kernel lacks it or a seccomp filter hides it; use Linux 6.1 or newer and allow the \
+             io_uring system calls"
+        }
+        Some(libc::EPERM) => {
+            "io_uring is forbidden: check `sysctl kernel.io_uring_disabled` (0 allows it) and the seccomp filter of the service"
+        }
+        Some(libc::ENOMEM) => {
+            "io_uring cannot lock its memory: raise the limit (LimitMEMLOCK=infinity, or ulimit -l) or give CAP_IPC_LOCK"
+        }
+        Some(libc::EMFILE | libc::ENFILE) => "no descriptor is left for io_uring: raise LimitNOFILE (ulimit -n)",
+        _ => "io_uring cannot be set up",
+    };
+    format!("{what} ({error})")
+}
+
+/// Tries to set up a small ring and the operations that a shard needs. Returns the best set-up that works.
+///
+/// # Errors
+/// A sentence for an operator that says what is missing (io_uring absent, forbidden by sysctl or seccomp, locked-memory or
+/// descriptor limit too low, operations missing) and what to do.
+pub fn probe_ring(best: RingFlavour) -> Result<RingFlavour, StartError> {
+    let (ring, flavour) = best_ring(best, 8, 16).map_err(|error| StartError(ring_sentence(&error)))?;
+    let mut probe = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut probe).map_err(|error| StartError(ring_sentence(&error)))?;
+    let missing: Vec<String> =
+        NEEDED.iter().filter(|&&code| !probe.is_supported(code)).map(|code| code.to_string()).collect();
+    if missing.is_empty() {
+        return Ok(flavour);
+    }
+    Err(StartError(format!(
+        "io_uring of this kernel lacks operations {} (numbers of io_uring.h): use Linux 6.1 or newer",
+        missing.join(", ")
+    )))
 }

@@ -1,6 +1,6 @@
 //! One core of blktapd: reactor, storage ring, disks, limits, in-flight accounting and histograms.
 //!
-//! May import: `formats`, `ring-bridge`, glommio (module [`executor`] only) and io-uring (module `ring` only). Must never: block
+//! May import: `formats`, `ring-bridge`, glommio (module [`executor`] only) and io-uring (module `storage` only). Must never: block
 //! outside the ring, open a path, or share memory with another shard except through a named hand-over (mailbox,
 //! [`park::ParkedDisk`], [`ram::RamDisk`], [`limits::Group`]).
 //!
@@ -11,8 +11,13 @@ compile_error!("a disk's panic must not end the process: build with panic = \"un
 
 pub mod api;
 pub mod clock;
+pub mod disk;
 pub mod executor;
 pub mod limits;
+pub mod nbd;
 pub mod park;
 pub mod ram;
+pub mod reactor;
+pub mod request;
 pub mod stats;
+pub mod storage;

@@ -315,7 +315,8 @@ impl TlsSession {
         }
     }
 
-    /// Decrypts into `buffer` as much as is there and fits.
+    /// Decrypts into `buffer` as much as is there and fits. After `Bytes` there may be more: only `WouldBlock` means that
+    /// the socket is next.
     ///
     /// With [`OUTPUT_BYTES_MAX`] waiting to be sent it gives `WouldBlock`: a client that does not receive is not read.
     ///

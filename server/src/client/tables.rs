@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::presets::NOTHING;
+use comfy_table::{CellAlignment, Table};
 use formats::size::format_size;
 
 use crate::limit_change::LimitChange;
@@ -13,7 +14,7 @@ use crate::model::{Disk, DiskStats, Event, Group, Quantiles, Reload, Shard, Shar
 /// A table without lines; columns whose index is in `right` are numbers.
 fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(header.iter().copied());
+    table.load_style(NOTHING).set_header(header.iter().copied());
     table.add_rows(rows);
     for (index, column) in table.column_iter_mut().enumerate() {
         column.set_padding((0, 2));

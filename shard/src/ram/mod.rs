@@ -1,7 +1,7 @@
 //! RAM disks: named, sparse, shared by exports on any shard. The one named exception to shared-nothing.
 //!
-//! The bytes are in a file on tmpfs or hugetlbfs ([`backing`]), mapped once and copied to and from by the shards. Beside it
-//! stands one state byte per 4 KiB block ([`blocks`]): a try-lock, and whether the block has memory.
+//! The bytes are in a file on tmpfs or hugetlbfs (`backing`), mapped once and copied to and from by the shards. Beside it
+//! stands one state byte per 4 KiB block (`blocks`): a try-lock, and whether the block has memory.
 //!
 //! Invariants, and why they hold with several shards at work:
 //! 1. *No torn block.* Bytes of a block are copied out only under its shared lock and changed only under its exclusive
@@ -41,9 +41,10 @@ pub use budget::RamBudget;
 pub const CALL_BYTES_MAX: usize = 1 << 20;
 /// Blocks allocated at once from a first write on, with base pages: one fallocate for 64 KiB of sequential writes.
 const ALLOCATE_BLOCKS: u64 = 16;
-/// Most blocks that one hole is punched for, and most holes per call: bounds the time of a discard's turn (2 MiB each).
-const PUNCH_BLOCKS_MAX: u64 = 512;
-const PUNCHES_PER_CALL: u32 = 4;
+/// Most blocks that one hole is punched for (with base pages), and most holes per call. The kernel takes up to a microsecond
+/// per page, so this bounds a discard's turn to some hundred.
+const PUNCH_BLOCKS_MAX: u64 = 256;
+const PUNCHES_PER_CALL: u32 = 2;
 /// Most states that one discard or one query looks at per call (1 GiB of disk).
 const SCAN_BLOCKS_MAX: u64 = 1 << 18;
 /// fallocate is interrupted by signals; this many in a row are no accident.

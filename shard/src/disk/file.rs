@@ -1,0 +1,261 @@
+//! Reads and writes of a raw image: O_DIRECT for whole physical blocks, read-modify-write for parts of them, a buffered descriptor
+//! for the bytes behind the last whole block (`formats::raw` has the arithmetic).
+//!
+//! Read-modify-write is serialised per physical block: while a block is between its read and its write back, no other change of
+//! that block starts, and it does not start before changes of that block that are in flight have finished. So two clients
+//! that write different sectors of one block never undo each other. Requests that wait stand in one queue and are not
+//! overtaken by later ones that overlap them.
+
+use std::collections::VecDeque;
+
+use formats::raw::{self, Cover};
+
+use super::{Action, Ctx, Disk, IoResult, Mem, Target};
+use crate::api::Backend;
+use crate::request::{Kind, PIECE, Phase, ReqKey, Request};
+
+/// Blocks that are between read and write back, and who waits for them.
+#[derive(Debug)]
+pub(super) struct Edges {
+    /// Block size; 1 when every offset will do.
+    align: u32,
+    /// Where O_DIRECT ends.
+    direct_end: u64,
+    /// Start of each held block, with its holder.
+    held: Vec<(u64, ReqKey)>,
+    blocked: VecDeque<ReqKey>,
+}
+
+impl Edges {
+    pub(super) fn new(backend: &Backend) -> Edges {
+        let (align, direct_end) = match backend {
+            Backend::File(file) if file.tail.is_some() => {
+                (file.offset_align, raw::direct_end(file.length, file.offset_align))
+            }
+            Backend::File(file) => (file.offset_align, u64::MAX),
+            Backend::Ram(_) | Backend::Null => (1, u64::MAX),
+        };
+        Edges { align: align.max(1), direct_end, held: Vec::new(), blocked: VecDeque::new() }
+    }
+
+    fn split(&self, offset: u64, len: u64) -> raw::Split {
+        raw::split(offset, len, self.direct_end)
+    }
+}
+
+fn edges(cover: &Cover) -> impl Iterator<Item = u64> {
+    cover.head.into_iter().chain(cover.tail)
+}
+
+impl Disk {
+    pub(super) fn direct_end(&self) -> u64 {
+        self.file.direct_end
+    }
+
+    pub(super) fn align(&self) -> u32 {
+        self.file.align
+    }
+
+    pub(super) fn start_read(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        let request = &mut ctx.requests[key];
+        debug_assert!(request.len <= u64::from(PIECE));
+        let (offset, len) = (request.offset, request.len);
+        let split = self.file.split(offset, len);
+        let direct_len = (split.direct.end - split.direct.start) as u32;
+        let cover = raw::cover(split.direct.start, u64::from(direct_len), self.file.align);
+        request.phase = Phase::Transfer;
+        if direct_len > 0 && !cover.is_aligned() {
+            request.phase = Phase::BounceRead;
+            let size = (cover.end - cover.start) as u32;
+            let mem = Mem::Bounce { at: 0, size };
+            self.push_io(ctx, key, false, Target::Direct, cover.start, size, mem);
+        } else if direct_len > 0 {
+            self.push_io(ctx, key, false, Target::Direct, offset, direct_len, Mem::Payload(0));
+        }
+        if !split.tail.is_empty() {
+            let tail_len = (split.tail.end - split.tail.start) as u32;
+            self.push_io(ctx, key, false, Target::Tail, split.tail.start, tail_len, Mem::Payload(direct_len));
+        }
+    }
+
+    pub(super) fn start_write(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        let request = &mut ctx.requests[key];
+        debug_assert!(request.len <= u64::from(PIECE));
+        request.phase = Phase::Transfer;
+        let (offset, len) = (request.offset, request.len);
+        let split = self.file.split(offset, len);
+        let direct_len = (split.direct.end - split.direct.start) as u32;
+        let cover = raw::cover(split.direct.start, u64::from(direct_len), self.file.align);
+        if self.must_wait(ctx, key, &cover) {
+            return self.block(ctx, key);
+        }
+        if direct_len > 0 && !cover.is_aligned() {
+            self.read_edges(ctx, key, &cover);
+        } else if direct_len > 0 {
+            self.push_io(ctx, key, true, Target::Direct, offset, direct_len, Mem::Payload(0));
+        }
+        if !split.tail.is_empty() {
+            let tail_len = (split.tail.end - split.tail.start) as u32;
+            self.push_io(ctx, key, true, Target::Tail, split.tail.start, tail_len, Mem::Payload(direct_len));
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one operation has these seven properties")]
+    pub(super) fn push_io(
+        &mut self,
+        ctx: &mut Ctx<'_>,
+        req: ReqKey,
+        write: bool,
+        target: Target,
+        offset: u64,
+        len: u32,
+        mem: Mem,
+    ) {
+        ctx.requests[req].pending += 1;
+        ctx.out.push(Action::Io { req, write, target, offset, len, mem });
+    }
+
+    /// Takes the partial blocks of a range and reads them; [`Phase::EdgeWrite`] follows.
+    pub(super) fn read_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, cover: &Cover) {
+        ctx.requests[key].phase = Phase::EdgeRead;
+        let size = (cover.end - cover.start) as u32;
+        for block in edges(cover) {
+            self.file.held.push((block, key));
+            let mem = Mem::Bounce { at: (block - cover.start) as u32, size };
+            self.push_io(ctx, key, false, Target::Direct, block, self.file.align, mem);
+        }
+    }
+
+    /// Whether a change of the blocks of `cover` has to wait for a read-modify-write, or is one and has to wait for changes.
+    pub(super) fn must_wait(&self, ctx: &Ctx<'_>, key: ReqKey, cover: &Cover) -> bool {
+        let overlaps = |start: u64, end: u64| start < cover.end && cover.start < end;
+        let align = u64::from(self.file.align);
+        if self.file.held.iter().any(|&(block, holder)| holder != key && overlaps(block, block + align)) {
+            return true;
+        }
+        let earlier = self.file.blocked.iter().take_while(|&&other| other != key);
+        if earlier.map(|&other| &ctx.requests[other]).any(|other| overlaps(other.offset, other.end())) {
+            return true;
+        }
+        if cover.is_aligned() {
+            return false;
+        }
+        let touches_edge =
+            |other: &Request| edges(cover).any(|block| other.offset < block + align && block < other.end());
+        ctx.requests.iter().any(|(other_key, other)| {
+            other.disk == ctx.disk
+                && other_key != key
+                && !matches!(other.kind, Kind::Read | Kind::Flush | Kind::Extents { .. })
+                && !matches!(other.phase, Phase::Waiting | Phase::Blocked | Phase::Sync)
+                && touches_edge(other)
+        })
+    }
+
+    /// Queues a request behind a read-modify-write.
+    pub(super) fn block(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        ctx.requests[key].phase = Phase::Blocked;
+        self.file.blocked.push_back(key);
+    }
+
+    /// A request ends its changes: its blocks are free, and who waited is looked at again.
+    pub(super) fn release_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        ctx.requests[key].phase = Phase::Waiting;
+        self.retry_blocked(ctx, key);
+    }
+
+    /// Frees the blocks of a request and looks at all that waits for blocks, in order.
+    pub(super) fn retry_blocked(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        if !self.file.held.is_empty() {
+            self.file.held.retain(|&(_, holder)| holder != key);
+        }
+        if self.file.blocked.is_empty() {
+            return;
+        }
+        for waiter in std::mem::take(&mut self.file.blocked) {
+            // Queues it again, in order, if it still has to wait.
+            match ctx.requests[waiter].kind {
+                Kind::Write { .. } => self.start_write(ctx, waiter),
+                _ => self.start_space(ctx, waiter),
+            }
+        }
+    }
+
+    /// An [`Action::Io`] is done.
+    pub fn on_io(
+        &mut self,
+        ctx: &mut Ctx<'_>,
+        key: ReqKey,
+        target: Target,
+        mem: Mem,
+        len: u32,
+        result: IoResult,
+    ) {
+        let request = &mut ctx.requests[key];
+        request.pending -= 1;
+        let errno = match (result, mem) {
+            (IoResult::Done, _) => 0,
+            (IoResult::Failed(errno), _) => errno,
+            // Behind the end of the file there are zeroes.
+            (IoResult::Short(done), Mem::Payload(at)) if target == Target::Tail && request.kind == Kind::Read => {
+                ctx.out.push(Action::ZeroPayload { req: key, at: at + done, len: len - done });
+                0
+            }
+            // Somebody made the file shorter while it was attached: what was there is lost, and must not read as zeroes.
+            (IoResult::Short(_), _) => libc::EIO,
+        };
+        let request = &mut ctx.requests[key];
+        if request.errno == 0 {
+            request.errno = errno;
+        }
+        if request.pending > 0 {
+            return;
+        }
+        match request.errno {
+            0 => self.advance(ctx, key),
+            errno => self.failed_io(ctx, key, errno),
+        }
+    }
+
+    /// All operations of a request's phase have succeeded.
+    fn advance(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        let request = &mut ctx.requests[key];
+        let (offset, len) = (request.offset, request.len);
+        match request.phase {
+            Phase::BounceRead => {
+                let direct = self.file.split(offset, len).direct;
+                let bounce_at = (offset - raw::cover(offset, direct.end - offset, self.file.align).start) as u32;
+                let len = (direct.end - direct.start) as u32;
+                ctx.out.push(Action::Copy { req: key, to_bounce: false, bounce_at, payload_at: 0, len });
+                self.finish(ctx, key, 0);
+            }
+            Phase::EdgeRead if matches!(request.kind, Kind::WriteZeroes { .. }) => self.merge_zeroes(ctx, key),
+            Phase::EdgeRead => {
+                let direct = self.file.split(offset, len).direct;
+                let direct_len = (direct.end - direct.start) as u32;
+                let cover = raw::cover(offset, u64::from(direct_len), self.file.align);
+                let bounce_at = (offset - cover.start) as u32;
+                request.phase = Phase::EdgeWrite;
+                ctx.out.push(Action::Copy { req: key, to_bounce: true, bounce_at, payload_at: 0, len: direct_len });
+                let size = (cover.end - cover.start) as u32;
+                let mem = Mem::Bounce { at: 0, size };
+                self.push_io(ctx, key, true, Target::Direct, cover.start, size, mem);
+            }
+            Phase::ZeroFill | Phase::EdgeWrite if matches!(request.kind, Kind::WriteZeroes { .. }) => {
+                self.zero_step(ctx, key);
+            }
+            _ => self.data_done(ctx, key),
+        }
+    }
+
+    /// The data of a request is where it belongs; makes it durable if that was asked for.
+    pub(super) fn data_done(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        let request = &ctx.requests[key];
+        let changes = !matches!(request.kind, Kind::Read);
+        if request.kind.fua() || (changes && self.writes_through()) {
+            self.release_edges(ctx, key);
+            self.join_sync(ctx, key);
+        } else {
+            self.finish(ctx, key, 0);
+        }
+    }
+}

@@ -1,0 +1,441 @@
+//! Carrying out what disks want, and bringing results back to them.
+
+use std::os::fd::AsRawFd;
+
+use super::ops::{IoOp, OpKind};
+use super::*;
+use crate::api::{CacheMode, ImageFile};
+use crate::disk::{IoResult, Mem, SideTarget, Target};
+use crate::ram::{RamDisk, RamOutcome};
+use crate::request::Kind;
+use crate::storage::Completion;
+use crate::storage::side::{Extent, SideJob};
+use crate::storage::uring::IOWQ_WORKERS;
+
+/// Punted operations of one backing store that may be out: a quarter of the kernel's workers, so that a store that never
+/// answers leaves most of them to its neighbours.
+const PER_STORE: u32 = IOWQ_WORKERS[0] / 4;
+/// Bounce buffers of a shard; who comes later waits.
+const BOUNCES_MAX: u32 = 64;
+/// Tries of an operation that the kernel interrupted.
+const TRIES_MAX: u8 = 16;
+
+/// Punted work of one backing store.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    in_flight: u32,
+    waiting: VecDeque<(u32, Action)>,
+}
+
+impl Gate {
+    /// Drops what waits for a disk.
+    pub fn forget(&mut self, slot: u32) {
+        self.waiting.retain(|(disk, _)| *disk != slot);
+    }
+}
+
+impl<K: Kernel> Shard<K> {
+    pub(super) fn run_actions(&mut self) {
+        while let Some((disk, action)) = self.actions.pop_front() {
+            self.carry_out(disk, action);
+        }
+    }
+
+    fn carry_out(&mut self, disk: u32, action: Action) {
+        if self.disks.get(disk as usize).is_none_or(|entry| entry.disk.is_none()) {
+            return;
+        }
+        match action {
+            Action::Io { .. } => self.start_io(disk, action),
+            Action::Sync | Action::Fallocate { .. } => self.start_gated(disk, action),
+            Action::Side { target, call } => {
+                let Some(Backend::File(file)) = self.backend(disk).cloned() else { return };
+                let user_data = self.ops.insert(OpKind::Side { disk, target });
+                self.disks[disk as usize].ops += 1;
+                self.kernel.side(SideJob { user_data, file, call });
+            }
+            Action::Memory { req } => self.memory(disk, req),
+            Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
+                let request = &mut self.requests[req];
+                if request.payload.is_none() {
+                    // A read that needed only its bounce buffer so far. It holds one already, so it may go beyond the budget.
+                    request.payload = self.pool.take(request.len as usize, true);
+                }
+                if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
+                    let (payload_at, bounce_at, len) = (payload_at as usize, bounce_at as usize, len as usize);
+                    if to_bounce {
+                        self.pool.copy(payload, payload_at, bounce, bounce_at, len);
+                    } else {
+                        self.pool.copy(bounce, bounce_at, payload, payload_at, len);
+                    }
+                } else {
+                    request.errno = libc::ENOMEM;
+                }
+            }
+            Action::ZeroBounce { req, at, len } => {
+                if let Some(bounce) = &self.requests[req].bounce {
+                    self.pool.bytes_mut(bounce)[at as usize..][..len as usize].fill(0);
+                }
+            }
+            Action::ZeroPayload { req, at, len } => {
+                if let Some(payload) = &self.requests[req].payload {
+                    self.pool.bytes_mut(payload)[at as usize..][..len as usize].fill(0);
+                }
+            }
+            Action::Answer { req } => self.answer(disk, req),
+            Action::State => {
+                let entry = &self.disks[disk as usize];
+                if let Some(d) = &entry.disk {
+                    let reason = d.reason().to_owned();
+                    self.events.send(Event::State { disk: entry.id, state: d.state(), reason });
+                }
+                if self.disks[disk as usize].pending.is_some() {
+                    self.unsettled.push(disk);
+                }
+            }
+        }
+    }
+
+    /// Finds memory for an I/O and starts it.
+    fn start_io(&mut self, disk: u32, action: Action) {
+        let Action::Io { req, write, target, offset, len, mem } = action else { return };
+        let Some(addr) = self.address(req, mem) else {
+            self.counters.buffer_waits.add(1);
+            self.starved.push_back((disk, action));
+            return;
+        };
+        let (fd, gated) = match self.backend(disk) {
+            Some(Backend::File(file)) => descriptor(file, target),
+            Some(Backend::Ram(ram)) => {
+                let ram = ram.clone();
+                return self.ram_io(disk, &ram, action);
+            }
+            _ => {
+                if !write && let Some(payload) = &self.requests[req].payload {
+                    self.pool.bytes_mut(payload)[..len as usize].fill(0);
+                }
+                return self.io_done(disk, req, target, mem, len, IoResult::Done);
+            }
+        };
+        if gated && !self.enter_gate(disk, &action) {
+            return;
+        }
+        let op = IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+        self.disks[disk as usize].ops += 1;
+        self.push_io(op);
+    }
+
+    /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
+    fn address(&mut self, req: ReqKey, mem: Mem) -> Option<usize> {
+        let request = &mut self.requests[req];
+        match mem {
+            Mem::Zeroes => Some(self.pool.zeroes()),
+            Mem::Payload(at) => {
+                if request.payload.is_none() {
+                    let len = request.len;
+                    let guaranteed = request
+                        .origin
+                        .and_then(|origin| self.conns.get(origin.conn as usize))
+                        .is_none_or(|conn| conn.held() <= len);
+                    request.payload = Some(self.pool.take(len as usize, guaranteed)?);
+                }
+                request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize)
+            }
+            Mem::Bounce { at, size } => {
+                if request.bounce.is_none() {
+                    // Beyond the budget, or payloads that wait for a bounce buffer could fill it; bounded on its own.
+                    if self.bounces >= BOUNCES_MAX {
+                        return None;
+                    }
+                    request.bounce = Some(self.pool.take(size as usize, true)?);
+                    self.bounces += 1;
+                }
+                request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
+            }
+        }
+    }
+
+    fn push_io(&mut self, op: IoOp) {
+        let (fd, addr) = (op.fd, op.addr + op.done as usize);
+        let (len, offset) = (op.len - op.done, op.offset + u64::from(op.done));
+        let write = op.write;
+        let user_data = self.ops.insert(OpKind::Io(op));
+        self.counters.ring_ops.add(1);
+        self.kernel.push(
+            user_data,
+            if write { Op::Write { fd, addr, len, offset } } else { Op::Read { fd, addr, len, offset } },
+        );
+    }
+
+    fn ram_io(&mut self, disk: u32, ram: &RamDisk, action: Action) {
+        let Action::Io { req, write, target, offset, len, mem } = action else { return };
+        let at = if let Mem::Payload(at) = mem { at } else { 0 };
+        let Some(payload) = &self.requests[req].payload else { return };
+        let range = at as usize..(at + len) as usize;
+        let outcome = if write {
+            ram.write(offset, &self.pool.bytes(payload)[range])
+        } else {
+            ram.read(offset, &mut self.pool.bytes_mut(payload)[range])
+        };
+        let result = match outcome {
+            RamOutcome::Done => IoResult::Done,
+            RamOutcome::Partial { done } => {
+                let (offset, len, mem) = (offset + done, len - done as u32, Mem::Payload(at + done as u32));
+                self.retry.push((disk, Action::Io { req, write, target, offset, len, mem }));
+                return;
+            }
+            RamOutcome::NoSpace => IoResult::Failed(libc::ENOSPC),
+            RamOutcome::Failed(errno) => IoResult::Failed(errno),
+        };
+        self.io_done(disk, req, target, mem, len, result);
+    }
+
+    /// Discards, zeroes or lists a range of a disk in memory.
+    fn memory(&mut self, disk: u32, req: ReqKey) {
+        let request = &self.requests[req];
+        let (kind, offset, len) = (request.kind, request.offset + request.cursor, request.len - request.cursor);
+        let result = match self.backend(disk) {
+            Some(Backend::Ram(ram)) => match kind {
+                Kind::Extents { max } => {
+                    let extents = ram.extents(offset, len, max);
+                    Ok(extents.into_iter().map(|e| Extent { len: e.len, hole: e.hole }).collect())
+                }
+                _ => {
+                    let outcome = match kind {
+                        Kind::WriteZeroes { no_hole, .. } => ram.write_zeroes(offset, len, !no_hole),
+                        _ => ram.discard(offset, len),
+                    };
+                    match outcome {
+                        RamOutcome::Done => Ok(Vec::new()),
+                        RamOutcome::Partial { done } => {
+                            self.requests[req].cursor += done;
+                            self.retry.push((disk, Action::Memory { req }));
+                            return;
+                        }
+                        RamOutcome::NoSpace => Err(libc::ENOSPC),
+                        RamOutcome::Failed(errno) => Err(errno),
+                    }
+                }
+            },
+            _ => Ok(vec![Extent { len, hole: true }]),
+        };
+        self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, result));
+    }
+
+    /// Starts fdatasync or fallocate when the store's share of kernel workers allows.
+    fn start_gated(&mut self, disk: u32, action: Action) {
+        if !self.enter_gate(disk, &action) {
+            return;
+        }
+        let Some(Backend::File(file)) = self.backend(disk) else { return };
+        let fd = file.fd.as_raw_fd();
+        let (kind, op) = match action {
+            Action::Fallocate { group, mode, offset, len } => {
+                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
+            }
+            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
+        };
+        let user_data = self.ops.insert(kind);
+        self.disks[disk as usize].ops += 1;
+        self.counters.ring_ops.add(1);
+        self.kernel.push(user_data, op);
+    }
+
+    /// Counts one more punted operation of the disk's store, or lets the action wait.
+    fn enter_gate(&mut self, disk: u32, action: &Action) -> bool {
+        let Some(store) = self.disks[disk as usize].store else { return true };
+        let gate = self.gates.entry(store).or_default();
+        if gate.in_flight >= PER_STORE {
+            gate.waiting.push_back((disk, *action));
+            return false;
+        }
+        gate.in_flight += 1;
+        true
+    }
+
+    fn leave_gate(&mut self, disk: u32) {
+        let Some(store) = self.disks.get(disk as usize).and_then(|entry| entry.store) else { return };
+        let Some(gate) = self.gates.get_mut(&store) else { return };
+        gate.in_flight = gate.in_flight.saturating_sub(1);
+        match gate.waiting.pop_front() {
+            Some(next) => self.actions.push_back(next),
+            None if gate.in_flight == 0 => {
+                self.gates.remove(&store);
+            }
+            None => {}
+        }
+    }
+
+    /// A completion of the kernel.
+    pub(super) fn complete(&mut self, completion: Completion) {
+        let Completion { user_data, result, more } = completion;
+        match self.ops.get(user_data) {
+            Some(OpKind::Inbox) => {
+                if !more {
+                    self.ops.remove(user_data);
+                    self.arm_inbox();
+                }
+                return self.inbox();
+            }
+            None => return,
+            Some(_) => {}
+        }
+        let Some(kind) = self.ops.remove(user_data) else { return };
+        match kind {
+            OpKind::Io(op) => self.on_io(op, result),
+            OpKind::Sync { disk } => {
+                self.op_gone(disk, true);
+                self.deliver(disk, |disk, ctx| disk.on_sync(ctx, -result.min(0)));
+            }
+            OpKind::Fallocate { disk, group } => {
+                self.op_gone(disk, true);
+                self.deliver(disk, |disk, ctx| disk.on_space(ctx, group, -result.min(0)));
+            }
+            OpKind::Recv { conn } => self.on_recv(conn, result),
+            OpKind::Send { conn } => self.on_send(conn, result),
+            OpKind::Side { .. } | OpKind::Inbox | OpKind::Cancel => {}
+        }
+    }
+
+    /// A result for a disk; one in quarantine only counts it.
+    fn deliver(&mut self, disk: u32, event: impl FnOnce(&mut Disk, &mut Ctx<'_>)) {
+        if self.disks.get(disk as usize).is_some_and(|entry| !entry.quarantined) {
+            self.with_disk(disk, event);
+        }
+    }
+
+    fn op_gone(&mut self, disk: u32, gated: bool) {
+        if gated {
+            self.leave_gate(disk);
+        }
+        if let Some(entry) = self.disks.get_mut(disk as usize) {
+            entry.ops -= 1;
+            if entry.ops == 0 && (entry.quarantined || entry.pending.is_some() || entry.zombie) {
+                self.unsettled.push(disk);
+            }
+        }
+    }
+
+    fn on_io(&mut self, mut op: IoOp, result: i32) {
+        let outcome = match result {
+            n if n > 0 => {
+                op.done += n as u32;
+                if op.done < op.len && op.tries < TRIES_MAX {
+                    // A short transfer: the rest, in the same way. An unaligned rest fails with EINVAL, as it should.
+                    op.tries += 1;
+                    return self.push_io(op);
+                }
+                if op.done >= op.len { IoResult::Done } else { IoResult::Failed(libc::EIO) }
+            }
+            0 => IoResult::Short(op.done),
+            errno if matches!(-errno, libc::EINTR | libc::EAGAIN) && op.tries < TRIES_MAX => {
+                op.tries += 1;
+                return self.push_io(op);
+            }
+            errno => IoResult::Failed(-errno),
+        };
+        self.op_gone(op.disk, op.gated);
+        self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.target, op.mem, op.len, outcome));
+    }
+
+    fn io_done(&mut self, disk: u32, req: ReqKey, target: Target, mem: Mem, len: u32, result: IoResult) {
+        self.with_disk(disk, |disk, ctx| disk.on_io(ctx, req, target, mem, len, result));
+    }
+
+    /// Results of side threads.
+    pub(super) fn side_results(&mut self) {
+        while let Some(done) = self.kernel.next_side() {
+            let Some(OpKind::Side { disk, target }) = self.ops.remove(done.user_data) else { continue };
+            self.op_gone(disk, false);
+            self.deliver(disk, |disk, ctx| match target {
+                SideTarget::Request(req) => disk.on_extents(ctx, req, done.result),
+                SideTarget::Group(group) => disk.on_space(ctx, group, done.result.err().unwrap_or(0)),
+            });
+            self.run_actions();
+        }
+    }
+
+    /// Tries again what waited for buffers.
+    pub(super) fn feed_starved(&mut self) {
+        for _ in 0..self.starved.len() {
+            let Some((disk, action)) = self.starved.pop_front() else { break };
+            let before = self.starved.len();
+            self.carry_out(disk, action);
+            self.run_actions();
+            if self.starved.len() > before {
+                // Still none: it went to the back, and has to be first again.
+                if let Some(last) = self.starved.pop_back() {
+                    self.starved.push_front(last);
+                }
+                break;
+            }
+        }
+        for _ in 0..self.want_buffer.len() {
+            if let Some(conn) = self.want_buffer.pop_front() {
+                self.service(conn);
+            }
+        }
+    }
+
+    /// Answers a request: the one place where requests end.
+    fn answer(&mut self, slot: u32, key: ReqKey) {
+        let mut request = self.requests.remove(key);
+        if let Some(bounce) = request.bounce.take() {
+            self.pool.give(bounce);
+            self.bounces -= 1;
+        }
+        let entry = &mut self.disks[slot as usize];
+        entry.requests -= 1;
+        if let Some(disk) = &entry.disk {
+            let counters = &disk.config().counters;
+            counters.io_now.sub(1);
+            if let Some(class) = request.kind.class() {
+                let ops = &counters.ops[class as usize];
+                let started = if request.started == 0 { self.now } else { request.started };
+                let (queue, total) =
+                    (started.saturating_sub(request.arrived), self.now.saturating_sub(request.arrived));
+                if request.errno == 0 {
+                    ops.completed.add(u64::from(request.operations));
+                    ops.bytes.add(request.len);
+                } else {
+                    ops.errors.add(1);
+                }
+                ops.service.record(total - queue);
+                ops.queue.record(queue);
+                entry.meter.record(class, queue, total, self.now);
+            }
+        }
+        if let Some(Pending::Remove { flush, .. }) = &mut entry.pending {
+            if *flush == Flush::Asked(key) {
+                *flush = Flush::Done;
+            }
+            self.unsettled.push(slot);
+        } else if entry.pending.is_some() {
+            self.unsettled.push(slot);
+        }
+        let origin = request.origin.take();
+        let conn = origin.and_then(|origin| {
+            let conn = self.conns.get_mut(origin.conn as usize)?;
+            (conn.generation == origin.generation).then_some((conn, origin.command))
+        });
+        match conn {
+            Some((conn, command)) => {
+                conn.on_answer(&mut self.pool, command, request);
+                self.dirty.push(conn.slot());
+            }
+            None => {
+                if let Some(buf) = request.payload.take() {
+                    self.pool.give(buf);
+                }
+            }
+        }
+    }
+}
+
+/// The descriptor of an I/O, and whether the kernel may punt it to a worker.
+fn descriptor(file: &ImageFile, target: Target) -> (i32, bool) {
+    match (target, &file.tail) {
+        (Target::Tail, Some(tail)) => (tail.as_raw_fd(), true),
+        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None),
+    }
+}

@@ -1,0 +1,317 @@
+//! What the control thread asks.
+
+use super::*;
+use crate::api::{ClientInfo, Command, DiskConfig, Reply, ShardError, ShardErrorKind};
+use crate::park::ParkedDisk;
+use crate::request::Kind;
+
+fn failure(kind: ShardErrorKind, message: impl Into<String>) -> ShardError {
+    ShardError { kind, message: message.into() }
+}
+
+/// What a command comes to: a reply now, or later from `settle`.
+type Outcome = Result<Option<Reply>, ShardError>;
+
+impl<K: Kernel> Shard<K> {
+    /// Commands and side results have come.
+    pub(super) fn inbox(&mut self) {
+        let mut counter = [0u8; 8];
+        // Empty after a spurious wake-up: nothing lost.
+        let _ = nix::unistd::read(&*self.inbox_wake, &mut counter);
+        self.side_results();
+        while let Ok(envelope) = self.inbox.try_recv() {
+            self.command(envelope);
+            self.run_actions();
+        }
+    }
+
+    pub(super) fn reply(&self, tag: u64, result: Result<Reply, ShardError>) {
+        self.events.send(Event::Reply { tag, result });
+    }
+
+    fn command(&mut self, envelope: Envelope) {
+        let Envelope { tag, command } = envelope;
+        let outcome = match command {
+            Command::AddDisk(config) => self.add_disk(config),
+            Command::Unpark(parked) => self.unpark(*parked),
+            Command::Stop => {
+                self.stopping = Some(tag);
+                Ok(None)
+            }
+            Command::RemoveDisk { disk, force } => self.slot(disk).and_then(|slot| self.remove(slot, tag, force)),
+            Command::Connect { disk, handoff } => self.slot(disk).and_then(|slot| self.connect(slot, *handoff)),
+            Command::Pause { disk } => self.slot(disk).and_then(|slot| self.pause(slot, tag)),
+            Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
+            Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_pending(slot)),
+            Command::Resume { disk, data_in_doubt } => {
+                self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
+            }
+            Command::Fail { disk } => self.slot(disk).and_then(|slot| {
+                self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Failed, "given up by an operator"));
+                self.unsettled.push(slot);
+                Ok(Some(Reply::Done))
+            }),
+            Command::SetLimits { disk, limits, groups } => self.slot(disk).and_then(|slot| {
+                self.with_disk(slot, |disk, ctx| disk.set_limits(ctx, limits, groups));
+                Ok(Some(Reply::Done))
+            }),
+            Command::Stats { disk } => self
+                .slot(disk)
+                .map(|slot| Some(Reply::Stats(Box::new(self.disks[slot as usize].meter.stats())))),
+            Command::Clients { disk } => self.slot(disk).map(|slot| Some(Reply::Clients(self.clients(slot)))),
+            Command::InjectPanic { disk } => self.slot(disk).and_then(|slot| {
+                if !self.fault_commands {
+                    let message = "fault commands are off: start the daemon with --fault-commands (tests only)";
+                    return Err(failure(ShardErrorKind::WrongState, message));
+                }
+                self.with_disk(slot, |disk, _| disk.panic_for_test());
+                Ok(Some(Reply::Done))
+            }),
+        };
+        match outcome {
+            Ok(None) => {}
+            Ok(Some(reply)) => self.reply(tag, Ok(reply)),
+            Err(error) => self.reply(tag, Err(error)),
+        }
+    }
+
+    fn slot(&self, disk: DiskId) -> Result<u32, ShardError> {
+        let slot = self.by_id.get(&disk).copied();
+        slot.ok_or_else(|| failure(ShardErrorKind::NoSuchDisk, format!("this shard has no disk {}", disk.0)))
+    }
+
+    pub(super) fn insert_disk(&mut self, config: Box<DiskConfig>) -> u32 {
+        let id = config.id;
+        let store = match &config.backend {
+            Backend::File(file) => Some(file.store),
+            Backend::Ram(_) | Backend::Null => None,
+        };
+        let slot = self.disks.insert(Entry {
+            id,
+            disk: Some(Disk::new(config, self.now)),
+            conns: Vec::new(),
+            ops: 0,
+            requests: 0,
+            meter: Meter::default(),
+            pending: None,
+            timer: None,
+            panics: 0,
+            quarantined: false,
+            zombie: false,
+            zombie_tag: None,
+            store,
+        }) as u32;
+        self.by_id.insert(id, slot);
+        self.counters.disks.set(self.disks.len() as u64);
+        slot
+    }
+
+    fn add_disk(&mut self, config: Box<DiskConfig>) -> Outcome {
+        if self.stopping.is_some() {
+            return Err(failure(ShardErrorKind::WrongState, "the shard is stopping"));
+        }
+        self.insert_disk(config);
+        Ok(Some(Reply::Done))
+    }
+
+    fn connect(&mut self, slot: u32, handoff: ring_bridge::nbd::Handoff) -> Outcome {
+        let entry = &self.disks[slot as usize];
+        if entry.zombie || matches!(entry.pending, Some(Pending::Remove { .. } | Pending::Park { .. })) {
+            let message = "the disk is on its way out: connect again in a moment";
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
+        if entry.conns.len() >= CONNS_MAX {
+            let message = format!("the disk has {CONNS_MAX} connections already: close some");
+            return Err(failure(ShardErrorKind::Limit, message));
+        }
+        self.add_conn(slot, |_, conn, generation, now| Conn::new(handoff, slot, conn, generation, now));
+        Ok(Some(Reply::Done))
+    }
+
+    fn clients(&self, slot: u32) -> Vec<ClientInfo> {
+        let conns = self.disks[slot as usize].conns.iter();
+        conns
+            .filter_map(|&conn| self.conns.get(conn as usize))
+            .map(|conn| ClientInfo {
+                peer: conn.peer().to_owned(),
+                in_flight: conn.requests(),
+                age_s: self.now.saturating_sub(conn.since()) / SECOND,
+            })
+            .collect()
+    }
+
+    fn set_pending(&mut self, slot: u32, pending: Pending) -> Result<(), ShardError> {
+        let entry = &mut self.disks[slot as usize];
+        if let Some(pending) = &entry.pending {
+            let what = match pending {
+                Pending::Pause { .. } => "being paused",
+                Pending::Park { .. } => "being moved",
+                Pending::Remove { .. } => "being detached",
+            };
+            return Err(failure(ShardErrorKind::WrongState, format!("the disk is {what}: wait for that to end")));
+        }
+        if entry.quarantined || entry.zombie {
+            return Err(failure(ShardErrorKind::WrongState, "the disk waits for kernel operations to come back"));
+        }
+        entry.pending = Some(pending);
+        self.unsettled.push(slot);
+        Ok(())
+    }
+
+    fn pause(&mut self, slot: u32, tag: u64) -> Outcome {
+        self.set_pending(slot, Pending::Pause { tag })?;
+        let mut result = Ok(());
+        self.with_disk(slot, |disk, _| result = disk.pause());
+        if let Err(error) = result {
+            self.disks[slot as usize].pending = None;
+            return Err(error);
+        }
+        Ok(None)
+    }
+
+    fn resume(&mut self, slot: u32, data_in_doubt: bool) -> Outcome {
+        let entry = &mut self.disks[slot as usize];
+        if let Some(Pending::Pause { tag }) = entry.pending {
+            entry.pending = None;
+            let message = "the pause was ended by a resume before everything in flight had finished";
+            self.reply(tag, Err(failure(ShardErrorKind::Interrupted, message)));
+        }
+        let mut result = Ok(());
+        self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
+        result.map(|()| Some(Reply::Done))
+    }
+
+    fn park(&mut self, slot: u32, tag: u64) -> Outcome {
+        self.set_pending(slot, Pending::Park { tag })?;
+        let state = self.disks[slot as usize].disk.as_ref().map(Disk::state);
+        if !matches!(
+            state,
+            Some(DiskState::Running | DiskState::Paused | DiskState::StorageError | DiskState::Failed)
+        ) {
+            self.disks[slot as usize].pending = None;
+            let message = format!("the disk is {state:?}: only a disk at rest or in service can be moved");
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
+        self.with_disk(slot, |disk, _| disk.hold());
+        self.stop_conns(slot, true);
+        Ok(None)
+    }
+
+    /// Stops reading from the connections of a disk; `cancel` also takes back what the kernel is doing for them.
+    pub(super) fn stop_conns(&mut self, slot: u32, cancel: bool) {
+        for conn in self.disks[slot as usize].conns.clone() {
+            if let Some(c) = self.conns.get_mut(conn as usize) {
+                c.stopped = true;
+            }
+            if cancel {
+                self.cancel_conn(conn);
+            }
+        }
+    }
+
+    /// Returns to service.
+    fn cancel_pending(&mut self, slot: u32) -> Outcome {
+        let Some(pending) = self.disks[slot as usize].pending.take() else { return Ok(Some(Reply::Done)) };
+        let tag = match pending {
+            Pending::Pause { tag } | Pending::Park { tag } | Pending::Remove { tag, .. } => tag,
+        };
+        self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
+        self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+        for conn in self.disks[slot as usize].conns.clone() {
+            if let Some(c) = self.conns.get_mut(conn as usize) {
+                c.stopped = false;
+                self.dirty.push(conn);
+            }
+        }
+        Ok(Some(Reply::Done))
+    }
+
+    fn unpark(&mut self, parked: ParkedDisk) -> Outcome {
+        let slot = self.insert_disk(parked.config);
+        let mut origins = Vec::with_capacity(parked.conns.len());
+        for conn in parked.conns {
+            let at = self.conns.vacant_key() as u32;
+            self.add_conn(slot, |pool, conn_slot, generation, now| {
+                Conn::unpark(conn, pool, slot, conn_slot, generation, now)
+            });
+            origins.push((at, self.generation));
+        }
+        if parked.state != DiskState::Running || parked.flush_failed {
+            let (state, reason, flush_failed) = (parked.state, parked.reason, parked.flush_failed);
+            self.with_disk(slot, |disk, _| disk.restore(state, &reason, flush_failed));
+        }
+        for request in parked.requests {
+            let origin = request.origin.map(|(index, command)| {
+                let (conn, generation) = origins[index];
+                crate::request::Origin { conn, generation, command }
+            });
+            let mut new = Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
+            new.operations = request.operations;
+            if let Some(bytes) = request.payload {
+                let Some(buf) = self.pool.take(bytes.len(), true) else {
+                    // The address space of the pool is spent: only this request fails.
+                    new.errno = libc::ENOMEM;
+                    self.fail_new(slot, new);
+                    continue;
+                };
+                self.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(&bytes);
+                new.payload = Some(buf);
+            }
+            debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.payload.is_some());
+            self.submit(new);
+            self.run_actions();
+        }
+        Ok(Some(Reply::Done))
+    }
+
+    fn fail_new(&mut self, slot: u32, request: Request) {
+        let entry = &mut self.disks[slot as usize];
+        entry.requests += 1;
+        if let Some(disk) = &entry.disk {
+            disk.config().counters.io_now.add(1);
+        }
+        let req = self.requests.insert(request);
+        self.actions.push_back((slot, Action::Answer { req }));
+        self.run_actions();
+    }
+
+    fn remove(&mut self, slot: u32, tag: u64, force: bool) -> Outcome {
+        if force {
+            return self.remove_by_force(slot, tag);
+        }
+        let state = self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
+        match state {
+            Some((DiskState::Running | DiskState::Failed, _)) => {}
+            Some((state, reason)) => {
+                let message =
+                    format!("the disk is {state:?} ({reason}): resume it first, or detach it with --force");
+                return Err(failure(ShardErrorKind::WrongState, message));
+            }
+            None => return Err(failure(ShardErrorKind::WrongState, "the disk is being rebuilt")),
+        }
+        self.set_pending(slot, Pending::Remove { tag, flush: Flush::NotYet })?;
+        self.with_disk(slot, |disk, _| disk.drain());
+        self.stop_conns(slot, false);
+        Ok(None)
+    }
+
+    fn remove_by_force(&mut self, slot: u32, tag: u64) -> Outcome {
+        if let Some(pending) = self.disks[slot as usize].pending.take() {
+            let (Pending::Pause { tag } | Pending::Park { tag } | Pending::Remove { tag, .. }) = pending;
+            let message = "the disk was detached by force";
+            self.reply(tag, Err(failure(ShardErrorKind::Interrupted, message)));
+        }
+        self.disks[slot as usize].zombie = true;
+        self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+        self.run_actions();
+        for conn in self.disks[slot as usize].conns.clone() {
+            if let Some(c) = self.conns.get_mut(conn as usize) {
+                c.close("the disk was detached by force");
+                self.dirty.push(conn);
+            }
+        }
+        self.disks[slot as usize].zombie_tag = Some(tag);
+        self.unsettled.push(slot);
+        Ok(None)
+    }
+}

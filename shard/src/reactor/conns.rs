@@ -1,0 +1,154 @@
+//! Connections: reading ahead, sending, ending.
+
+use super::ops::OpKind;
+use super::*;
+use crate::nbd::{ConnCtx, Stop};
+
+impl<K: Kernel> Shard<K> {
+    pub(super) fn next_generation(&mut self) -> u32 {
+        self.generation = self.generation.wrapping_add(1);
+        self.generation
+    }
+
+    /// Puts a connection into service.
+    pub(super) fn add_conn(&mut self, disk: u32, make: impl FnOnce(&mut Pool, u32, u32, Nanos) -> Conn) {
+        let generation = self.next_generation();
+        let vacant = self.conns.vacant_entry();
+        let slot = vacant.key() as u32;
+        vacant.insert(Box::new(make(&mut self.pool, slot, generation, self.now)));
+        let entry = &mut self.disks[disk as usize];
+        entry.conns.push(slot);
+        self.counters.clients.add(1);
+        if let Some(d) = &entry.disk {
+            d.config().counters.clients.set(entry.conns.len() as u64);
+        }
+        self.dirty.push(slot);
+    }
+
+    /// Lets a connection read as far as it can.
+    pub(super) fn service(&mut self, slot: u32) {
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
+        if conn.recv_op.is_some() {
+            return;
+        }
+        let mut requests = std::mem::take(&mut self.new_requests);
+        let mut ctx = ConnCtx { now: self.now, pool: &mut self.pool, out: &mut requests };
+        let stop = conn.advance(&mut ctx);
+        match stop {
+            Stop::Input => {
+                let op = conn.receive_op(&self.pool);
+                let user_data = self.ops.insert(OpKind::Recv { conn: slot });
+                conn.recv_op = Some(user_data);
+                self.kernel.push(user_data, op);
+            }
+            Stop::Turn => self.ready.push_back(slot),
+            Stop::Buffer => {
+                self.counters.buffer_waits.add(1);
+                self.want_buffer.push_back(slot);
+            }
+            // Answers bring it back here.
+            Stop::Room | Stop::End => {}
+        }
+        for request in requests.drain(..) {
+            self.submit(request);
+            self.run_actions();
+        }
+        self.new_requests = requests;
+        self.dirty.push(slot);
+    }
+
+    pub(super) fn on_recv(&mut self, slot: u32, result: i32) {
+        if let Some(conn) = self.conns.get_mut(slot as usize) {
+            conn.on_received(result, self.now);
+            let disk = conn.disk;
+            self.service(slot);
+            self.wake_pending(disk);
+        }
+    }
+
+    pub(super) fn on_send(&mut self, slot: u32, result: i32) {
+        if let Some(conn) = self.conns.get_mut(slot as usize) {
+            conn.on_sent(&mut self.pool, result, self.now);
+            let disk = conn.disk;
+            self.dirty.push(slot);
+            self.wake_pending(disk);
+        }
+    }
+
+    fn wake_pending(&mut self, disk: u32) {
+        if self.disks.get(disk as usize).is_some_and(|entry| entry.pending.is_some() || entry.zombie) {
+            self.unsettled.push(disk);
+        }
+    }
+
+    /// At the end of a turn: sends replies, receives again where there is room, ends what is to end.
+    pub(super) fn flush_conns(&mut self) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        dirty.sort_unstable();
+        dirty.dedup();
+        for &slot in &dirty {
+            self.flush_conn(slot);
+        }
+        dirty.clear();
+        // What became dirty meanwhile is looked at in the next turn; it has an operation or a place in a queue.
+        let newer = std::mem::replace(&mut self.dirty, dirty);
+        for slot in newer {
+            self.flush_conn_once(slot);
+        }
+    }
+
+    fn flush_conn(&mut self, slot: u32) {
+        let Some(conn) = self.conns.get(slot as usize) else { return };
+        let queued = self.ready.contains(&slot) || self.want_buffer.contains(&slot);
+        if conn.closing().is_none() && conn.recv_op.is_none() && !queued {
+            self.service(slot);
+        }
+        self.flush_conn_once(slot);
+    }
+
+    fn flush_conn_once(&mut self, slot: u32) {
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
+        if let Some(op) = conn.send_op(&mut self.pool) {
+            let user_data = self.ops.insert(OpKind::Send { conn: slot });
+            conn.send_op = Some(user_data);
+            self.kernel.push(user_data, op);
+        }
+        if conn.closing().is_some() || conn.is_finished() {
+            self.end_conn(slot);
+        }
+    }
+
+    /// Cancels what the kernel does for a connection.
+    pub(super) fn cancel_conn(&mut self, slot: u32) {
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
+        let targets = [conn.recv_op, conn.send_op];
+        for target in targets.into_iter().flatten() {
+            let user_data = self.ops.insert(OpKind::Cancel);
+            self.kernel.push(user_data, Op::Cancel { target });
+        }
+    }
+
+    /// Removes a connection when the kernel has let go of it; asks the kernel to, the first time.
+    fn end_conn(&mut self, slot: u32) {
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
+        if !conn.can_park() {
+            if !std::mem::replace(&mut conn.cancelled, true) {
+                self.cancel_conn(slot);
+            }
+            return;
+        }
+        let mut conn = self.conns.remove(slot as usize);
+        conn.release(&mut self.pool);
+        self.counters.clients.sub(1);
+        let disk = conn.disk;
+        if let Some(entry) = self.disks.get_mut(disk as usize) {
+            entry.conns.retain(|&other| other != slot);
+            if let Some(d) = &entry.disk {
+                d.config().counters.clients.set(entry.conns.len() as u64);
+            }
+            let reason = conn.closing().unwrap_or_default().to_owned();
+            self.events.send(Event::ClientGone { disk: entry.id, peer: conn.peer().to_owned(), reason });
+        }
+        self.wake_pending(disk);
+    }
+}

@@ -1,0 +1,392 @@
+//! The loop of a shard: completions in, state machines run, operations out.
+//!
+//! ```text
+//! enter(wait) -> completions -> disks and connections -> actions -> operations, replies -> enter(wait)
+//! ```
+//! The reactor owns everything that the kernel may touch: operations, requests, buffers, connections. Disks are pure state
+//! machines that it calls inside `catch_unwind`; what they want comes back as [`Action`]s and is carried out here. It is
+//! generic over [`Kernel`], so that the same code runs on Linux and in the simulator.
+//!
+//! Invariants: every operation has a slot in `ops` until its completion has been taken; every request has a slot in
+//! `requests` until it is answered, exactly once; a disk's `ops` counts its operations, so that a disk is never taken off
+//! the shard while the kernel works for it.
+
+mod actions;
+mod commands;
+mod conns;
+mod meter;
+mod ops;
+mod settle;
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use crossbeam::channel::Receiver;
+
+use crate::api::{Backend, DiskId, DiskState, Envelope, Event};
+use crate::clock::{MILLISECOND, Nanos, SECOND};
+use crate::disk::{Action, Ctx, Disk};
+use crate::nbd::Conn;
+use crate::request::{ReqKey, Request, Requests};
+use crate::stats::ShardCounters;
+use crate::storage::pool::Pool;
+use crate::storage::side::signal;
+use crate::storage::{Kernel, Op, TIMER};
+use actions::Gate;
+use meter::Meter;
+use ops::{OpKind, Ops};
+
+/// Housekeeping interval: buffers of idle connections go back to the system, stalled clients are looked at.
+const TICK: Nanos = SECOND;
+/// A send without progress for this long, while others wait for buffers, ends the connection.
+const STALL: Nanos = 30 * SECOND;
+/// Connections of one disk.
+pub const CONNS_MAX: usize = 64;
+
+/// Where a shard's events go.
+#[derive(Debug, Clone)]
+pub struct EventSink {
+    /// The control thread's channel, for all shards.
+    pub tx: crossbeam::channel::Sender<(usize, Event)>,
+    /// Wakes the control thread.
+    pub wake: Arc<OwnedFd>,
+    /// This shard.
+    pub shard: usize,
+}
+
+impl EventSink {
+    /// Tells the control thread.
+    pub fn send(&self, event: Event) {
+        // The control thread outlives the shards; if not, nobody wants to know.
+        if self.tx.send((self.shard, event)).is_ok() {
+            signal(&self.wake);
+        }
+    }
+}
+
+/// What a command waits for.
+#[derive(Debug)]
+enum Pending {
+    Pause { tag: u64 },
+    Park { tag: u64 },
+    /// `flush`: the last flush of the disk, once it was asked for.
+    Remove { tag: u64, flush: Flush },
+}
+
+/// The flush before a disk goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flush {
+    NotYet,
+    Asked(ReqKey),
+    Done,
+}
+
+/// A disk with what the reactor knows of it.
+#[derive(Debug)]
+struct Entry {
+    id: DiskId,
+    /// Absent only for a moment, while the disk is rebuilt or taken away.
+    disk: Option<Disk>,
+    conns: Vec<u32>,
+    /// Kernel operations and side jobs out.
+    ops: u32,
+    /// Requests in the slab.
+    requests: u32,
+    meter: Meter,
+    pending: Option<Pending>,
+    /// When the timer heap has an entry for it.
+    timer: Option<Nanos>,
+    panics: u32,
+    /// Waits for its operations to come back after a panic.
+    quarantined: bool,
+    /// Detached by force.
+    zombie: bool,
+    /// The command that forced it, until it is answered.
+    zombie_tag: Option<u64>,
+    /// Limits punted kernel work per backing store.
+    store: Option<u64>,
+}
+
+/// A shard without its thread: everything that runs on one core.
+#[derive(Debug)]
+pub struct Shard<K: Kernel> {
+    kernel: K,
+    now: Nanos,
+    pool: Pool,
+    ops: Ops,
+    requests: Requests,
+    disks: slab::Slab<Entry>,
+    by_id: HashMap<DiskId, u32>,
+    conns: slab::Slab<Box<Conn>>,
+    generation: u32,
+    inbox: Receiver<Envelope>,
+    inbox_wake: Arc<OwnedFd>,
+    events: EventSink,
+    counters: Arc<ShardCounters>,
+    actions: VecDeque<(u32, Action)>,
+    scratch: Vec<Action>,
+    new_requests: Vec<Request>,
+    timers: BinaryHeap<Reverse<(Nanos, u32)>>,
+    next_tick: Nanos,
+    /// Connections with more to do in the next turn.
+    ready: VecDeque<u32>,
+    /// Connections that may have replies to send or input to receive.
+    dirty: Vec<u32>,
+    /// Connections that wait for a buffer to receive into.
+    want_buffer: VecDeque<u32>,
+    /// Actions that wait for a buffer.
+    starved: VecDeque<(u32, Action)>,
+    /// Bounce buffers in use.
+    bounces: u32,
+    /// Actions of RAM disks that met another shard: tried again in the next turn.
+    retry: Vec<(u32, Action)>,
+    gates: HashMap<u64, Gate>,
+    unsettled: Vec<u32>,
+    fault_commands: bool,
+    stopping: Option<u64>,
+}
+
+/// What a shard is made of.
+#[derive(Debug)]
+pub struct ShardParts<K> {
+    /// Linux or the simulator.
+    pub kernel: K,
+    /// Buffers.
+    pub pool: Pool,
+    /// Commands.
+    pub inbox: Receiver<Envelope>,
+    /// eventfd that becomes readable when there are commands or side results.
+    pub inbox_wake: Arc<OwnedFd>,
+    /// Where answers go.
+    pub events: EventSink,
+    /// Counters.
+    pub counters: Arc<ShardCounters>,
+    /// Accept commands that only tests use.
+    pub fault_commands: bool,
+}
+
+impl<K: Kernel> Shard<K> {
+    /// A shard without disks.
+    pub fn new(parts: ShardParts<K>) -> Shard<K> {
+        let now = parts.kernel.now();
+        let mut shard = Shard {
+            kernel: parts.kernel,
+            now,
+            pool: parts.pool,
+            ops: Ops::default(),
+            requests: Requests::default(),
+            disks: slab::Slab::new(),
+            by_id: HashMap::new(),
+            conns: slab::Slab::new(),
+            generation: 0,
+            inbox: parts.inbox,
+            inbox_wake: parts.inbox_wake,
+            events: parts.events,
+            counters: parts.counters,
+            actions: VecDeque::new(),
+            scratch: Vec::new(),
+            new_requests: Vec::new(),
+            timers: BinaryHeap::new(),
+            next_tick: now + TICK,
+            ready: VecDeque::new(),
+            dirty: Vec::new(),
+            want_buffer: VecDeque::new(),
+            starved: VecDeque::new(),
+            bounces: 0,
+            retry: Vec::new(),
+            gates: HashMap::new(),
+            unsettled: Vec::new(),
+            fault_commands: parts.fault_commands,
+            stopping: None,
+        };
+        shard.arm_inbox();
+        shard
+    }
+
+    fn arm_inbox(&mut self) {
+        let user_data = self.ops.insert(OpKind::Inbox);
+        self.kernel.push(user_data, Op::PollMulti { fd: self.inbox_wake.as_raw_fd() });
+    }
+
+    /// The surroundings, for the simulator.
+    pub fn kernel(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Requests, operations and buffer bytes that are out: all zero on an idle shard. For tests.
+    pub fn outstanding(&self) -> (usize, usize, usize) {
+        (self.requests.len(), self.ops.len() - 1, self.pool.used())
+    }
+
+    /// One turn: waits for something to do, does it. False when the shard has ended.
+    ///
+    /// # Errors
+    /// Those of io_uring_enter that cannot be met by another try: the ring is broken.
+    pub fn turn(&mut self) -> std::io::Result<bool> {
+        let more = !self.ready.is_empty() || !self.retry.is_empty();
+        let deadline = self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
+        self.kernel.set_timer(deadline);
+        self.kernel.enter(!more)?;
+        let start = self.kernel.now();
+        self.now = start;
+        while let Some(completion) = self.kernel.next_completion() {
+            if completion.user_data != TIMER {
+                self.complete(completion);
+                self.run_actions();
+            }
+        }
+        self.run_timers();
+        for (disk, action) in std::mem::take(&mut self.retry) {
+            self.actions.push_back((disk, action));
+        }
+        self.run_actions();
+        for _ in 0..self.ready.len() {
+            if let Some(conn) = self.ready.pop_front() {
+                self.service(conn);
+            }
+        }
+        self.feed_starved();
+        self.settle_all();
+        self.flush_conns();
+        if self.now >= self.next_tick {
+            self.tick();
+        }
+        self.account(start);
+        if let Some(tag) = self.stopping
+            && self.disks.is_empty()
+        {
+            self.events.send(Event::Reply { tag, result: Ok(crate::api::Reply::Done) });
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    fn account(&mut self, start: Nanos) {
+        let end = self.kernel.now();
+        let counters = &self.counters;
+        counters.busy_ns.add(end.saturating_sub(start));
+        counters.turns.record(end.saturating_sub(start));
+        counters.last_turn.set(end);
+        counters.ring_enters.set(self.kernel.enters());
+        counters.ring_overflows.set(self.kernel.overflows());
+        counters.ops_in_flight.set(self.ops.len() as u64 - 1);
+        counters.buffer_bytes.set(self.pool.used() as u64);
+    }
+
+    fn run_timers(&mut self) {
+        while let Some(&Reverse((at, disk))) = self.timers.peek()
+            && at <= self.now
+        {
+            self.timers.pop();
+            if let Some(entry) = self.disks.get_mut(disk as usize)
+                && entry.timer == Some(at)
+            {
+                entry.timer = None;
+                self.with_disk(disk, |disk, ctx| disk.on_timer(ctx));
+                self.run_actions();
+            }
+        }
+    }
+
+    /// Once a second.
+    fn tick(&mut self) {
+        self.next_tick = self.now + TICK;
+        self.pool.trim();
+        let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty();
+        for (_, conn) in &mut self.conns {
+            if pressed && conn.send_op.is_some() && self.now > conn.progress_at + STALL {
+                conn.close("has not received its replies for 30 s while others wait for buffers");
+                self.dirty.push(conn.slot());
+            } else if self.now > conn.progress_at + TICK {
+                conn.shrink();
+            }
+        }
+        for (_, entry) in &mut self.disks {
+            if entry.meter.idle_since(self.now) > TICK
+                && let Some(disk) = &mut entry.disk
+            {
+                disk.idle();
+            }
+            entry.meter.release_when_idle(self.now);
+        }
+    }
+
+    /// Runs a disk's code. A panic in it quarantines the disk and nothing else.
+    fn with_disk(&mut self, slot: u32, event: impl FnOnce(&mut Disk, &mut Ctx<'_>)) {
+        let Some(entry) = self.disks.get_mut(slot as usize) else { return };
+        let Some(disk) = entry.disk.as_mut() else { return };
+        let mut out = std::mem::take(&mut self.scratch);
+        let mut ctx = Ctx { now: self.now, disk: slot, requests: &mut self.requests, out: &mut out };
+        let result = std::panic::catch_unwind(AssertUnwindSafe(|| event(disk, &mut ctx)));
+        match result {
+            Ok(()) => {
+                let wake_at = disk.wake_at();
+                if let Some(at) = wake_at
+                    && entry.timer.is_none_or(|timer| at < timer)
+                {
+                    // Not in the past: a turn that asks for itself would starve the others.
+                    let at = at.max(self.now + MILLISECOND / 100);
+                    entry.timer = Some(at);
+                    self.timers.push(Reverse((at, slot)));
+                }
+                self.actions.extend(out.drain(..).map(|action| (slot, action)));
+            }
+            Err(panic) => {
+                out.clear();
+                self.quarantine(slot, &panic_message(panic.as_ref()));
+            }
+        }
+        self.scratch = out;
+    }
+
+    fn quarantine(&mut self, slot: u32, message: &str) {
+        // Answers that were decided before stand; everything else of this disk is begun again.
+        self.actions.retain(|(disk, action)| *disk != slot || matches!(action, Action::Answer { .. }));
+        self.starved.retain(|(disk, _)| *disk != slot);
+        self.retry.retain(|(disk, _)| *disk != slot);
+        for gate in self.gates.values_mut() {
+            gate.forget(slot);
+        }
+        let entry = &mut self.disks[slot as usize];
+        entry.panics += 1;
+        entry.quarantined = true;
+        let reason = format!("the disk's code failed ({message}); please report it");
+        if let Some(disk) = &mut entry.disk {
+            disk.config().counters.quarantines.add(1);
+            if !entry.zombie {
+                disk.set_state(DiskState::Quarantined, &reason);
+            }
+        }
+        let id = entry.id;
+        self.unsettled.push(slot);
+        self.events.send(Event::State { disk: id, state: DiskState::Quarantined, reason });
+    }
+
+    /// Adds requests of a connection and lets the disk see them.
+    fn submit(&mut self, request: Request) {
+        let disk = request.disk;
+        if let Some(entry) = self.disks.get_mut(disk as usize) {
+            entry.requests += 1;
+            if let Some(d) = &entry.disk {
+                d.config().counters.io_now.add(1);
+            }
+            let quarantined = entry.quarantined;
+            let key = self.requests.insert(request);
+            if !quarantined {
+                self.with_disk(disk, |disk, ctx| disk.submit(ctx, key));
+            }
+        }
+    }
+
+    fn backend(&self, disk: u32) -> Option<&Backend> {
+        self.disks.get(disk as usize)?.disk.as_ref().map(|disk| &disk.config().backend)
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic".to_owned())
+}

@@ -1,0 +1,231 @@
+//! What has waited for a disk to come to rest: pauses, moves, detaches, quarantine.
+
+use super::*;
+use crate::api::{Reply, ShardError, ShardErrorKind};
+use crate::park::{ParkedDisk, ParkedRequest};
+use crate::request::Kind;
+
+impl<K: Kernel> Shard<K> {
+    /// Looks at every disk of which something has changed.
+    pub(super) fn settle_all(&mut self) {
+        // A step may make another possible at once (the last answer, then the flush, then the removal).
+        for _ in 0..8 {
+            let mut slots = std::mem::take(&mut self.unsettled);
+            if slots.is_empty() {
+                return;
+            }
+            slots.sort_unstable();
+            slots.dedup();
+            for slot in slots {
+                if self.disks.contains(slot as usize) {
+                    self.settle(slot);
+                    self.run_actions();
+                }
+            }
+        }
+    }
+
+    fn settle(&mut self, slot: u32) {
+        let entry = &self.disks[slot as usize];
+        if entry.quarantined {
+            return self.settle_quarantine(slot);
+        }
+        if entry.zombie {
+            return self.settle_zombie(slot);
+        }
+        let at_rest = entry.ops == 0 && entry.disk.as_ref().is_some_and(|disk| disk.started() == 0);
+        match entry.pending {
+            Some(Pending::Pause { tag }) if at_rest => {
+                self.disks[slot as usize].pending = None;
+                self.with_disk(slot, |disk, _| {
+                    if disk.state() == DiskState::Pausing {
+                        disk.set_state(DiskState::Paused, "paused by an operator");
+                    }
+                });
+                self.reply(tag, Ok(Reply::Done));
+            }
+            Some(Pending::Park { tag }) if at_rest => self.settle_park(slot, tag),
+            Some(Pending::Remove { tag, flush }) => self.settle_remove(slot, tag, flush),
+            _ => {}
+        }
+    }
+
+    /// After a panic: when the kernel is done with the disk, builds it anew and runs its requests again; the second time it is
+    /// paused instead.
+    fn settle_quarantine(&mut self, slot: u32) {
+        let entry = &mut self.disks[slot as usize];
+        if entry.ops > 0 {
+            return;
+        }
+        let Some(disk) = entry.disk.take() else { return };
+        let mut disk = disk.rebuilt(self.now);
+        let again = entry.panics < 2;
+        let reason = if again {
+            String::new()
+        } else {
+            "the disk's code failed twice: `resume` tries again, `fail` gives the disk up".to_owned()
+        };
+        let state = match (entry.zombie, again) {
+            (true, _) => DiskState::Zombie,
+            (false, true) => DiskState::Running,
+            (false, false) => DiskState::Paused,
+        };
+        disk.set_state(state, &reason);
+        entry.disk = Some(disk);
+        entry.quarantined = false;
+        let id = entry.id;
+        self.events.send(Event::State { disk: id, state, reason });
+        let mut keys: Vec<_> = self
+            .requests
+            .iter()
+            .filter(|(_, request)| request.disk == slot)
+            .map(|(key, request)| (request.arrived, key))
+            .collect();
+        keys.sort_unstable_by_key(|(arrived, key)| (*arrived, key.0));
+        for (_, key) in keys {
+            let request = &mut self.requests[key];
+            request.rewind();
+            request.pending = 0;
+            request.throttled = 0;
+            self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
+            self.run_actions();
+        }
+        self.unsettled.push(slot);
+    }
+
+    fn settle_zombie(&mut self, slot: u32) {
+        let entry = &mut self.disks[slot as usize];
+        let gone = entry.ops == 0 && entry.requests == 0 && entry.conns.is_empty();
+        if !gone {
+            // Told once; the connections go within this turn or the next.
+            if entry.ops > 0
+                && let Some(tag) = entry.zombie_tag.take()
+            {
+                let in_flight = entry.ops;
+                self.reply(tag, Ok(Reply::Zombie { in_flight }));
+            }
+            return;
+        }
+        let tag = entry.zombie_tag.take();
+        let Some(config) = self.take_disk(slot) else { return };
+        match tag {
+            Some(tag) => self.reply(tag, Ok(Reply::Removed(config))),
+            None => self.events.send(Event::ZombieGone { config }),
+        }
+    }
+
+    fn take_disk(&mut self, slot: u32) -> Option<Box<crate::api::DiskConfig>> {
+        let entry = self.disks.remove(slot as usize);
+        self.by_id.remove(&entry.id);
+        self.counters.disks.set(self.disks.len() as u64);
+        entry.disk.map(Disk::into_config)
+    }
+
+    fn settle_park(&mut self, slot: u32, tag: u64) {
+        let entry = &self.disks[slot as usize];
+        let all_still =
+            entry.conns.iter().all(|&conn| self.conns.get(conn as usize).is_none_or(|conn| conn.can_park()));
+        if !all_still {
+            return;
+        }
+        let mut keys = Vec::new();
+        self.with_disk(slot, |disk, ctx| keys = disk.take_unstarted(ctx));
+        let mut conns = Vec::new();
+        for conn in std::mem::take(&mut self.disks[slot as usize].conns) {
+            if let Some(conn) = self.conns.try_remove(conn as usize) {
+                self.counters.clients.sub(1);
+                conns.push(conn.park(&mut self.pool));
+            }
+        }
+        let requests = keys.into_iter().map(|key| self.park_request(key, &conns)).collect();
+        let Some(disk) = &mut self.disks[slot as usize].disk else { return };
+        let flush_failed = disk.flush_failed();
+        let (state, reason) = disk.state_before_hold();
+        let Some(config) = self.take_disk(slot) else { return };
+        let parked = ParkedDisk { config, state, reason, flush_failed, conns, requests };
+        self.reply(tag, Ok(Reply::Parked(Box::new(parked))));
+    }
+
+    fn park_request(&mut self, key: ReqKey, conns: &[crate::nbd::ParkedConn]) -> ParkedRequest {
+        let mut request = self.requests.remove(key);
+        let origin = request.origin.take().and_then(|origin| {
+            let index = conns.iter().position(|conn| conn.origin() == (origin.conn, origin.generation))?;
+            Some((index, origin.command))
+        });
+        let payload = request.payload.take().map(|buf| {
+            let bytes = self.pool.bytes(&buf)[..request.len as usize].to_vec();
+            self.pool.give(buf);
+            bytes
+        });
+        if let Some(bounce) = request.bounce.take() {
+            self.pool.give(bounce);
+            self.bounces -= 1;
+        }
+        if let Some(entry) = self.disks.get(request.disk as usize)
+            && let Some(disk) = &entry.disk
+        {
+            disk.config().counters.io_now.sub(1);
+        }
+        ParkedRequest {
+            kind: request.kind,
+            offset: request.offset,
+            len: request.len,
+            operations: request.operations,
+            // A read that failed and is held has a buffer and no data yet.
+            payload: payload.filter(|_| matches!(request.kind, Kind::Write { .. })),
+            origin,
+            arrived: request.arrived,
+        }
+    }
+
+    /// A detach step by step: requests finish, the disk is flushed, replies are sent, connections close.
+    fn settle_remove(&mut self, slot: u32, tag: u64, flush: Flush) {
+        let entry = &mut self.disks[slot as usize];
+        let Some(disk) = &entry.disk else { return };
+        if disk.state() == DiskState::StorageError {
+            let message = format!(
+                "the disk cannot be detached without loss: {}; mend the store and resume, or detach it with --force",
+                disk.reason()
+            );
+            entry.pending = None;
+            for conn in entry.conns.clone() {
+                if let Some(c) = self.conns.get_mut(conn as usize) {
+                    c.stopped = false;
+                    self.dirty.push(conn);
+                }
+            }
+            return self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message }));
+        }
+        match flush {
+            Flush::NotYet if entry.requests == 0 => {
+                let failed = disk.state() == DiskState::Failed;
+                if failed || disk.config().read_only {
+                    entry.pending = Some(Pending::Remove { tag, flush: Flush::Done });
+                    return self.unsettled.push(slot);
+                }
+                entry.requests += 1;
+                disk.config().counters.io_now.add(1);
+                let key = self.requests.insert(Request::new(slot, Kind::Flush, 0, 0, None, self.now));
+                entry.pending = Some(Pending::Remove { tag, flush: Flush::Asked(key) });
+                self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
+            }
+            Flush::Done => {
+                let mut left = 0;
+                for conn in entry.conns.clone() {
+                    if let Some(c) = self.conns.get_mut(conn as usize) {
+                        left += 1;
+                        if c.is_sent() {
+                            c.close("the disk was detached");
+                            self.dirty.push(conn);
+                        }
+                    }
+                }
+                if left == 0 && self.disks[slot as usize].ops == 0 {
+                    let Some(config) = self.take_disk(slot) else { return };
+                    self.reply(tag, Ok(Reply::Removed(config)));
+                }
+            }
+            _ => {}
+        }
+    }
+}
