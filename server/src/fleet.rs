@@ -53,6 +53,7 @@ pub struct Shard {
     /// Share of the last seconds spent working, in thousandths.
     busy_permille: AtomicU64,
     last_sample: Mutex<Option<(Nanos, u64)>>,
+    started: Nanos,
 }
 
 impl std::fmt::Debug for Shard {
@@ -73,6 +74,7 @@ impl Shard {
             seats: AtomicUsize::new(0),
             busy_permille: AtomicU64::new(0),
             last_sample: Mutex::new(None),
+            started: monotonic_now(),
         }
     }
 
@@ -81,9 +83,9 @@ impl Shard {
         self.ended.get().map(String::as_str)
     }
 
-    /// Nanoseconds since its last turn.
+    /// Nanoseconds since its last turn, or since its start.
     pub fn heartbeat_age(&self) -> Nanos {
-        monotonic_now().saturating_sub(self.counters.last_turn.get())
+        monotonic_now().saturating_sub(self.counters.last_turn.get().max(self.started))
     }
 
     /// What it is doing.
