@@ -332,7 +332,8 @@ mod tests {
             "blktapd ctl --timeout 601 list",
             "blktapd serve --tls-key k",
         ] {
-            let error = Cli::try_parse_from(line.split(' ')).err().unwrap_or_else(|| panic!("{line} was taken"));
+            let error =
+                Cli::try_parse_from(line.split(' ')).err().unwrap_or_else(|| panic!("{line} was taken"));
             assert_eq!(error.exit_code(), 2, "{line}");
         }
     }

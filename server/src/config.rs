@@ -360,8 +360,12 @@ fn tls_files(args: &ServeArgs, file: TlsSection) -> Result<TlsFiles, Problem> {
     let cert_key = match (args.tls_cert.clone().or(file.cert), args.tls_key.clone().or(file.key)) {
         (Some(cert), Some(key)) => Some((cert, key)),
         (None, None) => None,
-        (Some(_), None) => return Err(Problem::invalid("nbd.tls.cert is given without nbd.tls.key: give both")),
-        (None, Some(_)) => return Err(Problem::invalid("nbd.tls.key is given without nbd.tls.cert: give both")),
+        (Some(_), None) => {
+            return Err(Problem::invalid("nbd.tls.cert is given without nbd.tls.key: give both"));
+        }
+        (None, Some(_)) => {
+            return Err(Problem::invalid("nbd.tls.key is given without nbd.tls.cert: give both"));
+        }
     };
     let client_ca = args.tls_client_ca.clone().or(file.client_ca);
     if client_ca.is_some() && cert_key.is_none() {
@@ -398,7 +402,12 @@ fn positive(key: &str, given: Option<u32>, default: u32) -> Result<u32, Problem>
 }
 
 /// Permission bits from a text like `0660`.
-fn access(section: &str, mode: Option<String>, group: Option<String>, default: u32) -> Result<SocketAccess, Problem> {
+fn access(
+    section: &str,
+    mode: Option<String>,
+    group: Option<String>,
+    default: u32,
+) -> Result<SocketAccess, Problem> {
     let mode = match &mode {
         None => default,
         Some(text) => match u32::from_str_radix(text, 8) {
@@ -414,8 +423,9 @@ fn access(section: &str, mode: Option<String>, group: Option<String>, default: u
 }
 
 fn absolute(path: PathBuf) -> Result<PathBuf, Problem> {
-    std::path::absolute(&path)
-        .map_err(|error| Problem::invalid(format!("the path {:?} cannot be made absolute: {error}", path.display())))
+    std::path::absolute(&path).map_err(|error| {
+        Problem::invalid(format!("the path {:?} cannot be made absolute: {error}", path.display()))
+    })
 }
 
 fn parse_metrics(text: &str) -> Result<Option<Listen>, Problem> {
@@ -452,7 +462,9 @@ fn parse_nbd_listen(text: &str) -> Result<NbdListen, Problem> {
 fn parse_cpus(text: &str) -> Result<Vec<usize>, Problem> {
     const CPU_MAX: usize = 4095;
     let refuse = || {
-        Problem::invalid(format!("the CPU list is {text:?}: expected numbers and ranges up to {CPU_MAX}, like 0,2-5"))
+        Problem::invalid(format!(
+            "the CPU list is {text:?}: expected numbers and ranges up to {CPU_MAX}, like 0,2-5"
+        ))
     };
     let number = |text: &str| text.parse::<usize>().ok().filter(|n| *n <= CPU_MAX).ok_or_else(refuse);
     let mut cpus = Vec::new();
@@ -490,7 +502,10 @@ mod tests {
     fn unknown_keys_are_refused_with_line_and_hint() {
         for (text, expected) in [
             ("run_dir = '/r'\n\n  rundir = 1\n", "b.toml:3:3: unknown field `rundir`"),
-            ("[metrics]\nlistn = 'x'\n", "b.toml:2:1: unknown field `listn`, expected `listen`; did you mean listen?"),
+            (
+                "[metrics]\nlistn = 'x'\n",
+                "b.toml:2:1: unknown field `listn`, expected `listen`; did you mean listen?",
+            ),
             ("[nbd.tls]\ncerts = 'x'\n", "did you mean cert?"),
             ("[groups.a]\niops_reed = 1\n", "did you mean iops_read?"),
             ("shutdown_timeout_s = 'x'", "b.toml:1:22: invalid type: string \"x\""),
@@ -534,8 +549,10 @@ mod tests {
         let run = read("run_dir = '/r'\n[groups.g]\niops = '2k'").unwrap();
         assert_eq!(run.state_dir, Path::new("/r/state"));
         assert_eq!(run.groups["g"].iops_total.per_second, 2000);
-        let args = ServeArgs { run_dir: Some("/a".into()), metrics: Some("none".into()), ..Default::default() };
-        let both = resolve(&args, parse("run_dir = '/r'\nstate_dir = '/s'", Path::new("x")).unwrap()).unwrap();
+        let args =
+            ServeArgs { run_dir: Some("/a".into()), metrics: Some("none".into()), ..Default::default() };
+        let both =
+            resolve(&args, parse("run_dir = '/r'\nstate_dir = '/s'", Path::new("x")).unwrap()).unwrap();
         assert_eq!((both.run_dir.as_path(), both.state_dir.as_path()), (Path::new("/a"), Path::new("/s")));
         assert_eq!(both.metrics, None);
         assert_eq!(parse_cpus("0,2-4").unwrap(), [0, 2, 3, 4]);

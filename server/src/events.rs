@@ -41,7 +41,12 @@ impl EventLog {
     pub fn after(&self, after: u64, limit: usize) -> Vec<Event> {
         let ring = self.ring.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let matching = ring.1.iter().filter(|event| event.seq > after).count();
-        ring.1.iter().filter(|event| event.seq > after).skip(matching.saturating_sub(limit)).cloned().collect()
+        ring.1
+            .iter()
+            .filter(|event| event.seq > after)
+            .skip(matching.saturating_sub(limit))
+            .cloned()
+            .collect()
     }
 }
 

@@ -64,7 +64,12 @@ impl std::fmt::Debug for Shard {
 
 impl Shard {
     /// A shard behind a link.
-    pub fn new(index: usize, cpu: Option<usize>, counters: Arc<ShardCounters>, link: Box<dyn ShardLink>) -> Shard {
+    pub fn new(
+        index: usize,
+        cpu: Option<usize>,
+        counters: Arc<ShardCounters>,
+        link: Box<dyn ShardLink>,
+    ) -> Shard {
         Shard {
             index,
             cpu,
@@ -199,7 +204,8 @@ impl Fleet {
 
     /// Sends a command whose answer is waited for later.
     pub fn start(&self, shard: usize, command: Command) -> Result<Call, ShardError> {
-        let link = self.shards.get(shard).filter(|shard| shard.ended().is_none()).ok_or_else(|| gone(shard))?;
+        let link =
+            self.shards.get(shard).filter(|shard| shard.ended().is_none()).ok_or_else(|| gone(shard))?;
         let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
         let (tx, answer) = oneshot::channel();
         self.lock().insert(tag, (shard, tx));

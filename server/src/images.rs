@@ -119,7 +119,10 @@ impl Images {
             Target::Ram { name, options } => {
                 let turn = tokio::time::timeout_at(deadline, self.ram_turn.lock()).await;
                 let _turn = turn.map_err(|_| {
-                    Problem::new(ProblemKind::TimedOut, format!("RAM disk {name}: another one is still being made"))
+                    Problem::new(
+                        ProblemKind::TimedOut,
+                        format!("RAM disk {name}: another one is still being made"),
+                    )
                 })?;
                 self.open_ram(&name, &options, disk, deadline).await
             }
@@ -136,7 +139,8 @@ impl Images {
     ) -> Result<OpenImage, Problem> {
         let deadline = deadline.saturating_duration_since(Instant::now());
         let user = disk.to_owned();
-        let request = OpenRequest { path, read_only, cache: options.cache, sector: options.sector, user, deadline };
+        let request =
+            OpenRequest { path, read_only, cache: options.cache, sector: options.sector, user, deadline };
         let opened = self.files.open(request).await.map_err(problem)?;
         Ok(OpenImage {
             backend: Backend::File(opened.image),
@@ -328,10 +332,14 @@ fn make_ram(
     contents: Option<OwnedFd>,
 ) -> Result<(Arc<RamDisk>, Option<String>), Problem> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| {
-        Problem::failed(format!("the RAM directory {} cannot be made: {error}; name another with --ram-dir", dir.display()))
+        Problem::failed(format!(
+            "the RAM directory {} cannot be made: {error}; name another with --ram-dir",
+            dir.display()
+        ))
     })?;
-    let dir_file = std::fs::File::open(dir)
-        .map_err(|error| Problem::failed(format!("the RAM directory {} cannot be opened: {error}", dir.display())))?;
+    let dir_file = std::fs::File::open(dir).map_err(|error| {
+        Problem::failed(format!("the RAM directory {} cannot be opened: {error}", dir.display()))
+    })?;
     let backing = match shard::ram::open_backing(dir_file.as_fd(), name, size, page) {
         Ok(backing) => Some(backing),
         Err(error) if error.kind == RamErrorKind::WrongFileSystem && !dir_given => None,

@@ -151,7 +151,11 @@ impl LimitChange {
             [self.iops_write, self.iops_write_burst, self.iops_write_one_time_burst],
         )?;
         set("bps", &mut new.bps_total, [self.bps, self.bps_burst, self.bps_one_time_burst])?;
-        set("bps_read", &mut new.bps_read, [self.bps_read, self.bps_read_burst, self.bps_read_one_time_burst])?;
+        set(
+            "bps_read",
+            &mut new.bps_read,
+            [self.bps_read, self.bps_read_burst, self.bps_read_one_time_burst],
+        )?;
         set(
             "bps_write",
             &mut new.bps_write,
@@ -179,8 +183,7 @@ impl LimitChange {
 impl From<&Limits> for LimitChange {
     fn from(limits: &Limits) -> LimitChange {
         let some = |n: u64| (n > 0).then_some(n);
-        let rate =
-            |rate: &Rate| (some(rate.per_second), some(rate.burst), some(rate.one_time_burst));
+        let rate = |rate: &Rate| (some(rate.per_second), some(rate.burst), some(rate.one_time_burst));
         let (iops, iops_burst, iops_one_time_burst) = rate(&limits.iops_total);
         let (iops_read, iops_read_burst, iops_read_one_time_burst) = rate(&limits.iops_read);
         let (iops_write, iops_write_burst, iops_write_one_time_burst) = rate(&limits.iops_write);
@@ -260,7 +263,10 @@ fn quantity_schema(description: &str, pattern: &str) -> utoipa::openapi::schema:
 }
 
 fn count_schema() -> utoipa::openapi::schema::Schema {
-    quantity_schema("Operations (per second, or of a burst); letters are powers of 1000.", "^[0-9]{1,12}[kMG]?$")
+    quantity_schema(
+        "Operations (per second, or of a burst); letters are powers of 1000.",
+        "^[0-9]{1,12}[kMG]?$",
+    )
 }
 
 fn bytes_schema() -> utoipa::openapi::schema::Schema {
@@ -298,9 +304,12 @@ mod tests {
 
     #[test]
     fn json_takes_numbers_and_units_and_refuses_the_rest() {
-        let change: LimitChange = serde_json::from_str(r#"{"iops": "20k", "bps": "1M", "iops_read": 7}"#).unwrap();
+        let change: LimitChange =
+            serde_json::from_str(r#"{"iops": "20k", "bps": "1M", "iops_read": 7}"#).unwrap();
         assert_eq!((change.iops, change.bps, change.iops_read), (Some(20_000), Some(1 << 20), Some(7)));
-        for bad in [r#"{"iops": -1}"#, r#"{"iops": 1.5}"#, r#"{"iops": "x"}"#, r#"{"ips": 1}"#, r#"{"iops": null}"#] {
+        for bad in
+            [r#"{"iops": -1}"#, r#"{"iops": 1.5}"#, r#"{"iops": "x"}"#, r#"{"ips": 1}"#, r#"{"iops": null}"#]
+        {
             assert!(serde_json::from_str::<LimitChange>(bad).is_err(), "{bad}");
         }
     }

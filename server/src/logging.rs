@@ -10,10 +10,13 @@ use crate::problem::Problem;
 /// Starts logging; once in a process.
 pub fn start(filter: &str, format: Option<LogFormat>) -> Result<(), Problem> {
     let filter = EnvFilter::try_new(filter).map_err(|error| {
-        Problem::invalid(format!("the log filter {filter:?} is wrong: {error}; expected error, warn, info, debug or target=level"))
+        Problem::invalid(format!(
+            "the log filter {filter:?} is wrong: {error}; expected error, warn, info, debug or target=level"
+        ))
     })?;
     let registry = tracing_subscriber::registry().with(filter);
-    let format = format.unwrap_or_else(|| if stderr_is_journal() { LogFormat::Journald } else { LogFormat::Text });
+    let format =
+        format.unwrap_or_else(|| if stderr_is_journal() { LogFormat::Journald } else { LogFormat::Text });
     let failed = |error: &dyn std::fmt::Display| Problem::failed(format!("logging cannot start: {error}"));
     match format {
         LogFormat::Journald => {

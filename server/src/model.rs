@@ -14,6 +14,7 @@ use utoipa::openapi::{Ref, RefOr};
 use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 use crate::limit_change::LimitChange;
+use crate::problem::Problem;
 
 /// What names of disks and groups look like, for the description; [`formats::spec::check_disk_name`] is the rule.
 pub const NAME_PATTERN: &str = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$";
@@ -37,10 +38,28 @@ impl From<ErrorPolicy> for shard::api::ErrorPolicy {
     }
 }
 
-/// An image in a request: the string `TYPE:PATH?options`, or its parts.
+/// An image in a request: the string `TYPE:PATH?options`, or its parts. What it means is found out by [`Image::spec`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(transparent)]
-pub struct Image(pub ImageSpec);
+#[serde(untagged)]
+pub enum Image {
+    /// As a string.
+    Text(String),
+    /// In parts.
+    Parts(ImageSpec),
+}
+
+impl Image {
+    /// The image in parts, checked.
+    pub fn spec(&self) -> Result<ImageSpec, Problem> {
+        match self {
+            Image::Text(text) => Ok(text.parse()?),
+            Image::Parts(spec) => {
+                spec.target()?;
+                Ok(spec.clone())
+            }
+        }
+    }
+}
 
 impl<'de> Deserialize<'de> for Image {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Image, D::Error> {
@@ -49,17 +68,17 @@ impl<'de> Deserialize<'de> for Image {
             type Value = Image;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an image: \"raw:/srv/disk.img\" or {\"type\": \"raw\", \"path\": \"/srv/disk.img\"}")
+                f.write_str(
+                    "an image: \"raw:/srv/disk.img\" or {\"type\": \"raw\", \"path\": \"/srv/disk.img\"}",
+                )
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Image, E> {
-                text.parse().map(Image).map_err(E::custom)
+                Ok(Image::Text(text.to_owned()))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Image, A::Error> {
-                let spec = ImageSpec::deserialize(MapAccessDeserializer::new(map))?;
-                spec.target().map_err(serde::de::Error::custom)?;
-                Ok(Image(spec))
+                ImageSpec::deserialize(MapAccessDeserializer::new(map)).map(Image::Parts)
             }
         }
         from.deserialize_any(Either)
@@ -80,10 +99,12 @@ impl PartialSchema for Image {
                     .description(Some("Options of the type, as text: {\"size\": \"1G\"}"))
                     .additional_properties(Some(text())),
             )
-            .additional_properties(Some(utoipa::openapi::schema::AdditionalProperties::<Schema>::FreeForm(false)));
+            .additional_properties(Some(utoipa::openapi::schema::AdditionalProperties::<Schema>::FreeForm(
+                false,
+            )));
         OneOfBuilder::new()
             .description(Some("An image: TYPE:PATH?key=value&key=value, percent-encoded, or its parts."))
-            .item(text().pattern(Some("^(raw|aio|ram|null):")).examples(["raw:/srv/disk.img", "ram:scratch?size=1G"]))
+            .item(text().examples(["raw:/srv/disk.img", "ram:scratch?size=1G"]))
             .item(parts)
             .into()
     }
@@ -123,6 +144,7 @@ pub struct AttachRequest {
     pub on_enospc: Option<ErrorPolicy>,
     /// The shard to serve it; the least loaded when absent.
     #[serde(default)]
+    #[schema(maximum = 65535)]
     pub shard: Option<u16>,
 }
 
@@ -133,6 +155,7 @@ fn image_reference() -> RefOr<Schema> {
 fn names_schema() -> Schema {
     ArrayBuilder::new()
         .items(ObjectBuilder::new().schema_type(Type::String).pattern(Some(NAME_PATTERN)))
+        .unique_items(true)
         .max_items(Some(4))
         .into()
 }
@@ -486,6 +509,7 @@ fn optional_names_schema() -> Schema {
     ArrayBuilder::new()
         .schema_type(utoipa::openapi::schema::SchemaType::from_iter([Type::Array, Type::Null]))
         .items(ObjectBuilder::new().schema_type(Type::String).pattern(Some(NAME_PATTERN)))
+        .unique_items(true)
         .max_items(Some(4))
         .into()
 }
@@ -503,5 +527,6 @@ pub struct ResumeRequest {
 #[serde(deny_unknown_fields)]
 pub struct MoveRequest {
     /// Number of the shard.
+    #[schema(maximum = 65535)]
     pub shard: u16,
 }

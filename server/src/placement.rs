@@ -25,16 +25,19 @@ pub fn place(fleet: &Fleet, wanted: Option<u16>) -> Result<Seat, Problem> {
         .min_by_key(|shard| (shard.state() == ShardState::Stalled, load(shard), shard.index))
         .map(Seat::take)
         .ok_or_else(|| {
-            Problem::new(ProblemKind::Unavailable, "every shard has ended; restart the daemon and report its log")
+            Problem::new(
+                ProblemKind::Unavailable,
+                "every shard has ended; restart the daemon and report its log",
+            )
         })
 }
 
 /// The shard of a number that an operator gave.
 pub fn named(fleet: &Fleet, index: u16) -> Result<&Arc<Shard>, Problem> {
     let last = fleet.shards().len().saturating_sub(1);
-    let shard = fleet
-        .shard(index.into())
-        .ok_or_else(|| Problem::invalid(format!("there is no shard {index}: they are numbered from 0 to {last}")))?;
+    let shard = fleet.shard(index.into()).ok_or_else(|| {
+        Problem::invalid(format!("there is no shard {index}: they are numbered from 0 to {last}"))
+    })?;
     match shard.ended() {
         None => Ok(shard),
         Some(reason) => Err(Problem::new(
@@ -67,7 +70,8 @@ mod tests {
     }
 
     fn fleet(shards: usize) -> Arc<Fleet> {
-        let (fleet, _) = Fleet::new((0..shards).map(|n| Shard::new(n, None, Arc::default(), Box::new(Idle))).collect());
+        let (fleet, _) =
+            Fleet::new((0..shards).map(|n| Shard::new(n, None, Arc::default(), Box::new(Idle))).collect());
         fleet.shards().iter().for_each(|shard| shard.counters.last_turn.set(monotonic_now()));
         fleet
     }

@@ -14,7 +14,9 @@ use utoipa::ToSchema;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ProblemKind {
-    /// The request cannot be right: a name, a value, an option, JSON that does not parse.
+    /// The request is not what the description of the API says: JSON that does not parse, an unknown field, a wrong type.
+    Malformed,
+    /// The request is well formed and cannot be right: a name, an image, a value, an option.
     Invalid,
     /// No such disk, group, shard or route.
     NotFound,
@@ -74,12 +76,12 @@ impl Problem {
     /// The status of the HTTP answer.
     pub fn status(&self) -> StatusCode {
         match self.kind {
-            ProblemKind::Invalid => StatusCode::BAD_REQUEST,
+            ProblemKind::Malformed => StatusCode::BAD_REQUEST,
             ProblemKind::NotFound => StatusCode::NOT_FOUND,
             ProblemKind::Conflict | ProblemKind::Busy => StatusCode::CONFLICT,
             ProblemKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             ProblemKind::Forbidden => StatusCode::FORBIDDEN,
-            ProblemKind::Image => StatusCode::UNPROCESSABLE_ENTITY,
+            ProblemKind::Invalid | ProblemKind::Image => StatusCode::UNPROCESSABLE_ENTITY,
             ProblemKind::Method => StatusCode::METHOD_NOT_ALLOWED,
             ProblemKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             ProblemKind::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -91,14 +93,15 @@ impl Problem {
     /// The exit code of `blktapd ctl` (5, no daemon, is the client's own).
     pub fn exit_code(&self) -> u8 {
         match self.kind {
-            ProblemKind::Invalid | ProblemKind::Method | ProblemKind::TooLarge | ProblemKind::MediaType => 2,
+            ProblemKind::Malformed
+            | ProblemKind::Invalid
+            | ProblemKind::Method
+            | ProblemKind::TooLarge
+            | ProblemKind::MediaType => 2,
             ProblemKind::NotFound => 3,
             ProblemKind::Conflict | ProblemKind::Busy => 4,
             ProblemKind::TimedOut => 6,
-            ProblemKind::Forbidden
-            | ProblemKind::Image
-            | ProblemKind::Unavailable
-            | ProblemKind::Failed => 1,
+            ProblemKind::Forbidden | ProblemKind::Image | ProblemKind::Unavailable | ProblemKind::Failed => 1,
         }
     }
 }

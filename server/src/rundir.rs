@@ -36,19 +36,30 @@ pub fn own(settings: &Settings) -> Result<Owned, Problem> {
 
 fn make(dir: &Path, mode: u32, option: &str) -> Result<(), Problem> {
     DirBuilder::new().recursive(true).mode(mode).create(dir).map_err(|error| {
-        Problem::failed(format!("the directory {} cannot be made: {error}; name another with {option}", dir.display()))
+        Problem::failed(format!(
+            "the directory {} cannot be made: {error}; name another with {option}",
+            dir.display()
+        ))
     })
 }
 
 fn lock(dir: &Path, what: &str, option: &str) -> Result<Flock<File>, Problem> {
     let path = dir.join("lock");
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(|error| {
-        Problem::failed(format!("the lock {} cannot be opened: {error}; name another directory with {option}", path.display()))
-    })?;
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(
+        |error| {
+            Problem::failed(format!(
+                "the lock {} cannot be opened: {error}; name another directory with {option}",
+                path.display()
+            ))
+        },
+    )?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut lock) => {
             // Only for the message below in another process.
-            let _ = lock.set_len(0).and_then(|()| lock.rewind()).and_then(|()| writeln!(*lock, "{}", std::process::id()));
+            let _ = lock
+                .set_len(0)
+                .and_then(|()| lock.rewind())
+                .and_then(|()| writeln!(*lock, "{}", std::process::id()));
             Ok(lock)
         }
         Err((mut file, Errno::EWOULDBLOCK)) => {
@@ -64,7 +75,9 @@ fn lock(dir: &Path, what: &str, option: &str) -> Result<Flock<File>, Problem> {
                 ),
             ))
         }
-        Err((_, errno)) => Err(Problem::failed(format!("the lock {} cannot be taken: {errno}", path.display()))),
+        Err((_, errno)) => {
+            Err(Problem::failed(format!("the lock {} cannot be taken: {errno}", path.display())))
+        }
     }
 }
 

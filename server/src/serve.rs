@@ -211,13 +211,19 @@ fn refuse_answered(path: &std::path::Path, what: &str, option: &str) -> Result<(
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(Problem::new(
             ProblemKind::Conflict,
-            format!("somebody answers at the {what} {}: stop that program, or name another with {option}", path.display()),
+            format!(
+                "somebody answers at the {what} {}: stop that program, or name another with {option}",
+                path.display()
+            ),
         ));
     }
     match std::fs::symlink_metadata(path) {
         Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => Err(Problem::new(
             ProblemKind::Conflict,
-            format!("{} is there and is no socket: remove it, or name another path with {option}", path.display()),
+            format!(
+                "{} is there and is no socket: remove it, or name another path with {option}",
+                path.display()
+            ),
         )),
         _ => Ok(()),
     }

@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use formats::spec::ImageSpec;
 use serde::{Deserialize, Serialize};
 use shard::limits::Limits;
 
@@ -26,6 +27,8 @@ const VERSION: u32 = 1;
 pub struct Attachment {
     /// As it was attached: repeating this is no conflict.
     pub request: AttachRequest,
+    /// The image that the request names.
+    pub image: ImageSpec,
     /// Limits as of now.
     pub limits: Limits,
     /// Groups as of now, nearest first.
@@ -81,7 +84,9 @@ impl StateStore {
         let path = dir.join(FILE);
         let state = match std::fs::read(&path) {
             Ok(bytes) => parse(&bytes, &path)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => State { version: VERSION, ..State::default() },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                State { version: VERSION, ..State::default() }
+            }
             Err(error) => {
                 return Err(Problem::failed(format!("the state {} cannot be read: {error}", path.display())));
             }
@@ -143,7 +148,12 @@ impl StateStore {
                 return Ok(());
             }
             let bytes = serde_json::to_vec_pretty(&inner.state);
-            (inner.generation, bytes.map_err(|error| Problem::failed(format!("the state cannot be written as JSON: {error}")))?)
+            (
+                inner.generation,
+                bytes.map_err(|error| {
+                    Problem::failed(format!("the state cannot be written as JSON: {error}"))
+                })?,
+            )
         };
         let dir = self.dir.clone();
         let written = tokio::task::spawn_blocking(move || write(&dir, &bytes)).await;
@@ -164,8 +174,9 @@ impl StateStore {
 
 fn parse(bytes: &[u8], path: &Path) -> Result<State, Problem> {
     let advice = "correct it, or move it away to start without attachments";
-    let state: State = serde_json::from_slice(bytes)
-        .map_err(|error| Problem::failed(format!("the state {} is damaged: {error}; {advice}", path.display())))?;
+    let state: State = serde_json::from_slice(bytes).map_err(|error| {
+        Problem::failed(format!("the state {} is damaged: {error}; {advice}", path.display()))
+    })?;
     if state.version != VERSION {
         return Err(Problem::failed(format!(
             "the state {} has version {}, and this program reads version {VERSION}; {advice}",
@@ -195,6 +206,7 @@ mod tests {
 
     fn attachment(image: &str) -> Attachment {
         Attachment {
+            image: image.parse().unwrap(),
             request: serde_json::from_value(serde_json::json!({"image": image, "nbd": true})).unwrap(),
             limits: Limits::default(),
             groups: vec!["g".into()],
@@ -211,7 +223,8 @@ mod tests {
         let path = dir.path().join("deep/state");
         let store = StateStore::open(&path).unwrap();
         let names: Vec<String> = (0..50).map(|n| format!("d{n}")).collect();
-        let tasks: Vec<_> = names.iter().map(|name| store.set_disk(name, Some(attachment("null:?size=1M")))).collect();
+        let tasks: Vec<_> =
+            names.iter().map(|name| store.set_disk(name, Some(attachment("null:?size=1M")))).collect();
         for result in join_all(tasks).await {
             result.unwrap();
         }

@@ -90,8 +90,9 @@ pub enum Socket {
 
 /// Takes the sockets that the environment tells of. Must run before anything else opens descriptors.
 pub fn given_sockets() -> Result<Given, Problem> {
-    let fds = sd_listen_fds::get()
-        .map_err(|error| Problem::invalid(format!("LISTEN_FDS, LISTEN_PID or LISTEN_FDNAMES is wrong: {error}")))?;
+    let fds = sd_listen_fds::get().map_err(|error| {
+        Problem::invalid(format!("LISTEN_FDS, LISTEN_PID or LISTEN_FDNAMES is wrong: {error}"))
+    })?;
     let mut given = Given::default();
     for (name, fd) in fds {
         let name = name.unwrap_or_default();
@@ -100,7 +101,9 @@ pub fn given_sockets() -> Result<Given, Problem> {
         match (name.as_str(), socket) {
             ("ctl", Socket::Unix(socket)) => given.ctl = Some(socket),
             ("ctl", Socket::Tcp(_)) => {
-                return Err(Problem::invalid("the socket passed as \"ctl\" is TCP: the control socket is a Unix socket"));
+                return Err(Problem::invalid(
+                    "the socket passed as \"ctl\" is TCP: the control socket is a Unix socket",
+                ));
             }
             ("metrics", socket) => given.metrics = Some(socket),
             ("nbd-tls", socket) => given.nbd.push((socket, true)),
@@ -119,11 +122,16 @@ pub fn given_sockets() -> Result<Given, Problem> {
 fn classify(fd: OwnedFd, name: &str) -> Result<Socket, Problem> {
     use std::os::fd::AsRawFd;
     let wrong = |what: &dyn std::fmt::Display| {
-        Problem::invalid(format!("the descriptor passed under the name {name:?} is no listening socket: {what}"))
+        Problem::invalid(format!(
+            "the descriptor passed under the name {name:?} is no listening socket: {what}"
+        ))
     };
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC)).map_err(|e| wrong(&e))?;
-    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).map_err(|e| wrong(&e))?;
-    let listens = nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::AcceptConn).map_err(|e| wrong(&e))?;
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        .map_err(|e| wrong(&e))?;
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+        .map_err(|e| wrong(&e))?;
+    let listens =
+        nix::sys::socket::getsockopt(&fd, nix::sys::socket::sockopt::AcceptConn).map_err(|e| wrong(&e))?;
     if !listens {
         return Err(wrong(&"listen() was not called on it"));
     }
@@ -140,8 +148,12 @@ impl Socket {
     pub fn into_nbd(self, tls: bool) -> std::io::Result<crate::nbd::ListenerHandle> {
         Ok(listen_with(
             match self {
-                Socket::Unix(socket) => crate::nbd::AnyListener::Unix(tokio::net::UnixListener::from_std(socket)?),
-                Socket::Tcp(socket) => crate::nbd::AnyListener::Tcp(tokio::net::TcpListener::from_std(socket)?),
+                Socket::Unix(socket) => {
+                    crate::nbd::AnyListener::Unix(tokio::net::UnixListener::from_std(socket)?)
+                }
+                Socket::Tcp(socket) => {
+                    crate::nbd::AnyListener::Tcp(tokio::net::TcpListener::from_std(socket)?)
+                }
             },
             tls,
         ))

@@ -7,7 +7,8 @@ use super::connection::{Connection, NO_BODY};
 use super::{Failure, output, tables, top};
 use crate::args::{AttachArgs, CtlArgs, CtlCommand, QosArgs};
 use crate::model::{
-    AttachRequest, Disk, DiskStats, Event, Group, Image, MoveRequest, QosRequest, Reload, ResumeRequest, Shard, Version,
+    AttachRequest, Disk, DiskStats, Event, Group, Image, MoveRequest, QosRequest, Reload, ResumeRequest,
+    Shard, Version,
 };
 use crate::problem::Problem;
 
@@ -92,11 +93,13 @@ fn disk_path(name: &str, rest: &str) -> Result<String, Failure> {
 async fn attach_disk(connection: &Connection, args: AttachArgs, json: bool) -> Result<(), Failure> {
     let path = disk_path(&args.name, "")?;
     // A relative path means the caller's directory, which the daemon does not know.
-    let here = std::env::current_dir()
-        .map_err(|error| Failure { message: format!("the current directory is unknown: {error}"), exit_code: 1 })?;
+    let here = std::env::current_dir().map_err(|error| Failure {
+        message: format!("the current directory is unknown: {error}"),
+        exit_code: 1,
+    })?;
     let image = ImageSpec::parse_relative_to(&args.image, &here).map_err(Problem::from)?;
     let request = AttachRequest {
-        image: Image(image),
+        image: Image::Parts(image),
         read_only: args.read_only,
         nbd: args.nbd,
         limits: args.limits,
@@ -129,7 +132,9 @@ async fn detach(connection: &Connection, name: &str, force: bool, json: bool) ->
 async fn set_limits(connection: &Connection, args: QosArgs, json: bool) -> Result<(), Failure> {
     let Some(name) = args.name else {
         let [group] = args.group.as_slice() else {
-            return Err(Problem::invalid("limits are changed for one group at a time: give --group once").into());
+            return Err(
+                Problem::invalid("limits are changed for one group at a time: give --group once").into()
+            );
         };
         formats::spec::check_disk_name(group).map_err(|error| Problem::from(error).context("group"))?;
         let path = format!("/v1/groups/{group}");
@@ -141,7 +146,8 @@ async fn set_limits(connection: &Connection, args: QosArgs, json: bool) -> Resul
         return show(json, &group, |group| tables::groups(std::slice::from_ref(group)));
     };
     // `--group ''` takes the disk out of all groups.
-    let groups = (!args.group.is_empty()).then(|| args.group.into_iter().filter(|name| !name.is_empty()).collect());
+    let groups =
+        (!args.group.is_empty()).then(|| args.group.into_iter().filter(|name| !name.is_empty()).collect());
     let disk: Disk = if args.limits.is_empty() && groups.is_none() {
         connection.get(&disk_path(&name, "")?).await?
     } else {

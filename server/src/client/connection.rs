@@ -77,11 +77,15 @@ impl Connection {
     ) -> Result<T, Failure> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.no_daemon(&error))?;
         let broken = |error: &dyn std::fmt::Display| Failure {
-            message: format!("the daemon at {} ended the connection: {error}; see its log", self.socket.display()),
+            message: format!(
+                "the daemon at {} ended the connection: {error}; see its log",
+                self.socket.display()
+            ),
             exit_code: NO_DAEMON,
         };
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| broken(&error))?;
         tokio::spawn(connection);
         let bytes = match body {
             Some(body) => serde_json::to_vec(body).map_err(|error| failed(&error))?,
@@ -94,7 +98,8 @@ impl Connection {
         let request = request.body(Full::new(Bytes::from(bytes))).map_err(|error| failed(&error))?;
         let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
         let status = response.status();
-        let answer = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|e| broken(&e))?;
+        let answer =
+            Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|e| broken(&e))?;
         let answer = answer.to_bytes();
         if status.is_success() {
             let answer: &[u8] = if answer.is_empty() { b"null" } else { &answer };
@@ -114,14 +119,18 @@ impl Connection {
         let socket = self.socket.display();
         let (message, exit_code) = match error.kind() {
             ErrorKind::NotFound => (
-                format!("no daemon: there is no socket {socket}; start `blktapd serve`, or name its socket with --ctl or BLKTAPD_CTL"),
+                format!(
+                    "no daemon: there is no socket {socket}; start `blktapd serve`, or name its socket with --ctl or BLKTAPD_CTL"
+                ),
                 NO_DAEMON,
             ),
             ErrorKind::ConnectionRefused => {
                 (format!("no daemon: nobody answers at {socket}; start `blktapd serve`"), NO_DAEMON)
             }
             ErrorKind::PermissionDenied => (
-                format!("the socket {socket} may not be used: {error}; become root or a member of the group blktapd-ro"),
+                format!(
+                    "the socket {socket} may not be used: {error}; become root or a member of the group blktapd-ro"
+                ),
                 1,
             ),
             ErrorKind::InvalidInput => (format!("the socket {socket} cannot be: {error}"), 2),
@@ -132,5 +141,8 @@ impl Connection {
 }
 
 fn failed(error: &dyn std::fmt::Display) -> Failure {
-    Failure { message: format!("the daemon's answer is not understood: {error}; is it of another version?"), exit_code: 1 }
+    Failure {
+        message: format!("the daemon's answer is not understood: {error}; is it of another version?"),
+        exit_code: 1,
+    }
 }

@@ -53,7 +53,11 @@ pub fn disks(disks: &[Disk]) -> String {
             let _ = writeln!(text, "{}: {reason}", disk.name);
         }
         if disk.data_in_doubt > 0 {
-            let _ = writeln!(text, "{}: data that was acknowledged may have been lost (resumed in doubt)", disk.name);
+            let _ = writeln!(
+                text,
+                "{}: data that was acknowledged may have been lost (resumed in doubt)",
+                disk.name
+            );
         }
     }
     text
@@ -93,7 +97,8 @@ pub fn disk(disk: &Disk) -> String {
     line("data in doubt", disk.data_in_doubt.to_string());
     line("attached", format!("{} ago", duration(disk.age_s)));
     for client in disk.connections.iter().flatten() {
-        let value = format!("{}, {} in flight, for {}", client.peer, client.in_flight, duration(client.age_s));
+        let value =
+            format!("{}, {} in flight, for {}", client.peer, client.in_flight, duration(client.age_s));
         line("client", value);
     }
     text
@@ -186,8 +191,17 @@ pub fn stats(stats: &[DiskStats]) -> String {
 /// The disks of `ctl top`.
 pub fn rates(rows: impl Iterator<Item = Vec<String>>) -> String {
     let header = [
-        "NAME", "STATE", "SHARD", "READS/S", "WRITES/S", "READ MIB/S", "WRITTEN MIB/S", "NOW", "LIMITED",
-        "READ P50/P99/P99.9/MAX", "WRITE P50/P99/P99.9/MAX",
+        "NAME",
+        "STATE",
+        "SHARD",
+        "READS/S",
+        "WRITES/S",
+        "READ MIB/S",
+        "WRITTEN MIB/S",
+        "NOW",
+        "LIMITED",
+        "READ P50/P99/P99.9/MAX",
+        "WRITE P50/P99/P99.9/MAX",
     ];
     table(&header, &[2, 3, 4, 5, 6, 7, 8, 9, 10], rows.collect())
 }
@@ -226,8 +240,19 @@ pub fn shards(shards: &[Shard]) -> String {
             format!("{}ms", shard.heartbeat_age_ms),
         ]
     });
-    let header =
-        ["SHARD", "CPU", "STATE", "RING", "DISKS", "CLIENTS", "BUSY", "IN FLIGHT", "BUFFERS", "TURNS>10MS", "LAST TURN"];
+    let header = [
+        "SHARD",
+        "CPU",
+        "STATE",
+        "RING",
+        "DISKS",
+        "CLIENTS",
+        "BUSY",
+        "IN FLIGHT",
+        "BUFFERS",
+        "TURNS>10MS",
+        "LAST TURN",
+    ];
     let mut text = table(&header, &[0, 1, 4, 5, 6, 7, 8, 9, 10], rows.collect());
     for shard in shards {
         if let Some(reason) = &shard.reason {

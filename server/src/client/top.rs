@@ -40,7 +40,12 @@ struct Rates {
 }
 
 /// Looks until interrupted, or `count` times.
-pub async fn run(connection: &Connection, interval: f64, count: Option<u64>, json: bool) -> Result<(), Failure> {
+pub async fn run(
+    connection: &Connection,
+    interval: f64,
+    count: Option<u64>,
+    json: bool,
+) -> Result<(), Failure> {
     let screen = !json && std::io::stdout().is_terminal();
     if screen {
         output::print_raw(ENTER)?;
@@ -190,7 +195,11 @@ mod tests {
             clients: 1,
             io_now: 0,
             throttled_now: 0,
-            ops: [("read".to_owned(), OpTotals { completed: reads, bytes: reads * 4096, ..OpTotals::default() })].into(),
+            ops: [(
+                "read".to_owned(),
+                OpTotals { completed: reads, bytes: reads * 4096, ..OpTotals::default() },
+            )]
+            .into(),
             latency: Default::default(),
             at_us,
         }

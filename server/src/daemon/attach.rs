@@ -40,7 +40,7 @@ impl Daemon {
             return Err(problem);
         }
         self.go_live(&disk, live);
-        self.events.record(Level::Info, Some(name), format!("attached {}", disk.inner().attachment.request.image.0));
+        self.events.record(Level::Info, Some(name), format!("attached {}", disk.inner().attachment.image));
         Ok((self.describe(&disk), true))
     }
 
@@ -55,7 +55,7 @@ impl Daemon {
             )));
         }
         formats::spec::check_socket_path(&settings.nbd_socket(name))?;
-        request.image.0.target()?;
+        let image = request.image.spec()?;
         check_groups(&request.groups)?;
         if let Some(index) = request.shard {
             placement::named(&self.fleet, index)?;
@@ -67,6 +67,7 @@ impl Daemon {
             on_enospc: request.on_enospc.unwrap_or(settings.on_enospc),
             shard: request.shard,
             data_in_doubt: 0,
+            image,
             request,
         })
     }
@@ -109,10 +110,14 @@ impl Daemon {
     }
 
     /// Opens the image and gives the disk to a shard. The disk is not live yet; nothing stays behind after an error.
-    pub(super) async fn bring_up(self: &Arc<Self>, disk: &Arc<Disk>, deadline: Instant) -> Result<Live, Problem> {
+    pub(super) async fn bring_up(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        deadline: Instant,
+    ) -> Result<Live, Problem> {
         let attachment = disk.inner().attachment.clone();
         let request = &attachment.request;
-        let image = self.images.open(&request.image.0, request.read_only, &disk.name, deadline).await?;
+        let image = self.images.open(&attachment.image, request.read_only, &disk.name, deadline).await?;
         let seat = match self.seat(&attachment) {
             Ok(seat) => seat,
             Err(problem) => {
@@ -205,7 +210,10 @@ impl Daemon {
 /// Checks names of groups.
 pub(super) fn check_groups(groups: &[String]) -> Result<(), Problem> {
     if groups.len() > GROUPS_MAX {
-        return Err(Problem::invalid(format!("{} groups are given: at most {GROUPS_MAX} are possible", groups.len())));
+        return Err(Problem::invalid(format!(
+            "{} groups are given: at most {GROUPS_MAX} are possible",
+            groups.len()
+        )));
     }
     for (index, name) in groups.iter().enumerate() {
         formats::spec::check_disk_name(name).map_err(|error| Problem::from(error).context("group"))?;
@@ -220,18 +228,26 @@ pub(super) fn check_groups(groups: &[String]) -> Result<(), Problem> {
 /// groups may be those of the first attach or those of now.
 fn difference(existing: &Attachment, wanted: &Attachment, shard: Option<usize>) -> Option<String> {
     let (old, new) = (&existing.request, &wanted.request);
-    if old.image.0.target() != new.image.0.target() {
-        return Some(format!("image {} instead of {}", old.image.0, new.image.0));
+    if existing.image.target() != wanted.image.target() {
+        return Some(format!("image {} instead of {}", existing.image, wanted.image));
     }
     let word = |yes: bool, what: &str| if yes { what.to_owned() } else { format!("no {what}") };
     if old.read_only != new.read_only {
-        return Some(format!("{} instead of {}", word(old.read_only, "--read-only"), word(new.read_only, "--read-only")));
+        return Some(format!(
+            "{} instead of {}",
+            word(old.read_only, "--read-only"),
+            word(new.read_only, "--read-only")
+        ));
     }
     if old.nbd != new.nbd {
         return Some(format!("{} instead of {}", word(old.nbd, "--nbd"), word(new.nbd, "--nbd")));
     }
     if wanted.limits != existing.limits && Ok(wanted.limits) != old.limits.to_limits() {
-        return Some(format!("limits {} instead of {}", limits_text(&existing.limits), limits_text(&wanted.limits)));
+        return Some(format!(
+            "limits {} instead of {}",
+            limits_text(&existing.limits),
+            limits_text(&wanted.limits)
+        ));
     }
     if wanted.groups != existing.groups && wanted.groups != old.groups {
         return Some(format!("groups {:?} instead of {:?}", existing.groups, wanted.groups));
@@ -243,7 +259,9 @@ fn difference(existing: &Attachment, wanted: &Attachment, shard: Option<usize>) 
         return Some(format!("on-enospc {:?} instead of {:?}", existing.on_enospc, wanted.on_enospc));
     }
     match (new.shard, shard) {
-        (Some(wanted), Some(now)) if usize::from(wanted) != now => Some(format!("shard {now} instead of {wanted}")),
+        (Some(wanted), Some(now)) if usize::from(wanted) != now => {
+            Some(format!("shard {now} instead of {wanted}"))
+        }
         _ => None,
     }
 }

@@ -154,7 +154,11 @@ impl Daemon {
     }
 
     /// Changes the limits of a group, for all its disks, at once.
-    pub async fn set_group_limits(self: &Arc<Self>, name: &str, change: &LimitChange) -> Result<model::Group, Problem> {
+    pub async fn set_group_limits(
+        self: &Arc<Self>,
+        name: &str,
+        change: &LimitChange,
+    ) -> Result<model::Group, Problem> {
         formats::spec::check_disk_name(name).map_err(|error| Problem::from(error).context("group"))?;
         let mut limits = self.groups.limits(name).unwrap_or_default();
         change.apply(&mut limits)?;
@@ -175,7 +179,10 @@ impl Daemon {
                 Some(disk) => format!("disk {disk} is in it: give the disk other groups first"),
                 None => "the configuration names it: take it out there, and reload".to_owned(),
             };
-            return Err(Problem::new(ProblemKind::Conflict, format!("group {name} cannot be removed: {why}")));
+            return Err(Problem::new(
+                ProblemKind::Conflict,
+                format!("group {name} cannot be removed: {why}"),
+            ));
         }
         self.state.set_group(name, None).await?;
         self.groups.remove(name);
@@ -188,13 +195,22 @@ impl Daemon {
         for disk in self.all_disks() {
             let member = disk.inner().attachment.groups.iter().any(|group| group == name);
             if member && let Err(problem) = self.send_limits(&disk, deadline).await {
-                tracing::warn!(disk = &*disk.name, "its shard has not heard of the new limits of group {name}: {problem}");
+                tracing::warn!(
+                    disk = &*disk.name,
+                    "its shard has not heard of the new limits of group {name}: {problem}"
+                );
             }
         }
     }
 
     /// Sends a command whose answer carries nothing, and names the disk in its error.
-    async fn command(&self, disk: &Disk, shard: usize, command: Command, deadline: Instant) -> Result<(), Problem> {
+    async fn command(
+        &self,
+        disk: &Disk,
+        shard: usize,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
         match tokio::time::timeout_at(deadline, self.fleet.call(shard, command)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) if error.kind == ShardErrorKind::NoSuchDisk => Err(Problem::failed(format!(
@@ -229,7 +245,11 @@ pub(super) fn live(disk: &Disk) -> Result<(shard::api::DiskId, usize), Problem> 
 }
 
 fn named(disk: &Disk, problem: Problem) -> Problem {
-    if problem.message.contains(&*disk.name) { problem } else { problem.context(&format!("disk {}", disk.name)) }
+    if problem.message.contains(&*disk.name) {
+        problem
+    } else {
+        problem.context(&format!("disk {}", disk.name))
+    }
 }
 
 fn text(change: &LimitChange) -> String {

@@ -167,7 +167,8 @@ impl Daemon {
                 Removal::Gone
             }
             Ok(Reply::Zombie { in_flight }) => {
-                let reason = format!("detached by force; {in_flight} operations of the kernel were still out");
+                let reason =
+                    format!("detached by force; {in_flight} operations of the kernel were still out");
                 {
                     let mut inner = disk.inner();
                     inner.standing = Standing::Zombie;
@@ -187,9 +188,9 @@ impl Daemon {
                 self.revive(&disk).await;
                 Removal::Refused(error.into())
             }
-            Ok(other) => {
-                Removal::Refused(Problem::failed(format!("unexpected answer of the shard to a removal: {other:?}")))
-            }
+            Ok(other) => Removal::Refused(Problem::failed(format!(
+                "unexpected answer of the shard to a removal: {other:?}"
+            ))),
         };
         disk.removed.send_replace(Some(outcome));
     }
@@ -205,7 +206,8 @@ impl Daemon {
         if let Err(problem) = self.state.set_disk(&disk.name, Some(attachment)).await {
             self.events.record(Level::Error, Some(&disk.name), format!("the disk stays, and: {problem}"));
         }
-        let mut listener = nbd.then(|| crate::nbd::bind_disk_socket(&self.settings(), &disk.name)).and_then(Result::ok);
+        let mut listener =
+            nbd.then(|| crate::nbd::bind_disk_socket(&self.settings(), &disk.name)).and_then(Result::ok);
         if let Some(listener) = &mut listener {
             listener.serve(self, crate::nbd::Scope::One(disk.name.clone()));
         }
@@ -262,10 +264,10 @@ impl Daemon {
 
     /// The memory of a RAM disk goes with its last attachment, also when that one was down.
     pub(super) async fn forget_ram_of(&self, disk: &Disk) {
-        let spec = disk.inner().attachment.request.image.0.clone();
+        let spec = disk.inner().attachment.image.clone();
         let used = self.state.read(|state| {
             state.disks.values().any(|other| {
-                let image = &other.request.image.0;
+                let image = &other.image;
                 image.image_type == spec.image_type && image.path == spec.path
             })
         });

@@ -137,7 +137,10 @@ impl Daemon {
         F: Future<Output = Result<T, Problem>> + Send + 'static,
     {
         if self.is_stopping() {
-            return Err(Problem::new(ProblemKind::Unavailable, "the daemon is stopping: try again when it is back"));
+            return Err(Problem::new(
+                ProblemKind::Unavailable,
+                "the daemon is stopping: try again when it is back",
+            ));
         }
         tokio::spawn(flow).await.unwrap_or_else(|error| {
             Err(Problem::failed(format!("the command failed inside the daemon ({error}): report its log")))
@@ -206,7 +209,9 @@ impl Daemon {
         tokio::time::timeout_at(deadline, mutex.lock_owned()).await.map_err(|_| {
             Problem::new(
                 ProblemKind::TimedOut,
-                format!("disk {name}: another command on it has not ended; try again, or with a longer --timeout"),
+                format!(
+                    "disk {name}: another command on it has not ended; try again, or with a longer --timeout"
+                ),
             )
         })
     }
@@ -235,7 +240,11 @@ impl Daemon {
         note(old.open_timeout != new.open_timeout, "images.open_timeout_s", false);
         note((old.on_error, old.on_enospc) != (new.on_error, new.on_enospc), "disks", false);
         note(old.ram_limit_bytes != new.ram_limit_bytes, "ram.limit", false);
-        note(old.nbd_access != new.nbd_access, "nbd.mode and nbd.group (for disks attached from now on)", false);
+        note(
+            old.nbd_access != new.nbd_access,
+            "nbd.mode and nbd.group (for disks attached from now on)",
+            false,
+        );
         note(old.nbd_limits != new.nbd_limits, "nbd limits", false);
         note(old.shutdown_timeout != new.shutdown_timeout, "shutdown_timeout_s", false);
         note(old.groups != new.groups, "groups", false);
@@ -262,14 +271,18 @@ impl Daemon {
 /// No disk has this name.
 pub fn no_such_disk(name: &str) -> Problem {
     let shown: String = name.chars().take(80).collect();
-    Problem::new(ProblemKind::NotFound, format!("there is no disk {shown:?}: `blktapd ctl list` shows the disks"))
+    Problem::new(
+        ProblemKind::NotFound,
+        format!("there is no disk {shown:?}: `blktapd ctl list` shows the disks"),
+    )
 }
 
 /// A deadline from a number of seconds.
 pub fn deadline_after(timeout_s: Option<u32>) -> Result<Instant, Problem> {
     match timeout_s {
         Some(seconds) if seconds > 600 => {
-            Err(Problem::invalid(format!("timeout_s is {seconds}: at most 600 seconds are possible")))
+            let message = format!("timeout_s is {seconds}: at most 600 seconds are possible");
+            Err(Problem::new(ProblemKind::Malformed, message))
         }
         Some(seconds) => Ok(Instant::now() + Duration::from_secs(seconds.into())),
         None => Ok(Instant::now() + DEFAULT_TIMEOUT),

@@ -14,7 +14,12 @@ use crate::problem::{Problem, ProblemKind};
 
 impl Daemon {
     /// Moves a disk with its clients to the shard `to`.
-    pub async fn move_disk(self: &Arc<Self>, name: &str, to: u16, deadline: Instant) -> Result<model::Disk, Problem> {
+    pub async fn move_disk(
+        self: &Arc<Self>,
+        name: &str,
+        to: u16,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
         let disk = self.disk(name)?;
         let _guard = self.lock_name(name, deadline).await?;
         let target = placement::named(&self.fleet, to)?.clone();
@@ -85,23 +90,27 @@ impl Daemon {
             let groups = self.groups.resolve(&disk.inner().attachment.groups.clone());
             let inner = disk.inner();
             let live = inner.live.as_ref();
-            live.map(|live| (live.id, live.image.backend.clone(), live.image.size_bytes)).map(|(id, backend, size_bytes)| {
-                Box::new(shard::api::DiskConfig {
-                    id,
-                    name: disk.name.clone(),
-                    backend,
-                    size_bytes,
-                    read_only: inner.attachment.request.read_only,
-                    on_error: inner.attachment.on_error.into(),
-                    on_enospc: inner.attachment.on_enospc.into(),
-                    limits: inner.attachment.limits,
-                    groups,
-                    counters: disk.counters.clone(),
-                })
-            })
+            live.map(|live| (live.id, live.image.backend.clone(), live.image.size_bytes)).map(
+                |(id, backend, size_bytes)| {
+                    Box::new(shard::api::DiskConfig {
+                        id,
+                        name: disk.name.clone(),
+                        backend,
+                        size_bytes,
+                        read_only: inner.attachment.request.read_only,
+                        on_error: inner.attachment.on_error.into(),
+                        on_enospc: inner.attachment.on_enospc.into(),
+                        limits: inner.attachment.limits,
+                        groups,
+                        counters: disk.counters.clone(),
+                    })
+                },
+            )
         };
         let back = match config {
-            Some(config) => self.fleet.call(from, Command::AddDisk(config)).await.map(|_| ()).map_err(Problem::from),
+            Some(config) => {
+                self.fleet.call(from, Command::AddDisk(config)).await.map(|_| ()).map_err(Problem::from)
+            }
             None => Err(Problem::failed("it has no image")),
         };
         let what = match back {
@@ -111,7 +120,11 @@ impl Daemon {
                 format!("going back to shard {from} failed as well: {problem}; detach it by force")
             }
         };
-        self.events.record(Level::Error, Some(&disk.name), format!("shard {to} did not take the disk ({error}); {what}"));
+        self.events.record(
+            Level::Error,
+            Some(&disk.name),
+            format!("shard {to} did not take the disk ({error}); {what}"),
+        );
         Err(Problem::failed(format!("disk {} was not moved: shard {to}: {error}; {what}", disk.name)))
     }
 }

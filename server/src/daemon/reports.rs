@@ -49,7 +49,11 @@ impl Daemon {
             // The caller of a command has gone, which flows do not do; what the answer carries is dropped, not lost: the
             // table still has the disk.
             Event::Reply { result: Ok(Reply::Parked(_)), .. } => {
-                self.events.record(Level::Error, None, format!("shard {shard} parked a disk that nobody waits for"));
+                self.events.record(
+                    Level::Error,
+                    None,
+                    format!("shard {shard} parked a disk that nobody waits for"),
+                );
             }
             Event::Reply { result, .. } => tracing::debug!(shard, "an answer came too late: {result:?}"),
         }
@@ -62,7 +66,11 @@ impl Daemon {
             tracing::debug!(shard, "ended: {reason}");
             return;
         }
-        self.events.record(Level::Error, None, format!("shard {shard} has ended: {reason}; its disks are not served"));
+        self.events.record(
+            Level::Error,
+            None,
+            format!("shard {shard} has ended: {reason}; its disks are not served"),
+        );
         for disk in self.all_disks() {
             if disk.place().is_none_or(|(_, place)| place != shard) {
                 continue;

@@ -36,7 +36,7 @@ impl Daemon {
             first_tries.spawn(async move {
                 let _slot = slots.acquire().await;
                 let deadline = Instant::now() + daemon.settings().open_timeout;
-                if let Err(problem) = daemon.attempt(&disk, deadline).await {
+                if let Err(problem) = daemon.attempt(&disk, deadline, "restored").await {
                     let message = format!("not served: {problem}; it is tried again");
                     daemon.events.record(Level::Error, Some(&disk.name), message);
                     tokio::spawn(daemon.clone().retry(disk));
@@ -45,7 +45,9 @@ impl Daemon {
         }
         let all = async { while first_tries.join_next().await.is_some() {} };
         if tokio::time::timeout_at(deadline, all).await.is_err() {
-            tracing::warn!("some images have not answered yet; their disks are listed as failed until they do");
+            tracing::warn!(
+                "some images have not answered yet; their disks are listed as failed until they do"
+            );
             first_tries.detach_all();
         }
     }
@@ -61,7 +63,7 @@ impl Daemon {
                 return;
             }
             let deadline = Instant::now() + self.settings().open_timeout;
-            match self.attempt(&disk, deadline).await {
+            match self.attempt(&disk, deadline, "served again").await {
                 Ok(()) => return,
                 Err(problem) => tracing::debug!(disk = &*disk.name, "still not served: {problem}"),
             }
@@ -69,7 +71,11 @@ impl Daemon {
     }
 
     /// An operator wants a disk that is down to be tried now. The caller holds the name.
-    pub(super) async fn try_again(self: &Arc<Self>, disk: &Arc<Disk>, deadline: Instant) -> Result<(), Problem> {
+    pub(super) async fn try_again(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
         let attempt = tokio::time::timeout_at(deadline, disk.attempt.lock()).await.map_err(|_| {
             Problem::new(ProblemKind::TimedOut, format!("disk {}: its image has not answered yet", disk.name))
         })?;
@@ -91,8 +97,13 @@ impl Daemon {
         }
     }
 
-    /// Brings a disk up that is down, unless it is not wanted any more by then.
-    async fn attempt(self: &Arc<Self>, disk: &Arc<Disk>, deadline: Instant) -> Result<(), Problem> {
+    /// Brings a disk up that is down, unless it is not wanted any more by then. `word` is the event of success.
+    async fn attempt(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        deadline: Instant,
+        word: &str,
+    ) -> Result<(), Problem> {
         let attempt = disk.attempt.lock().await;
         if disk.standing() != Standing::Down {
             return Ok(());
@@ -108,7 +119,7 @@ impl Daemon {
         let wanted = self.has(disk) && !disk.inner().closing && !self.is_stopping();
         let result = if wanted {
             self.go_live(disk, live);
-            self.events.record(Level::Info, Some(&disk.name), "served again");
+            self.events.record(Level::Info, Some(&disk.name), word);
             Ok(())
         } else {
             self.take_down(disk, live).await;

@@ -40,7 +40,7 @@ impl Daemon {
             name: disk.name.to_string(),
             state,
             reason: inner.reason.clone(),
-            image: attachment.request.image.0.to_string(),
+            image: attachment.image.to_string(),
             read_only: attachment.request.read_only,
             size_bytes: live.map(|live| live.image.size_bytes),
             allocated_bytes: inner.allocated_bytes,
@@ -64,9 +64,11 @@ impl Daemon {
         let disk = self.disk(name)?;
         self.measure();
         let connections = self.clients(&disk).await.unwrap_or_default();
-        let connections = connections
-            .into_iter()
-            .map(|client| model::Connection { peer: client.peer, in_flight: client.in_flight, age_s: client.age_s });
+        let connections = connections.into_iter().map(|client| model::Connection {
+            peer: client.peer,
+            in_flight: client.in_flight,
+            age_s: client.age_s,
+        });
         Ok(model::Disk { connections: Some(connections.collect()), ..self.describe(&disk) })
     }
 
@@ -83,8 +85,12 @@ impl Daemon {
         if let Some((id, shard)) = place {
             let call = self.fleet.call(shard, Command::Stats { disk: id });
             if let Ok(Ok(Reply::Stats(stats))) = tokio::time::timeout(Duration::from_secs(2), call).await {
-                let histograms =
-                    [("read", stats.read_us), ("write", stats.write_us), ("flush", stats.flush_us), ("queue", stats.queue_us)];
+                let histograms = [
+                    ("read", stats.read_us),
+                    ("write", stats.write_us),
+                    ("flush", stats.flush_us),
+                    ("queue", stats.queue_us),
+                ];
                 for (name, histogram) in histograms {
                     if let Some(quantiles) = histogram.as_ref().and_then(quantiles) {
                         latency.insert(name.to_owned(), quantiles);
@@ -166,7 +172,10 @@ impl Daemon {
     pub fn describe_group(&self, name: &str) -> Result<model::Group, Problem> {
         self.all_groups().into_iter().find(|group| group.name == name).ok_or_else(|| {
             let shown: String = name.chars().take(80).collect();
-            Problem::new(ProblemKind::NotFound, format!("there is no group {shown:?}: `blktapd ctl groups` shows them"))
+            Problem::new(
+                ProblemKind::NotFound,
+                format!("there is no group {shown:?}: `blktapd ctl groups` shows them"),
+            )
         })
     }
 
@@ -201,7 +210,11 @@ impl Daemon {
                     shard.heartbeat_age() / 1_000_000_000
                 )),
                 ShardState::Ended => {
-                    problems.push(format!("shard {} has ended: {}", shard.index, shard.ended().unwrap_or_default()));
+                    problems.push(format!(
+                        "shard {} has ended: {}",
+                        shard.index,
+                        shard.ended().unwrap_or_default()
+                    ));
                 }
             }
         }
@@ -224,7 +237,9 @@ impl Daemon {
         tokio::spawn(async move {
             let slots = Arc::new(tokio::sync::Semaphore::new(MEASURE_CONCURRENT));
             for disk in daemon.all_disks() {
-                let Some(image) = disk.inner().live.as_ref().map(|live| live.image.measure()) else { continue };
+                let Some(image) = disk.inner().live.as_ref().map(|live| live.image.measure()) else {
+                    continue;
+                };
                 let Ok(slot) = slots.clone().acquire_owned().await else { return };
                 let daemon = daemon.clone();
                 tokio::spawn(async move {

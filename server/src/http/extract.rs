@@ -29,7 +29,7 @@ fn body_problem(rejection: &JsonRejection) -> Problem {
         {
             ProblemKind::TooLarge
         }
-        _ => ProblemKind::Invalid,
+        _ => ProblemKind::Malformed,
     };
     // serde's own words, without axum's before them.
     let text = match rejection {
@@ -57,7 +57,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         match Query::from_request_parts(parts, state).await {
             Ok(Query(value)) => Ok(Params(value)),
-            Err(rejection) => Err(Problem::invalid(format!("the query of the request: {}", source_text(&rejection)))),
+            Err(rejection) => {
+                let message = format!("the query of the request: {}", source_text(&rejection));
+                Err(Problem::new(ProblemKind::Malformed, message))
+            }
         }
     }
 }
@@ -71,7 +74,10 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
         match Path::<String>::from_request_parts(parts, state).await {
             Ok(Path(name)) => Ok(Name(name)),
-            Err(rejection) => Err(Problem::invalid(format!("the name in the path: {}", rejection.body_text()))),
+            Err(rejection) => {
+                let message = format!("the name in the path: {}", rejection.body_text());
+                Err(Problem::new(ProblemKind::Malformed, message))
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use super::{Api, Errors};
 use crate::events::EVENTS_MAX;
 use crate::limit_change::LimitChange;
 use crate::model::{Event, EventQuery, Group, Health, Reload, Shard, Version};
-use crate::problem::Problem;
+use crate::problem::{Problem, ProblemKind};
 
 /// All groups.
 #[utoipa::path(get, path = "/v1/groups", tag = "groups", responses((status = 200, body = Vec<Group>), Errors))]
@@ -64,9 +64,17 @@ pub async fn events(
 ) -> Result<Json<Vec<Event>>, Problem> {
     let limit = query.limit.map_or(EVENTS_MAX, |limit| limit as usize);
     if !(1..=EVENTS_MAX).contains(&limit) {
-        return Err(Problem::invalid(format!("limit is {limit}: expected 1 to {EVENTS_MAX}")));
+        let message = format!("limit is {limit}: expected 1 to {EVENTS_MAX}");
+        return Err(Problem::new(ProblemKind::Malformed, message));
     }
-    Ok(Json(api.daemon.events.after(query.after.unwrap_or(0), limit)))
+    let after = query.after.unwrap_or(0);
+    if after > i64::MAX as u64 {
+        return Err(Problem::new(
+            ProblemKind::Malformed,
+            format!("after is {after}: expected at most {}", i64::MAX),
+        ));
+    }
+    Ok(Json(api.daemon.events.after(after, limit)))
 }
 
 /// Read the configuration again.

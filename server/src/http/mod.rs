@@ -56,7 +56,7 @@ impl IntoResponses for Errors {
             .schema(Some(utoipa::openapi::Ref::from_schema_name(Problem::name())))
             .build();
         let statuses = [
-            ("400", "The request cannot be right."),
+            ("400", "The request is not what this description says."),
             ("403", "The caller may not do this."),
             ("404", "No such disk, group or route."),
             ("405", "The method is not one of this route."),
@@ -64,7 +64,7 @@ impl IntoResponses for Errors {
             ("409", "The thing is different, in use, or not in a state that allows this."),
             ("413", "The body is too large."),
             ("415", "The body is not application/json."),
-            ("422", "The image could not be opened, or does not fit."),
+            ("422", "The request cannot be right, or the image could not be opened."),
             ("500", "The daemon, the kernel or the store failed."),
             ("503", "A limit of the daemon was reached, or it is stopping."),
             ("504", "The deadline passed first."),

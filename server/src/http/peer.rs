@@ -81,7 +81,9 @@ pub async fn authorize(request: Request, next: Next) -> Response {
             )
             .into_response()
         }
-        None => Problem::new(ProblemKind::Forbidden, "the caller of this connection is unknown").into_response(),
+        None => {
+            Problem::new(ProblemKind::Forbidden, "the caller of this connection is unknown").into_response()
+        }
     }
 }
 

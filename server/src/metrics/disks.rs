@@ -29,26 +29,37 @@ const SCALARS: &[(&str, &str, MetricType, Read)] = {
         ("writes_completed_total", "Writes answered without error.", COUNTER, |s| completed(s, Write)),
         ("flush_requests_total", "Flushes answered without error.", COUNTER, |s| completed(s, Flush)),
         ("discards_completed_total", "Discards answered without error.", COUNTER, |s| completed(s, Discard)),
-        ("write_zeroes_completed_total", "Zeroings answered without error.", COUNTER, |s| completed(s, WriteZeroes)),
+        ("write_zeroes_completed_total", "Zeroings answered without error.", COUNTER, |s| {
+            completed(s, WriteZeroes)
+        }),
         ("read_bytes_total", "Bytes read.", COUNTER, |s| bytes(s, Read)),
         ("written_bytes_total", "Bytes written.", COUNTER, |s| bytes(s, Write)),
         ("discarded_bytes_total", "Bytes discarded.", COUNTER, |s| bytes(s, Discard)),
         ("zeroed_bytes_total", "Bytes zeroed by requests to do so.", COUNTER, |s| bytes(s, WriteZeroes)),
         ("read_time_seconds_total", "Time that reads took, waiting included.", COUNTER, |s| time(s, Read)),
         ("write_time_seconds_total", "Time that writes took, waiting included.", COUNTER, |s| time(s, Write)),
-        ("flush_requests_time_seconds_total", "Time that flushes took, waiting included.", COUNTER, |s| time(s, Flush)),
-        ("discard_time_seconds_total", "Time that discards took, waiting included.", COUNTER, |s| time(s, Discard)),
+        ("flush_requests_time_seconds_total", "Time that flushes took, waiting included.", COUNTER, |s| {
+            time(s, Flush)
+        }),
+        ("discard_time_seconds_total", "Time that discards took, waiting included.", COUNTER, |s| {
+            time(s, Discard)
+        }),
         ("io_now", "Requests taken and not answered.", GAUGE, |s| Some(s.counters.io_now.get() as f64)),
-        ("throttled_now", "Requests that wait for a limit.", GAUGE, |s| Some(s.counters.throttled_now.get() as f64)),
+        ("throttled_now", "Requests that wait for a limit.", GAUGE, |s| {
+            Some(s.counters.throttled_now.get() as f64)
+        }),
         ("throttled_requests_total", "Requests that waited for a limit.", COUNTER, |s| {
             Some(s.counters.ops.iter().map(|op| op.throttled.get()).sum::<u64>() as f64)
         }),
         ("throttled_seconds_total", "Time that requests waited for limits.", COUNTER, |s| {
             Some(s.counters.ops.iter().map(|op| op.throttled_ns.get()).sum::<u64>() as f64 / 1e9)
         }),
-        ("would_throttle_requests_total", "Requests that a dry-run limit would have delayed.", COUNTER, |s| {
-            Some(s.counters.ops.iter().map(|op| op.would_throttle.get()).sum::<u64>() as f64)
-        }),
+        (
+            "would_throttle_requests_total",
+            "Requests that a dry-run limit would have delayed.",
+            COUNTER,
+            |s| Some(s.counters.ops.iter().map(|op| op.would_throttle.get()).sum::<u64>() as f64),
+        ),
         ("clients", "Connected clients.", GAUGE, |s| Some(s.counters.clients.get() as f64)),
         ("up", "1 while the disk serves, 0 in every other state.", GAUGE, |s| Some(is(s, State::Running))),
         ("paused", "1 while requests are held by `ctl pause`.", GAUGE, |s| Some(is(s, State::Paused))),
@@ -59,11 +70,18 @@ const SCALARS: &[(&str, &str, MetricType, Read)] = {
         ("storage_errors_total", "Times that the store failed and requests were held.", COUNTER, |s| {
             Some(s.counters.storage_errors.get() as f64)
         }),
-        ("flush_failures_total", "Failed fdatasyncs.", COUNTER, |s| Some(s.counters.flush_failures.get() as f64)),
-        ("quarantines_total", "Failures of the disk's own code.", COUNTER, |s| Some(s.counters.quarantines.get() as f64)),
-        ("data_in_doubt_total", "Times that acknowledged data was declared in doubt, over all restarts.", COUNTER, |s| {
-            Some(s.info.data_in_doubt as f64)
+        ("flush_failures_total", "Failed fdatasyncs.", COUNTER, |s| {
+            Some(s.counters.flush_failures.get() as f64)
         }),
+        ("quarantines_total", "Failures of the disk's own code.", COUNTER, |s| {
+            Some(s.counters.quarantines.get() as f64)
+        }),
+        (
+            "data_in_doubt_total",
+            "Times that acknowledged data was declared in doubt, over all restarts.",
+            COUNTER,
+            |s| Some(s.info.data_in_doubt as f64),
+        ),
     ]
 };
 

@@ -50,7 +50,8 @@ impl Collector for DaemonCollector {
 impl Metrics {
     /// The metrics of one daemon at a time.
     pub fn new() -> Result<Metrics, Problem> {
-        let failed = |error: prometheus::Error| Problem::failed(format!("the metrics cannot be set up: {error}"));
+        let failed =
+            |error: prometheus::Error| Problem::failed(format!("the metrics cannot be set up: {error}"));
         let source = Source::default();
         let description = Desc::new(
             "blktapd_build_info".into(),
@@ -60,7 +61,9 @@ impl Metrics {
         )
         .map_err(failed)?;
         let registry = Registry::new();
-        registry.register(Box::new(DaemonCollector { description, source: source.clone() })).map_err(failed)?;
+        registry
+            .register(Box::new(DaemonCollector { description, source: source.clone() }))
+            .map_err(failed)?;
         Ok(Metrics { registry, source })
     }
 

@@ -32,7 +32,12 @@ pub fn collect() -> Vec<MetricFamily> {
     let open = std::fs::read_dir("/proc/self/fd").ok().map(|fds| fds.count() as f64);
     add("process_open_fds", "Open descriptors.", MetricType::GAUGE, open);
     let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).ok();
-    add("process_max_fds", "Descriptors that may be open.", MetricType::GAUGE, limit.map(|(soft, _)| soft as f64));
+    add(
+        "process_max_fds",
+        "Descriptors that may be open.",
+        MetricType::GAUGE,
+        limit.map(|(soft, _)| soft as f64),
+    );
     families
 }
 

@@ -21,13 +21,21 @@ const SCALARS: &[(&str, &str, MetricType, Read)] = {
         ("busy_seconds_total", "Time spent working, outside the kernel's wait.", COUNTER, |s| {
             s.counters.busy_ns.get() as f64 / 1e9
         }),
-        ("heartbeat_age_seconds", "Time since the last turn of the loop.", GAUGE, |s| s.heartbeat_age() as f64 / 1e9),
+        ("heartbeat_age_seconds", "Time since the last turn of the loop.", GAUGE, |s| {
+            s.heartbeat_age() as f64 / 1e9
+        }),
         ("disks", "Disks served.", GAUGE, |s| s.counters.disks.get() as f64),
         ("clients", "Connections served.", GAUGE, |s| s.counters.clients.get() as f64),
-        ("operations_in_flight", "Operations that the kernel has.", GAUGE, |s| s.counters.ops_in_flight.get() as f64),
+        ("operations_in_flight", "Operations that the kernel has.", GAUGE, |s| {
+            s.counters.ops_in_flight.get() as f64
+        }),
         ("buffer_bytes", "Bytes of I/O buffers in use.", GAUGE, |s| s.counters.buffer_bytes.get() as f64),
-        ("buffer_waits_total", "Requests that waited for a buffer.", COUNTER, |s| s.counters.buffer_waits.get() as f64),
-        ("ring_operations_total", "Operations handed to io_uring.", COUNTER, |s| s.counters.ring_ops.get() as f64),
+        ("buffer_waits_total", "Requests that waited for a buffer.", COUNTER, |s| {
+            s.counters.buffer_waits.get() as f64
+        }),
+        ("ring_operations_total", "Operations handed to io_uring.", COUNTER, |s| {
+            s.counters.ring_ops.get() as f64
+        }),
         ("ring_enters_total", "Calls of io_uring_enter.", COUNTER, |s| s.counters.ring_enters.get() as f64),
         ("ring_overflows_total", "Overflows of the completion queue.", COUNTER, |s| {
             s.counters.ring_overflows.get() as f64
@@ -52,8 +60,11 @@ pub fn collect(daemon: &Arc<Daemon>) -> Vec<MetricFamily> {
         "Time of one turn of the shard's loop: a long one makes its other disks wait.",
         MetricType::HISTOGRAM,
     );
-    let mut info =
-        Family::new("blktapd_shard_info", "The CPU that the shard is pinned to; empty when it is not.", MetricType::GAUGE);
+    let mut info = Family::new(
+        "blktapd_shard_info",
+        "The CPU that the shard is pinned to; empty when it is not.",
+        MetricType::GAUGE,
+    );
     for (index, shard) in &shards {
         turns.histogram(&[("shard", index)], &shard.counters.turns);
         let cpu = shard.cpu.map(|cpu| cpu.to_string()).unwrap_or_default();
@@ -77,11 +88,19 @@ fn whole(daemon: &Daemon) -> Vec<Family> {
     let mut families = vec![
         build,
         gauge("blktapd_disks", "Disks that are attached.", daemon.all_disks().len() as f64),
-        gauge("blktapd_nbd_negotiations", "NBD clients that have not chosen an export.", daemon.nbd.negotiating() as f64),
+        gauge(
+            "blktapd_nbd_negotiations",
+            "NBD clients that have not chosen an export.",
+            daemon.nbd.negotiating() as f64,
+        ),
         gauge("blktapd_ram_used_bytes", "Memory of all RAM disks.", budget.used_bytes() as f64),
     ];
     if budget.limit_bytes() < u64::MAX {
-        families.push(gauge("blktapd_ram_limit_bytes", "Limit on the memory of all RAM disks.", budget.limit_bytes() as f64));
+        families.push(gauge(
+            "blktapd_ram_limit_bytes",
+            "Limit on the memory of all RAM disks.",
+            budget.limit_bytes() as f64,
+        ));
     }
     families
 }

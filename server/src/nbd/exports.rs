@@ -36,7 +36,8 @@ impl Exports for DaemonExports<'_> {
             Scope::One(name) => self.daemon.find(name).into_iter().collect(),
             Scope::All => self.daemon.all_disks(),
         };
-        let serves = |disk: &&Arc<Disk>| disk.standing() == Standing::Live && disk.inner().attachment.request.nbd;
+        let serves =
+            |disk: &&Arc<Disk>| disk.standing() == Standing::Live && disk.inner().attachment.request.nbd;
         disks.iter().filter(serves).map(|disk| (disk.name.to_string(), String::new())).collect()
     }
 }

@@ -97,7 +97,9 @@ pub fn bind_unix(run_dir: &Path, path: &Path, access: &SocketAccess) -> Result<S
         None => None,
         Some(name) => match nix::unistd::Group::from_name(name) {
             Ok(Some(group)) => Some(group.gid),
-            Ok(None) => return Err(failed("given to its group", &format!("there is no group {name:?} on this host"))),
+            Ok(None) => {
+                return Err(failed("given to its group", &format!("there is no group {name:?} on this host")));
+            }
             Err(errno) => return Err(failed("given to its group", &errno)),
         },
     };
@@ -151,7 +153,9 @@ impl Drop for HiddenDir {
 /// Listens on TCP.
 pub async fn listen_tcp(address: SocketAddr, tls: bool) -> Result<ListenerHandle, Problem> {
     let listener = TcpListener::bind(address).await.map_err(|error| {
-        Problem::failed(format!("NBD cannot listen on {address}: {error}; give another address with --nbd-listen"))
+        Problem::failed(format!(
+            "NBD cannot listen on {address}: {error}; give another address with --nbd-listen"
+        ))
     })?;
     Ok(ListenerHandle { path: None, waiting: Some(AnyListener::Tcp(listener)), tls, task: None })
 }
@@ -183,7 +187,9 @@ async fn run(listener: AnyListener, tls: bool, daemon: Arc<Daemon>, scope: Scope
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 if pause == ACCEPT_PAUSE.0 || pause == ACCEPT_PAUSE.1 {
-                    tracing::warn!("an NBD client cannot be accepted: {error}; raise LimitNOFILE if descriptors lack");
+                    tracing::warn!(
+                        "an NBD client cannot be accepted: {error}; raise LimitNOFILE if descriptors lack"
+                    );
                 }
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(ACCEPT_PAUSE.1);
@@ -223,7 +229,9 @@ fn spawn<S: Socket + 'static>(
             let (export, handoff) = agreed;
             match owner.connect(&export, handoff).await {
                 Ok(()) => tracing::debug!(disk = export, "NBD client {name} connected"),
-                Err(problem) => tracing::warn!(disk = export, "NBD client {name} was not connected: {problem}"),
+                Err(problem) => {
+                    tracing::warn!(disk = export, "NBD client {name} was not connected: {problem}")
+                }
             }
         });
         drop(ticket);

@@ -23,7 +23,9 @@ use crate::config::{NbdLimits, Settings, TlsFiles};
 use crate::daemon::{Daemon, Disk, lock};
 use crate::problem::{Problem, ProblemKind};
 
-pub use listener::{AnyListener, ListenerHandle, bind_all_socket, bind_disk_socket, bind_unix, listen_tcp, listen_with};
+pub use listener::{
+    AnyListener, ListenerHandle, bind_all_socket, bind_disk_socket, bind_unix, listen_tcp, listen_with,
+};
 
 /// Which exports a listener has.
 #[derive(Debug, Clone)]
@@ -84,7 +86,9 @@ fn acceptor(files: &TlsFiles) -> Result<Option<Arc<TlsAcceptor>>, Problem> {
         (None, Some(psk)) => TlsAcceptor::with_psk_file(psk),
         (None, None) => return Ok(None),
     };
-    acceptor.map(|acceptor| Some(Arc::new(acceptor))).map_err(|error| Problem::invalid(format!("TLS: {error}")))
+    acceptor
+        .map(|acceptor| Some(Arc::new(acceptor)))
+        .map_err(|error| Problem::invalid(format!("TLS: {error}")))
 }
 
 /// A connection counts for its disk from the agreement on, before the shard counts it.
@@ -111,11 +115,15 @@ impl Daemon {
         let _counted = Connecting::new(&disk);
         // Waits while the disk is on its way to another shard.
         let _place = tokio::time::timeout(PATIENCE, disk.place.read()).await.map_err(|_| {
-            Problem::new(ProblemKind::TimedOut, format!("disk {export} was on its way to another shard for too long"))
+            Problem::new(
+                ProblemKind::TimedOut,
+                format!("disk {export} was on its way to another shard for too long"),
+            )
         })?;
         self.may_connect(&disk, 0)?;
-        let (id, shard) =
-            disk.place().ok_or_else(|| Problem::new(ProblemKind::Busy, format!("disk {export} is not served now")))?;
+        let (id, shard) = disk
+            .place()
+            .ok_or_else(|| Problem::new(ProblemKind::Busy, format!("disk {export} is not served now")))?;
         self.fleet.call(shard, Command::Connect { disk: id, handoff }).await?;
         Ok(())
     }
@@ -141,7 +149,10 @@ impl Daemon {
         if clients > u64::from(limits.connections_per_disk) {
             return refuse(
                 ProblemKind::Unavailable,
-                format!("has {} clients: no more are allowed (nbd.max_connections_per_disk)", limits.connections_per_disk),
+                format!(
+                    "has {} clients: no more are allowed (nbd.max_connections_per_disk)",
+                    limits.connections_per_disk
+                ),
             );
         }
         let all: u64 = self.fleet.shards().iter().map(|shard| shard.counters.clients.get()).sum();

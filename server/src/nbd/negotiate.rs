@@ -4,7 +4,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use ring_bridge::nbd::{Agreed, Handoff, Handshake, Negotiation, PlainRead, Step, TlsAcceptor, TlsMode, TlsSession};
+use ring_bridge::nbd::{
+    Agreed, Handoff, Handshake, Negotiation, PlainRead, Step, TlsAcceptor, TlsMode, TlsSession,
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::Scope;

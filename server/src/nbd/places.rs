@@ -122,7 +122,10 @@ mod tests {
         tickets[0].spoke();
         let newcomer = places.take(1, 16);
         tokio::task::yield_now().await;
-        assert_eq!(tasks.iter().map(|task| task.is_finished()).collect::<Vec<_>>(), [false, true, false, false]);
+        assert_eq!(
+            tasks.iter().map(|task| task.is_finished()).collect::<Vec<_>>(),
+            [false, true, false, false]
+        );
         assert_eq!(places.taken(), 4);
         drop(newcomer);
         drop(tickets);
