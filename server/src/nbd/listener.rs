@@ -98,7 +98,10 @@ pub fn bind_unix(run_dir: &Path, path: &Path, access: &SocketAccess) -> Result<S
         Some(name) => match nix::unistd::Group::from_name(name) {
             Ok(Some(group)) => Some(group.gid),
             Ok(None) => {
-                return Err(failed("given to its group", &format!("there is no group {name:?} on this host")));
+                return Err(failed(
+                    "given to its group",
+                    &format!("there is no group {name:?} on this host"),
+                ));
             }
             Err(errno) => return Err(failed("given to its group", &errno)),
         },

@@ -1,6 +1,7 @@
 //! A daemon in this process, on shards that are scripted: they answer commands at once, refuse them, or hold them.
 
 #![allow(dead_code)] // each test program uses a part of it
+#![allow(clippy::unwrap_used)] // a failed test is what an unwrap in it is for
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,8 +18,7 @@ use blktapd::problem::Problem;
 use blktapd::rundir;
 use blktapd::state::StateStore;
 use shard::api::{
-    ClientInfo, Command, DiskConfig, DiskId, DiskState, DiskStats, Envelope, Event, Reply, ShardError,
-    ShardErrorKind,
+    ClientInfo, Command, DiskConfig, DiskId, DiskState, Envelope, Event, Reply, ShardError, ShardErrorKind,
 };
 use shard::executor::ShardGone;
 use tokio::time::Instant;
@@ -33,6 +33,7 @@ pub enum Behaviour {
 
 #[derive(Default)]
 struct Script {
+    connected: Vec<Box<ring_bridge::nbd::Handoff>>,
     behaviour: HashMap<&'static str, Behaviour>,
     disks: HashMap<DiskId, Box<DiskConfig>>,
     held: Vec<Envelope>,
@@ -117,11 +118,15 @@ fn answer(script: &mut Script, command: Command) -> Result<Reply, ShardError> {
                 config.groups = groups;
             }
         }
-        Command::Stats { .. } => return Ok(Reply::Stats(Box::new(DiskStats::default()))),
+        Command::Stats { .. } => return Ok(Reply::Stats(Box::default())),
         Command::Clients { disk } => {
             let clients = script.disks[&disk].counters.clients.get();
             let client = |n| ClientInfo { peer: format!("unix pid {n} (fio)"), in_flight: 1, age_s: 3 };
             return Ok(Reply::Clients((0..clients).map(client).collect()));
+        }
+        Command::Connect { disk, handoff } => {
+            script.disks[&disk].counters.clients.add(1);
+            script.connected.push(handoff);
         }
         _ => {}
     }
@@ -142,6 +147,11 @@ impl FakeShard {
     /// Commands that came, by kind.
     pub fn log(&self) -> Vec<&'static str> {
         self.script.lock().unwrap().log.clone()
+    }
+
+    /// Peers of the connections that it got.
+    pub fn connected(&self) -> Vec<String> {
+        self.script.lock().unwrap().connected.iter().map(|handoff| handoff.peer.clone()).collect()
     }
 
     /// Disks that it serves, by name.
