@@ -215,6 +215,9 @@ impl From<&Limits> for LimitChange {
     }
 }
 
+/// The largest rate, burst or size that can be given: far above what hardware does, and no arithmetic on it overflows.
+const QUANTITY_MAX: u64 = 1 << 50;
+
 /// A number, or a text with a unit.
 struct Quantity(fn(&str) -> Result<u64, formats::size::SizeError>, &'static str);
 
@@ -225,16 +228,29 @@ impl Visitor<'_> for Quantity {
         f.write_str(self.1)
     }
 
-    fn visit_u64<E>(self, value: u64) -> Result<u64, E> {
-        Ok(value)
+    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<u64, E> {
+        match value {
+            0..=QUANTITY_MAX => Ok(value),
+            _ => Err(E::custom(format!("{value} is too large: the largest value is {QUANTITY_MAX}"))),
+        }
     }
 
     fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<u64, E> {
         u64::try_from(value).map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(value), &self))
     }
 
+    /// JSON knows no difference between 5 and 5.0.
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<u64, E> {
+        if value.fract() == 0.0 && (0.0..=QUANTITY_MAX as f64).contains(&value) {
+            Ok(value as u64)
+        } else {
+            Err(E::invalid_value(serde::de::Unexpected::Float(value), &self))
+        }
+    }
+
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<u64, E> {
-        (self.0)(text).map_err(E::custom)
+        let value = (self.0)(text).map_err(E::custom)?;
+        self.visit_u64(value)
     }
 }
 
@@ -253,24 +269,24 @@ pub fn size<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error>
         .map_err(D::Error::custom)
 }
 
+/// What is certainly taken as text; fractions and more units are as well ([`formats::size`]).
+const QUANTITY_PATTERN: &str = "^([0-9]{1,15}|[0-9]{1,6}[kMG])$";
+
 fn quantity_schema(description: &str, pattern: &str) -> utoipa::openapi::schema::Schema {
     use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
     OneOfBuilder::new()
         .description(Some(description))
-        .item(ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(0)).maximum(Some(u64::MAX)))
+        .item(ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(0)).maximum(Some(QUANTITY_MAX)))
         .item(ObjectBuilder::new().schema_type(Type::String).pattern(Some(pattern)))
         .into()
 }
 
 fn count_schema() -> utoipa::openapi::schema::Schema {
-    quantity_schema(
-        "Operations (per second, or of a burst); letters are powers of 1000.",
-        "^[0-9]{1,12}[kMG]?$",
-    )
+    quantity_schema("Operations (per second, or of a burst); letters are powers of 1000.", QUANTITY_PATTERN)
 }
 
 fn bytes_schema() -> utoipa::openapi::schema::Schema {
-    quantity_schema("Bytes (per second, or of a burst); letters are powers of 1024.", "^[0-9]{1,9}[kMG]?$")
+    quantity_schema("Bytes (per second, or of a burst); letters are powers of 1024.", QUANTITY_PATTERN)
 }
 
 #[cfg(test)]

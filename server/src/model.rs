@@ -143,7 +143,7 @@ pub struct AttachRequest {
     #[serde(default)]
     pub on_enospc: Option<ErrorPolicy>,
     /// The shard to serve it; the least loaded when absent.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "optional_shard")]
     #[schema(maximum = 65535)]
     pub shard: Option<u16>,
 }
@@ -527,6 +527,25 @@ pub struct ResumeRequest {
 #[serde(deny_unknown_fields)]
 pub struct MoveRequest {
     /// Number of the shard.
+    #[serde(deserialize_with = "shard")]
     #[schema(maximum = 65535)]
     pub shard: u16,
+}
+
+/// A shard's number; JSON knows no difference between 1 and 1.0.
+fn shard<'de, D: Deserializer<'de>>(from: D) -> Result<u16, D::Error> {
+    let number = f64::deserialize(from)?;
+    if number.fract() == 0.0 && (0.0..=f64::from(u16::MAX)).contains(&number) {
+        Ok(number as u16)
+    } else {
+        let found = serde::de::Unexpected::Float(number);
+        Err(serde::de::Error::invalid_value(found, &"the number of a shard, from 0 to 65535"))
+    }
+}
+
+fn optional_shard<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u16>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(transparent)]
+    struct Number(#[serde(deserialize_with = "shard")] u16);
+    Ok(Option::<Number>::deserialize(from)?.map(|Number(number)| number))
 }

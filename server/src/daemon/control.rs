@@ -162,6 +162,9 @@ impl Daemon {
         formats::spec::check_disk_name(name).map_err(|error| Problem::from(error).context("group"))?;
         let mut limits = self.groups.limits(name).unwrap_or_default();
         change.apply(&mut limits)?;
+        if self.groups.limits(name) == Some(limits) {
+            return self.describe_group(name);
+        }
         if !self.groups.is_configured(name) {
             self.state.set_group(name, Some(limits)).await?;
         }
