@@ -169,7 +169,12 @@ impl Disk {
                 (0, _) => self.data_done(ctx, key),
                 (_, Kind::Discard { .. }) if unsupported => self.finish(ctx, key, 0),
                 // The next way down: zero range, then writing.
-                (_, Kind::WriteZeroes { .. }) if unsupported => self.start_space(ctx, key),
+                (_, Kind::WriteZeroes { .. }) if unsupported => {
+                    // It begins anew, so it must not be what others wait for while it waits for them.
+                    ctx.requests[key].phase = Phase::Waiting;
+                    self.retry_blocked(ctx, key);
+                    self.start_space(ctx, key);
+                }
                 _ => self.failed_io(ctx, key, errno),
             }
         }
