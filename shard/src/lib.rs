@@ -19,5 +19,7 @@ pub mod park;
 pub mod ram;
 pub mod reactor;
 pub mod request;
+#[cfg(test)]
+mod sim;
 pub mod stats;
 pub mod storage;

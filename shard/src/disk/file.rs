@@ -13,29 +13,52 @@ use formats::raw::{self, Cover};
 use super::{Action, Ctx, Disk, IoResult, Mem, Target};
 use crate::api::Backend;
 use crate::request::{Kind, PIECE, Phase, ReqKey, Request};
+use crate::storage::pool::PAGE;
 
 /// Blocks that are between read and write back, and who waits for them.
 #[derive(Debug)]
 pub(super) struct Edges {
     /// Block size; 1 when every offset will do.
     align: u32,
+    /// Alignment of memory.
+    memory_align: u32,
     /// Where O_DIRECT ends.
     direct_end: u64,
+    /// Bytes of the file when it was opened.
+    length: u64,
     /// Start of each held block, with its holder.
     held: Vec<(u64, ReqKey)>,
     blocked: VecDeque<ReqKey>,
+    /// Requests that change data and have been started: at most as many as may be started.
+    changing: Vec<ReqKey>,
+    /// `retry_blocked` is at work, and whether it shall look again.
+    retrying: bool,
+    retry_again: bool,
 }
 
 impl Edges {
     pub(super) fn new(backend: &Backend) -> Edges {
         let (align, direct_end) = match backend {
             Backend::File(file) if file.tail.is_some() => {
-                (file.offset_align, raw::direct_end(file.length, file.offset_align))
+                // A page, not a block: the page cache of the tail must not hold bytes that O_DIRECT reaches.
+                (file.offset_align, raw::direct_end(file.length, file.offset_align.max(PAGE as u32)))
             }
             Backend::File(file) => (file.offset_align, u64::MAX),
             Backend::Ram(_) | Backend::Null => (1, u64::MAX),
         };
-        Edges { align: align.max(1), direct_end, held: Vec::new(), blocked: VecDeque::new() }
+        let memory_align = if let Backend::File(file) = backend { file.memory_align.max(1) } else { 1 };
+        let length = if let Backend::File(file) = backend { file.length } else { u64::MAX };
+        Edges {
+            align: align.max(1),
+            memory_align,
+            direct_end,
+            length,
+            held: Vec::new(),
+            blocked: VecDeque::new(),
+            changing: Vec::new(),
+            retrying: false,
+            retry_again: false,
+        }
     }
 
     fn split(&self, offset: u64, len: u64) -> raw::Split {
@@ -90,6 +113,7 @@ impl Disk {
             return self.block(ctx, key);
         }
         if direct_len > 0 && !cover.is_aligned() {
+            self.hold_edges(key, &cover);
             self.read_edges(ctx, key, &cover);
         } else if direct_len > 0 {
             self.push_io(ctx, key, true, Target::Direct, offset, direct_len, Mem::Payload(0));
@@ -115,13 +139,23 @@ impl Disk {
         ctx.out.push(Action::Io { req, write, target, offset, len, mem });
     }
 
-    /// Takes the partial blocks of a range and reads them; [`Phase::EdgeWrite`] follows.
+    /// Takes the partial blocks of a range, until [`Disk::release_edges`]: no other change of them starts.
+    pub(super) fn hold_edges(&mut self, key: ReqKey, cover: &Cover) {
+        self.file.held.extend(edges(cover).map(|block| (block, key)));
+    }
+
+    /// Reads the partial blocks of a range, which the request holds; [`Phase::EdgeWrite`] follows.
     pub(super) fn read_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, cover: &Cover) {
         ctx.requests[key].phase = Phase::EdgeRead;
         let size = (cover.end - cover.start) as u32;
+        // Memory may have to be aligned more strictly than blocks are large: then the whole range is read.
+        let place = |block: u64| (block - cover.start) as u32;
+        if !edges(cover).all(|block| place(block).is_multiple_of(self.file.memory_align)) {
+            let mem = Mem::Bounce { at: 0, size };
+            return self.push_io(ctx, key, false, Target::Direct, cover.start, size, mem);
+        }
         for block in edges(cover) {
-            self.file.held.push((block, key));
-            let mem = Mem::Bounce { at: (block - cover.start) as u32, size };
+            let mem = Mem::Bounce { at: place(block), size };
             self.push_io(ctx, key, false, Target::Direct, block, self.file.align, mem);
         }
     }
@@ -142,10 +176,9 @@ impl Disk {
         }
         let touches_edge =
             |other: &Request| edges(cover).any(|block| other.offset < block + align && block < other.end());
-        ctx.requests.iter().any(|(other_key, other)| {
-            other.disk == ctx.disk
-                && other_key != key
-                && !matches!(other.kind, Kind::Read | Kind::Flush | Kind::Extents { .. })
+        self.file.changing.iter().any(|&other_key| {
+            let other = &ctx.requests[other_key];
+            other_key != key
                 && !matches!(other.phase, Phase::Waiting | Phase::Blocked | Phase::Sync)
                 && touches_edge(other)
         })
@@ -160,43 +193,58 @@ impl Disk {
     /// A request ends its changes: its blocks are free, and who waited is looked at again.
     pub(super) fn release_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         ctx.requests[key].phase = Phase::Waiting;
+        if let Some(index) = self.file.changing.iter().position(|&other| other == key) {
+            self.file.changing.swap_remove(index);
+        }
+        self.file.retry_again = true;
         self.retry_blocked(ctx, key);
+    }
+
+    /// A request that changes data starts.
+    pub(super) fn note_change(&mut self, key: ReqKey) {
+        if self.file.align > 1 {
+            self.file.changing.push(key);
+        }
     }
 
     /// Frees the blocks of a request and looks at all that waits for blocks, in order.
     pub(super) fn retry_blocked(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
-        if !self.file.held.is_empty() {
-            self.file.held.retain(|&(_, holder)| holder != key);
-        }
-        if self.file.blocked.is_empty() {
+        let before = self.file.held.len();
+        self.file.held.retain(|&(_, holder)| holder != key);
+        self.file.retry_again |= self.file.held.len() < before;
+        if self.file.retrying {
+            // One that was looked at ended or let go at once: the loop below looks again, not we from inside of it.
             return;
         }
-        for waiter in std::mem::take(&mut self.file.blocked) {
-            // Queues it again, in order, if it still has to wait.
-            match ctx.requests[waiter].kind {
-                Kind::Write { .. } => self.start_write(ctx, waiter),
-                _ => self.start_space(ctx, waiter),
+        self.file.retrying = true;
+        loop {
+            self.file.retry_again = false;
+            for waiter in std::mem::take(&mut self.file.blocked) {
+                // Queues it again, in order, if it still has to wait.
+                match ctx.requests[waiter].kind {
+                    Kind::Write { .. } => self.start_write(ctx, waiter),
+                    _ => self.start_space(ctx, waiter),
+                }
+            }
+            if !self.file.retry_again || self.file.blocked.is_empty() {
+                break;
             }
         }
+        self.file.retrying = false;
     }
 
     /// An [`Action::Io`] is done.
-    pub fn on_io(
-        &mut self,
-        ctx: &mut Ctx<'_>,
-        key: ReqKey,
-        target: Target,
-        mem: Mem,
-        len: u32,
-        result: IoResult,
-    ) {
+    pub fn on_io(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, mem: Mem, len: u32, result: IoResult) {
         let request = &mut ctx.requests[key];
         request.pending -= 1;
         let errno = match (result, mem) {
             (IoResult::Done, _) => 0,
             (IoResult::Failed(errno), _) => errno,
             // Behind the end of the file there are zeroes.
-            (IoResult::Short(done), Mem::Payload(at)) if target == Target::Tail && request.kind == Kind::Read => {
+            (IoResult::Short(done), Mem::Payload(at))
+                if request.kind == Kind::Read
+                    && request.offset + u64::from(at + done) >= self.file.length =>
+            {
                 ctx.out.push(Action::ZeroPayload { req: key, at: at + done, len: len - done });
                 0
             }
@@ -223,19 +271,28 @@ impl Disk {
         match request.phase {
             Phase::BounceRead => {
                 let direct = self.file.split(offset, len).direct;
-                let bounce_at = (offset - raw::cover(offset, direct.end - offset, self.file.align).start) as u32;
+                let bounce_at =
+                    (offset - raw::cover(offset, direct.end - offset, self.file.align).start) as u32;
                 let len = (direct.end - direct.start) as u32;
                 ctx.out.push(Action::Copy { req: key, to_bounce: false, bounce_at, payload_at: 0, len });
                 self.finish(ctx, key, 0);
             }
-            Phase::EdgeRead if matches!(request.kind, Kind::WriteZeroes { .. }) => self.merge_zeroes(ctx, key),
+            Phase::EdgeRead if matches!(request.kind, Kind::WriteZeroes { .. }) => {
+                self.merge_zeroes(ctx, key)
+            }
             Phase::EdgeRead => {
                 let direct = self.file.split(offset, len).direct;
                 let direct_len = (direct.end - direct.start) as u32;
                 let cover = raw::cover(offset, u64::from(direct_len), self.file.align);
                 let bounce_at = (offset - cover.start) as u32;
                 request.phase = Phase::EdgeWrite;
-                ctx.out.push(Action::Copy { req: key, to_bounce: true, bounce_at, payload_at: 0, len: direct_len });
+                ctx.out.push(Action::Copy {
+                    req: key,
+                    to_bounce: true,
+                    bounce_at,
+                    payload_at: 0,
+                    len: direct_len,
+                });
                 let size = (cover.end - cover.start) as u32;
                 let mem = Mem::Bounce { at: 0, size };
                 self.push_io(ctx, key, true, Target::Direct, cover.start, size, mem);
@@ -253,6 +310,7 @@ impl Disk {
         let changes = !matches!(request.kind, Kind::Read);
         if request.kind.fua() || (changes && self.writes_through()) {
             self.release_edges(ctx, key);
+            ctx.out.push(Action::DropBounce { req: key });
             self.join_sync(ctx, key);
         } else {
             self.finish(ctx, key, 0);

@@ -125,6 +125,11 @@ pub enum Action {
         /// For this request.
         req: ReqKey,
     },
+    /// The request does not need its bounce buffer any more.
+    DropBounce {
+        /// Which.
+        req: ReqKey,
+    },
     /// The request is done; its `errno` says how.
     Answer {
         /// Which.
@@ -182,6 +187,8 @@ pub struct Disk {
     /// Requests that failed and wait for `resume` or `fail`.
     failed: Vec<ReqKey>,
     started: u32,
+    /// `pump` is at work.
+    pumping: bool,
     /// State and reason to return to when a move or a detach is taken back.
     before_hold: Option<(DiskState, String)>,
     /// An fdatasync failed: no flush succeeds until an operator says `resume --data-in-doubt`.
@@ -211,6 +218,7 @@ impl Disk {
             held: VecDeque::new(),
             failed: Vec::new(),
             started: 0,
+            pumping: false,
             before_hold: None,
             flush_failed: false,
             file,
@@ -229,11 +237,13 @@ impl Disk {
         self.config
     }
 
-    /// A new disk with the same configuration and limits, and no request: after a panic. The failed-flush mark survives.
+    /// A new disk with the same configuration and limits, and no request: after a panic. The failed-flush mark survives, and
+    /// so does the state to return to from a move or a detach.
     pub fn rebuilt(self, now: Nanos) -> Disk {
-        let flush_failed = self.flush_failed;
+        let (flush_failed, before_hold) = (self.flush_failed, self.before_hold);
         let mut disk = Disk::new(self.config, now);
         disk.flush_failed = flush_failed;
+        disk.before_hold = before_hold;
         disk
     }
 
@@ -271,6 +281,11 @@ impl Disk {
 
     fn enter_state(&mut self, ctx: &mut Ctx<'_>, state: DiskState, reason: String) {
         if self.state == state {
+            return;
+        }
+        if self.state == DiskState::Parked {
+            // The move goes on; this is the state to arrive in.
+            self.before_hold = Some((state, reason));
             return;
         }
         self.set_state(state, &reason);
@@ -331,6 +346,7 @@ impl Disk {
         let request = &ctx.requests[key];
         let bytes = match request.kind {
             Kind::Read | Kind::Write { .. } => request.len,
+            kind if self.fills(kind, request.offset, request.len) => request.len,
             _ => crate::limits::erase_cost_bytes(request.len),
         };
         match self.limiter.admit(ctx.now, direction, request.operations, bytes) {
@@ -396,7 +412,9 @@ impl Disk {
 
     /// Gives leases of groups back when nothing has run for a while.
     pub fn idle(&mut self) {
-        self.limiter.idle();
+        if self.waiting.iter().all(VecDeque::is_empty) {
+            self.limiter.idle();
+        }
     }
 
     fn start(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
@@ -404,8 +422,11 @@ impl Disk {
         let request = &mut ctx.requests[key];
         request.started = ctx.now;
         let kind = request.kind;
-        if self.config.read_only && !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
-            return self.finish(ctx, key, libc::EPERM);
+        if !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
+            if self.config.read_only {
+                return self.finish(ctx, key, libc::EPERM);
+            }
+            self.note_change(key);
         }
         let is_file = matches!(self.config.backend, Backend::File(_));
         match kind {
@@ -452,14 +473,17 @@ impl Disk {
 
     /// Starts what waited for others to finish.
     fn pump(&mut self, ctx: &mut Ctx<'_>) {
-        if !self.serves() {
+        // What is started may end at once and come here again: the outer loop goes on, the stack does not grow.
+        if !self.serves() || self.pumping {
             return;
         }
+        self.pumping = true;
         while self.started < STARTED_MAX
             && let Some(key) = self.held.pop_front()
         {
             self.admit(ctx, key);
         }
+        self.pumping = false;
         if self.wake_at.is_none() && self.waiting.iter().any(|queue| !queue.is_empty()) {
             // They were stopped by STARTED_MAX, not by a limit.
             self.wake_at = Some(ctx.now);
@@ -488,6 +512,7 @@ impl Disk {
 
     fn hold_failed(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         self.release_edges(ctx, key);
+        ctx.out.push(Action::DropBounce { req: key });
         ctx.requests[key].rewind();
         self.started -= 1;
         self.failed.push(key);
@@ -496,7 +521,9 @@ impl Disk {
     /// Stops starting requests.
     pub fn pause(&mut self) -> Result<(), ShardError> {
         match self.state {
-            DiskState::Running | DiskState::Pausing => self.set_state(DiskState::Pausing, "pause was asked for"),
+            DiskState::Running | DiskState::Pausing => {
+                self.set_state(DiskState::Pausing, "pause was asked for")
+            }
             DiskState::Paused => {}
             state => {
                 let message = format!(
@@ -545,6 +572,8 @@ impl Disk {
 
     /// Gives the disk up: what waits is answered with EIO, and so is everything that comes.
     pub fn fail(&mut self, ctx: &mut Ctx<'_>, state: DiskState, reason: &str) {
+        // Nothing to return to, should a move be under way.
+        self.before_hold = None;
         self.set_state(state, reason);
         for direction in 0..2 {
             for key in std::mem::take(&mut self.waiting[direction]) {
@@ -575,7 +604,7 @@ impl Disk {
 
     /// The state before [`Disk::hold`].
     pub fn state_before_hold(&mut self) -> (DiskState, String) {
-        self.before_hold.take().unwrap_or((self.state, String::new()))
+        self.before_hold.take().unwrap_or((self.state, self.reason.clone()))
     }
 
     /// Returns to the state before [`Disk::hold`] or [`Disk::drain`].
@@ -591,6 +620,30 @@ impl Disk {
     pub fn restore(&mut self, state: DiskState, reason: &str, flush_failed: bool) {
         self.set_state(state, reason);
         self.flush_failed = flush_failed;
+    }
+
+    /// A connection has gone: what it asked for and nobody has begun is dropped, so that it cannot land behind what its client
+    /// writes over another connection.
+    pub fn forget(&mut self, ctx: &mut Ctx<'_>, conn: u32, generation: u32) {
+        let stays = |requests: &Requests, key: ReqKey| {
+            requests[key].origin.is_none_or(|origin| (origin.conn, origin.generation) != (conn, generation))
+        };
+        let mut dropped = Vec::new();
+        let mut sift = |key: &ReqKey| {
+            let stays = stays(ctx.requests, *key);
+            if !stays {
+                dropped.push(*key);
+            }
+            stays
+        };
+        for queue in self.waiting.iter_mut().chain([&mut self.held]) {
+            queue.retain(&mut sift);
+        }
+        self.failed.retain(sift);
+        for key in dropped {
+            self.unthrottle(ctx, key);
+            self.refuse(ctx, key);
+        }
     }
 
     /// Takes back all requests that are not started, in the order in which they would run: for a park or a rebuild.

@@ -20,7 +20,7 @@ pub(super) struct Space {
     in_flight: u32,
     waiting: VecDeque<(ReqKey, Call)>,
     /// Requests that one kernel operation serves.
-    groups: slab::Slab<Vec<ReqKey>>,
+    groups: slab::Slab<(Call, Vec<ReqKey>)>,
     no_punch: bool,
     no_zero_range: bool,
     no_discard: bool,
@@ -61,7 +61,7 @@ impl Disk {
                     FileKind::Regular if !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
                     FileKind::Block { discard: true } if aligned && !self.space.no_discard => {
                         Way::Call(Call::DiscardDevice)
-                    },
+                    }
                     _ => Way::Nothing,
                 };
             }
@@ -71,10 +71,19 @@ impl Disk {
             FileKind::Regular if !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
             FileKind::Regular if !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
             // A device's punch zeroes by unmapping or fails; its zero range falls back to writing, which is not fast.
-            FileKind::Block { .. } if aligned && !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
-            FileKind::Block { .. } if aligned && !fast && !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
+            FileKind::Block { .. } if aligned && !no_hole && !self.space.no_punch => {
+                Way::Call(Call::Fallocate(PUNCH))
+            }
+            FileKind::Block { .. } if aligned && !fast && !self.space.no_zero_range => {
+                Way::Call(Call::Fallocate(ZERO))
+            }
             _ => slow,
         }
+    }
+
+    /// The store will write zeroes one by one.
+    pub(super) fn fills(&self, kind: Kind, offset: u64, len: u64) -> bool {
+        matches!(self.way(kind, offset, len), Way::Fill)
     }
 
     pub(super) fn start_space(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
@@ -91,6 +100,12 @@ impl Disk {
             Way::Nothing => self.finish(ctx, key, 0),
             Way::Refuse => self.finish(ctx, key, libc::EOPNOTSUPP),
             Way::Fill => {
+                let direct = raw::split(offset, len, self.direct_end()).direct;
+                let cover = raw::cover(direct.start, direct.end - direct.start, self.align());
+                if self.must_wait(ctx, key, &cover) {
+                    return self.block(ctx, key);
+                }
+                self.hold_edges(key, &cover);
                 ctx.requests[key].cursor = offset;
                 self.zero_step(ctx, key);
             }
@@ -125,7 +140,7 @@ impl Disk {
                     !joins
                 });
             }
-            let group = self.space.groups.insert(members) as u32;
+            let group = self.space.groups.insert((call, members)) as u32;
             self.space.in_flight += 1;
             let (offset, len) = (start, end - start);
             ctx.out.push(match call {
@@ -141,27 +156,20 @@ impl Disk {
     /// An [`Action::Fallocate`] or device discard is done: 0 or an errno.
     pub fn on_space(&mut self, ctx: &mut Ctx<'_>, group: u32, errno: i32) {
         self.space.in_flight -= 1;
-        let members = self.space.groups.remove(group as usize);
+        let (call, members) = self.space.groups.remove(group as usize);
         let unsupported = matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY);
+        match call {
+            Call::Fallocate(PUNCH) => self.space.no_punch |= unsupported,
+            Call::Fallocate(_) => self.space.no_zero_range |= unsupported,
+            Call::DiscardDevice => self.space.no_discard |= unsupported,
+        }
         for key in members {
             let kind = ctx.requests[key].kind;
             match (errno, kind) {
                 (0, _) => self.data_done(ctx, key),
-                (_, Kind::Discard { .. }) if unsupported => {
-                    match self.config.backend {
-                        Backend::File(ref file) if file.kind == FileKind::Regular => self.space.no_punch = true,
-                        _ => self.space.no_discard = true,
-                    }
-                    self.finish(ctx, key, 0);
-                }
-                (_, Kind::WriteZeroes { no_hole, .. }) if unsupported => {
-                    if no_hole || self.space.no_punch {
-                        self.space.no_zero_range = true;
-                    }
-                    self.space.no_punch |= !no_hole;
-                    // The next way down: zero range, then writing.
-                    self.start_space(ctx, key);
-                }
+                (_, Kind::Discard { .. }) if unsupported => self.finish(ctx, key, 0),
+                // The next way down: zero range, then writing.
+                (_, Kind::WriteZeroes { .. }) if unsupported => self.start_space(ctx, key),
                 _ => self.failed_io(ctx, key, errno),
             }
         }
@@ -188,15 +196,9 @@ impl Disk {
             ctx.requests[key].cursor = cursor + whole;
             return self.push_io(ctx, key, true, Target::Direct, cursor, whole as u32, Mem::Zeroes);
         }
-        // A part of one block.
+        // A part of one block, which is held from the start.
         let block_end = (cursor & !(align - 1)) + align;
         let cover = raw::cover(cursor, block_end.min(split.direct.end) - cursor, self.align());
-        if self.must_wait(ctx, key, &cover) {
-            // It lets go of what it holds, so that nobody waits in a circle, and starts again at the front later: zeroes
-            // written twice are still zeroes.
-            self.block(ctx, key);
-            return self.retry_blocked(ctx, key);
-        }
         self.read_edges(ctx, key, &cover);
     }
 

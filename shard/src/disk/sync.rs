@@ -30,7 +30,11 @@ impl Disk {
             return self.finish(ctx, key, 0);
         }
         if self.flush_failed {
-            return self.finish(ctx, key, libc::EIO);
+            return if self.holds_failed() {
+                self.hold_failed(ctx, key)
+            } else {
+                self.finish(ctx, key, libc::EIO)
+            };
         }
         ctx.requests[key].phase = Phase::Sync;
         self.sync.next.push(key);
@@ -45,6 +49,18 @@ impl Disk {
         }
     }
 
+    /// The policy for a request that a failed fdatasync stands in the way of is to hold it.
+    fn holds_failed(&self) -> bool {
+        self.config.on_error == ErrorPolicy::Pause
+            && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
+    }
+
+    /// An fdatasync failed: no flush is answered with success from now on.
+    pub fn note_flush_failed(&mut self) {
+        self.flush_failed = true;
+        self.config.counters.flush_failures.add(1);
+    }
+
     /// fdatasync is done: 0 or an errno.
     pub fn on_sync(&mut self, ctx: &mut Ctx<'_>, errno: i32) {
         self.sync.in_flight = false;
@@ -57,12 +73,10 @@ impl Disk {
             }
             return;
         }
-        self.flush_failed = true;
-        self.config.counters.flush_failures.add(1);
+        self.note_flush_failed();
         self.config.counters.storage_errors.add(1);
         waiters.append(&mut self.sync.next);
-        let hold = self.config.on_error == ErrorPolicy::Pause
-            && !matches!(self.state, DiskState::Failed | DiskState::Zombie);
+        let hold = self.holds_failed();
         let what = nix::errno::Errno::from_raw(errno).desc();
         if !matches!(self.state, DiskState::Failed | DiskState::Zombie) {
             let reason = format!(

@@ -32,6 +32,8 @@ pub use park::ParkedConn;
 pub const REQUESTS_MAX: u32 = 128;
 /// Bytes of payload that one connection may hold.
 pub const HELD_MAX: u64 = 4 << 20;
+/// Replies that wait to be sent while requests are still read.
+const REPLIES_MAX: usize = 2 * REQUESTS_MAX as usize;
 /// Requests and bytes that one connection may start in one turn.
 const TURN_REQUESTS: u32 = 64;
 const TURN_BYTES: u64 = 1 << 20;
@@ -107,13 +109,27 @@ impl Command {
 enum Rx {
     Header,
     /// A read that is not yet completely cut into requests; `next` is where to go on.
-    Reading { command: u32, next: u64 },
+    Reading {
+        command: u32,
+        next: u64,
+    },
     /// A write whose next piece starts at `next` and has no buffer yet.
-    Writing { command: u32, next: u64 },
+    Writing {
+        command: u32,
+        next: u64,
+    },
     /// A piece of a write, filled up to `filled` bytes.
-    Payload { command: u32, offset: u64, data: Data, filled: u32, len: u32 },
+    Payload {
+        command: u32,
+        offset: u64,
+        data: Data,
+        filled: u32,
+        len: u32,
+    },
     /// Payload that nobody wants.
-    Skip { left: u32 },
+    Skip {
+        left: u32,
+    },
     /// The client said goodbye or is gone.
     Done,
 }
@@ -159,6 +175,8 @@ pub struct Conn {
     requests: u32,
     /// Bytes of payload at the disk or on their way to the client.
     held: u64,
+    /// Bytes of pool buffers that it really has.
+    buffers: u64,
     out: VecDeque<Reply>,
     /// The command whose ordered reply has begun.
     streaming: Option<u32>,
@@ -172,12 +190,18 @@ pub struct Conn {
     pub recv_op: Option<u64>,
     /// Operation of the reactor that sends.
     pub send_op: Option<u64>,
-    /// When the client last took or gave bytes.
-    pub progress_at: Nanos,
+    /// When the client last gave bytes.
+    received_at: Nanos,
+    /// When the client last took bytes, or had all of them.
+    sent_at: Nanos,
+    /// The end of the TLS session has been said.
+    said_goodbye: bool,
     /// Its operations have been cancelled.
     pub cancelled: bool,
     /// Takes no more input: being parked or drained.
     pub stopped: bool,
+    /// Starts no more sends: about to be parked. What is not sent goes along.
+    pub parking: bool,
     /// Why it is to end; `None` while it lives.
     closing: Option<String>,
 }
@@ -202,6 +226,11 @@ pub struct ConnCtx<'a> {
     pub now: Nanos,
     /// Buffers of the shard.
     pub pool: &'a mut Pool,
+    /// The disk's connections may take buffers (a disk may hold half of the budget; the first piece of a connection is always
+    /// allowed).
+    pub may_take: bool,
+    /// Bytes that the disk's connections may still start in this turn.
+    pub share: u64,
     /// New requests for the disk.
     pub out: &'a mut Vec<Request>,
 }
@@ -209,7 +238,8 @@ pub struct ConnCtx<'a> {
 impl Conn {
     /// Takes a negotiated connection over.
     pub fn new(handoff: Handoff, disk: u32, slot: u32, generation: u32, now: Nanos) -> Conn {
-        let mut conn = Conn::with(handoff.fd, handoff.transmission, handoff.peer, disk, slot, generation, now);
+        let mut conn =
+            Conn::with(handoff.fd, handoff.transmission, handoff.peer, disk, slot, generation, now);
         conn.tls = handoff.tls.map(Tls::new);
         conn.preload(&handoff.unread);
         conn
@@ -242,6 +272,7 @@ impl Conn {
             commands: slab::Slab::new(),
             requests: 0,
             held: 0,
+            buffers: 0,
             out: VecDeque::new(),
             streaming: None,
             deferred: VecDeque::new(),
@@ -250,9 +281,12 @@ impl Conn {
             recv_message: Message::new(2),
             recv_op: None,
             send_op: None,
-            progress_at: now,
+            received_at: now,
+            sent_at: now,
+            said_goodbye: false,
             cancelled: false,
             stopped: false,
+            parking: false,
             closing: None,
         }
     }
@@ -282,9 +316,47 @@ impl Conn {
         self.slot
     }
 
-    /// Bytes of payload at the disk or on their way to the client.
-    pub fn held(&self) -> u64 {
-        self.held
+    /// Bytes of pool buffers that it has.
+    pub fn buffers(&self) -> u64 {
+        self.buffers
+    }
+
+    /// A request of it was given a buffer.
+    pub fn note_buffer(&mut self, buf: &Buf) {
+        self.buffers += buf.capacity() as u64;
+    }
+
+    fn give(&mut self, pool: &mut Pool, buf: Buf) {
+        self.buffers = self.buffers.saturating_sub(buf.capacity() as u64);
+        pool.give(buf);
+    }
+
+    /// Gives the memory of a reply back.
+    fn discard(&mut self, pool: &mut Pool, data: Data) {
+        self.held = self.held.saturating_sub(data.len() as u64);
+        if let Data::Pool(buf, _) = data {
+            self.give(pool, buf);
+        }
+    }
+
+    /// Keeps buffers and has done nothing about it for `patience`.
+    pub fn is_stalled(&self, now: Nanos, patience: Nanos) -> bool {
+        let receives_nothing = self.send_op.is_some() && now > self.sent_at + patience;
+        let sends_nothing = matches!(self.rx, Rx::Payload { .. }) && now > self.received_at + patience;
+        receives_nothing || (sends_nothing && !self.stopped)
+    }
+
+    /// Has neither sent nor received for `time`.
+    pub fn is_idle(&self, now: Nanos, time: Nanos) -> bool {
+        now > self.sent_at + time && now > self.received_at + time
+    }
+
+    /// Whether a piece of a read may have a buffer although the budget is spent: when the connection has no other, or when the
+    /// piece is the next one of a reply that has to be sent in order, behind which all others wait.
+    pub fn may_always_have(&self, command: u32, offset: u64) -> bool {
+        let is_next =
+            |command: &Command| command.ordered.as_ref().is_some_and(|ordered| ordered.next == offset);
+        self.buffers == 0 || self.commands.get(command as usize).is_some_and(is_next)
     }
 
     /// Ends the connection when the kernel has let go of its memory.
@@ -307,11 +379,15 @@ impl Conn {
             && self.out.is_empty()
             && self.deferred.is_empty()
             && self.send_op.is_none()
+            && self.send_message.remaining() == 0
+            && (self.tls.is_none() || self.said_goodbye)
     }
 
     /// Every reply has been sent.
     pub fn is_sent(&self) -> bool {
-        self.out.is_empty() && self.deferred.is_empty() && self.send_op.is_none()
+        // A stopped connection may sit in the middle of an ordered reply, which holds the others back for ever.
+        let sending = self.send_op.is_some() || self.send_message.remaining() > 0;
+        self.out.is_empty() && !sending
     }
 
     fn rx_done(&mut self) {
@@ -327,6 +403,7 @@ impl Conn {
 
     /// Gives all buffers back; the kernel must be done with them.
     pub fn release(&mut self, pool: &mut Pool) {
+        self.buffers = 0;
         let mut give = |data: Data| {
             if let Data::Pool(buf, _) = data {
                 pool.give(buf);

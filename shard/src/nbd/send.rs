@@ -47,7 +47,7 @@ impl Conn {
                 let data = match request.payload.take() {
                     Some(buf) if request.errno == 0 => Data::Pool(buf, request.len as u32),
                     Some(buf) => {
-                        pool.give(buf);
+                        self.give(pool, buf);
                         Data::None
                     }
                     None => Data::None,
@@ -72,7 +72,7 @@ impl Conn {
             }
         }
         if let Some(buf) = request.payload.take() {
-            pool.give(buf);
+            self.give(pool, buf);
         }
     }
 
@@ -117,15 +117,14 @@ impl Conn {
             let (errno, finished) = (command.errno, command.issued && command.left == 0);
             let Some(ordered) = &mut command.ordered else { return };
             if errno != 0 && ordered.header_sent {
-                return self.close("a read failed after its header had been sent, which the simple reply style cannot say");
+                return self.close(
+                    "a read failed after its header had been sent, which the simple reply style cannot say",
+                );
             }
             if errno != 0 {
                 // Nothing was sent: wait for the other pieces, then say the error.
-                for (_, data) in ordered.ready.drain(..) {
-                    if let Data::Pool(buf, len) = data {
-                        self.held = self.held.saturating_sub(u64::from(len));
-                        pool.give(buf);
-                    }
+                for (_, data) in std::mem::take(&mut ordered.ready) {
+                    self.discard(pool, data);
                 }
                 if finished {
                     let command = self.commands.remove(key as usize);
@@ -133,7 +132,9 @@ impl Conn {
                 }
                 return;
             }
-            let Some(index) = ordered.ready.iter().position(|(offset, _)| *offset == ordered.next) else { return };
+            let Some(index) = ordered.ready.iter().position(|(offset, _)| *offset == ordered.next) else {
+                return;
+            };
             let (_, data) = ordered.ready.swap_remove(index);
             ordered.next += data.len() as u64;
             let first = !std::mem::replace(&mut ordered.header_sent, true);
@@ -153,10 +154,13 @@ impl Conn {
     fn end_streaming(&mut self, pool: &mut Pool) {
         self.streaming = None;
         self.out.append(&mut self.deferred);
-        // Another ordered reply may have been ready behind this one.
-        let next = self.commands.iter().find(|(_, c)| c.ordered.as_ref().is_some_and(|o| !o.ready.is_empty()));
-        if let Some((key, _)) = next {
-            self.stream(pool, key as u32);
+        // Others may have had their first piece, or their error, ready behind this one.
+        let ordered: Vec<_> =
+            self.commands.iter().filter(|(_, c)| c.ordered.is_some()).map(|(key, _)| key).collect();
+        for key in ordered {
+            if self.streaming.is_none() {
+                self.stream(pool, key as u32);
+            }
         }
     }
 
@@ -180,20 +184,28 @@ impl Conn {
 
     /// The operation that sends what is ready; `None` when there is nothing or a message is on its way.
     pub fn send_op(&mut self, pool: &mut Pool) -> Option<Op> {
-        if self.send_op.is_some() || (self.out.is_empty() && self.send_message.remaining() == 0) {
-            return None;
-        }
-        if self.closing.is_some() {
+        if self.send_op.is_some() || self.closing.is_some() || self.parking || !self.has_output() {
             return None;
         }
         let fd = self.raw_fd();
         if self.send_message.remaining() == 0 {
             self.fill_message(pool);
-            if self.closing.is_some() {
+            if self.closing.is_some() || self.send_message.remaining() == 0 {
                 return None;
             }
         }
         Some(Op::SendMsg { fd, header: self.send_message.prepare() })
+    }
+
+    /// Something is to be sent; at the end of a TLS session its goodbye.
+    fn has_output(&mut self) -> bool {
+        let last = matches!(self.rx, Rx::Done) && self.commands.is_empty() && self.deferred.is_empty();
+        let replies = !self.out.is_empty() || self.send_message.remaining() > 0;
+        let Some(tls) = &mut self.tls else { return replies };
+        if last && !replies && !std::mem::replace(&mut self.said_goodbye, true) {
+            tls.session.close();
+        }
+        replies || tls.session.output_len() > 0
     }
 
     fn fill_message(&mut self, pool: &mut Pool) {
@@ -220,26 +232,36 @@ impl Conn {
 
     /// Encrypts replies until a message is full.
     fn encrypt(&mut self, pool: &mut Pool) {
-        let Some(tls) = &mut self.tls else { return };
-        while tls.session.output_len() < 256 << 10 {
-            let Some(reply) = self.out.pop_front() else { break };
+        while let Some(mut reply) = self.out.pop_front() {
+            let Some(tls) = &mut self.tls else { return };
             let data = match &reply.data {
                 Data::None => &[][..],
                 Data::Pool(buf, len) => &pool.bytes(buf)[..*len as usize],
                 Data::Bytes(bytes) => bytes,
             };
-            for part in [&reply.head[..], data] {
+            let mut taken = [0; 2];
+            for (part, taken) in [&reply.head[..], data].into_iter().zip(&mut taken) {
                 match tls.session.write_plain(part) {
-                    Ok(n) if n == part.len() => {}
-                    Ok(_) => self.closing = Some("TLS took only a part of a reply".into()),
+                    Ok(n) => *taken = n,
                     Err(error) => self.closing = Some(error.to_string()),
                 }
+                if *taken < part.len() {
+                    break;
+                }
             }
-            if let Data::Pool(buf, len) = reply.data {
-                self.held = self.held.saturating_sub(u64::from(len));
-                pool.give(buf);
+            // The session's output is full: the rest of this reply is first in the next message.
+            let rest = data[taken[1]..].to_vec();
+            reply.head.drain(..taken[0]);
+            let data = std::mem::replace(&mut reply.data, Data::None);
+            self.discard(pool, data);
+            if !rest.is_empty() || !reply.head.is_empty() {
+                self.held += rest.len() as u64;
+                reply.data = Data::Bytes(rest);
+                self.out.push_front(reply);
+                break;
             }
         }
+        let Some(tls) = &mut self.tls else { return };
         tls.session.swap_output(&mut tls.output);
         if self.send_message.is_small(1) {
             self.send_message = Message::new(1);
@@ -254,7 +276,9 @@ impl Conn {
         if result < 0 {
             match -result {
                 libc::ECANCELED | libc::EINTR | libc::EAGAIN => {}
-                libc::EPIPE | libc::ECONNRESET => self.close("closed by the client with replies on their way"),
+                libc::EPIPE | libc::ECONNRESET => {
+                    self.close("closed by the client with replies on their way")
+                }
                 errno => {
                     let what = nix::errno::Errno::from_raw(errno).desc();
                     self.close(&format!("sending failed: {what}"));
@@ -262,7 +286,7 @@ impl Conn {
             }
             return;
         }
-        self.progress_at = now;
+        self.sent_at = now;
         self.send_message.advance(result as usize);
         if self.send_message.remaining() > 0 {
             return;
@@ -272,17 +296,17 @@ impl Conn {
 
     fn finish_sending(&mut self, pool: &mut Pool) {
         self.send_message.clear();
-        for reply in self.sending.drain(..) {
-            if let Data::Pool(buf, len) = reply.data {
-                self.held = self.held.saturating_sub(u64::from(len));
-                pool.give(buf);
-            }
+        let mut sent = std::mem::take(&mut self.sending);
+        for reply in sent.drain(..) {
+            self.discard(pool, reply.data);
         }
+        self.sending = sent;
     }
 
     /// Gives memory for large batches back when the connection has been idle.
     pub fn shrink(&mut self) {
-        if self.send_op.is_none() && self.out.is_empty() && self.sending.is_empty() {
+        let nothing = self.send_message.remaining() == 0 && self.sending.is_empty() && self.out.is_empty();
+        if self.send_op.is_none() && nothing {
             self.out.shrink_to(4);
             self.deferred.shrink_to_fit();
             self.sending.shrink_to_fit();

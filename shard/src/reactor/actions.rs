@@ -9,14 +9,17 @@ use crate::disk::{IoResult, Mem, SideTarget, Target};
 use crate::ram::{RamDisk, RamOutcome};
 use crate::request::Kind;
 use crate::storage::Completion;
+use crate::storage::pool::Buf;
 use crate::storage::side::{Extent, SideJob};
 use crate::storage::uring::IOWQ_WORKERS;
 
 /// Punted operations of one backing store that may be out: a quarter of the kernel's workers, so that a store that never
 /// answers leaves most of them to its neighbours.
 const PER_STORE: u32 = IOWQ_WORKERS[0] / 4;
-/// Bounce buffers of a shard; who comes later waits.
+/// Bounce buffers of a shard; who comes later waits. Every disk may have one beyond.
 const BOUNCES_MAX: u32 = 64;
+/// Bounce buffers of one disk: a store that never answers must leave the others theirs.
+const BOUNCES_PER_DISK: u32 = BOUNCES_MAX / 4;
 /// Tries of an operation that the kernel interrupted.
 const TRIES_MAX: u8 = 16;
 
@@ -42,12 +45,26 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn carry_out(&mut self, disk: u32, action: Action) {
-        if self.disks.get(disk as usize).is_none_or(|entry| entry.disk.is_none()) {
-            return;
+        let Some(entry) = self.disks.get(disk as usize).filter(|entry| entry.disk.is_some()) else { return };
+        if entry.zombie {
+            return self.carry_out_for_zombie(disk, action);
         }
+        self.carry_out_for_disk(disk, action);
+    }
+
+    fn carry_out_for_disk(&mut self, disk: u32, action: Action) {
         match action {
             Action::Io { .. } => self.start_io(disk, action),
-            Action::Sync | Action::Fallocate { .. } => self.start_gated(disk, action),
+            Action::Sync | Action::Fallocate { .. } => {
+                if self.enter_gate(disk, &action) {
+                    self.launch(disk, action, 0, true);
+                }
+            }
+            Action::DropBounce { req } => {
+                if let Some(bounce) = self.requests[req].bounce.take() {
+                    self.give_bounce(disk, bounce);
+                }
+            }
             Action::Side { target, call } => {
                 let Some(Backend::File(file)) = self.backend(disk).cloned() else { return };
                 let user_data = self.ops.insert(OpKind::Side { disk, target });
@@ -56,20 +73,15 @@ impl<K: Kernel> Shard<K> {
             }
             Action::Memory { req } => self.memory(disk, req),
             Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
-                let request = &mut self.requests[req];
-                if request.payload.is_none() {
-                    // A read that needed only its bounce buffer so far. It holds one already, so it may go beyond the budget.
-                    request.payload = self.pool.take(request.len as usize, true);
-                }
+                let request = &self.requests[req];
                 if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
-                    let (payload_at, bounce_at, len) = (payload_at as usize, bounce_at as usize, len as usize);
+                    let (payload_at, bounce_at, len) =
+                        (payload_at as usize, bounce_at as usize, len as usize);
                     if to_bounce {
                         self.pool.copy(payload, payload_at, bounce, bounce_at, len);
                     } else {
                         self.pool.copy(bounce, bounce_at, payload, payload_at, len);
                     }
-                } else {
-                    request.errno = libc::ENOMEM;
                 }
             }
             Action::ZeroBounce { req, at, len } => {
@@ -96,16 +108,50 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
+    /// A disk that was detached by force: nothing new goes to the kernel.
+    fn carry_out_for_zombie(&mut self, disk: u32, action: Action) {
+        const GONE: i32 = libc::EIO;
+        match action {
+            Action::Io { req, mem, len, .. } => self.io_done(disk, req, mem, len, IoResult::Failed(GONE)),
+            Action::Sync => self.with_disk(disk, |disk, ctx| disk.on_sync(ctx, GONE)),
+            Action::Fallocate { group, .. } | Action::Side { target: SideTarget::Group(group), .. } => {
+                self.with_disk(disk, |disk, ctx| disk.on_space(ctx, group, GONE));
+            }
+            Action::Memory { req } | Action::Side { target: SideTarget::Request(req), .. } => {
+                self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, Err(GONE)));
+            }
+            _ => self.carry_out_for_disk(disk, action),
+        }
+    }
+
+    /// Actions of a disk that wait for buffers, kernel workers or the next turn go on at once, to be refused.
+    pub(super) fn unqueue(&mut self, slot: u32) {
+        let mut queued = Vec::new();
+        let mut take = |disk: u32, action: Action| {
+            let ours = disk == slot;
+            if ours {
+                queued.push((disk, action));
+            }
+            !ours
+        };
+        self.starved.retain(|&(disk, action)| take(disk, action));
+        self.retry.retain(|&(disk, action)| take(disk, action));
+        for gate in self.gates.values_mut() {
+            gate.waiting.retain(|&(disk, action)| take(disk, action));
+        }
+        self.actions.extend(queued);
+    }
+
     /// Finds memory for an I/O and starts it.
     fn start_io(&mut self, disk: u32, action: Action) {
-        let Action::Io { req, write, target, offset, len, mem } = action else { return };
-        let Some(addr) = self.address(req, mem) else {
+        let Action::Io { req, write, target, len, mem, .. } = action else { return };
+        let Some(addr) = self.address(disk, req, mem) else {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((disk, action));
             return;
         };
-        let (fd, gated) = match self.backend(disk) {
-            Some(Backend::File(file)) => descriptor(file, target),
+        let gated = match self.backend(disk) {
+            Some(Backend::File(file)) => descriptor(file, target).1,
             Some(Backend::Ram(ram)) => {
                 let ram = ram.clone();
                 return self.ram_io(disk, &ram, action);
@@ -114,44 +160,87 @@ impl<K: Kernel> Shard<K> {
                 if !write && let Some(payload) = &self.requests[req].payload {
                     self.pool.bytes_mut(payload)[..len as usize].fill(0);
                 }
-                return self.io_done(disk, req, target, mem, len, IoResult::Done);
+                return self.io_done(disk, req, mem, len, IoResult::Done);
             }
         };
-        if gated && !self.enter_gate(disk, &action) {
-            return;
+        if !gated || self.enter_gate(disk, &action) {
+            self.launch(disk, action, addr, gated);
         }
-        let op = IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+    }
+
+    /// Hands a file operation to the kernel. `addr` is the memory of an I/O.
+    fn launch(&mut self, disk: u32, action: Action, addr: usize, gated: bool) {
+        let Some(Backend::File(file)) = self.backend(disk) else { return };
+        let fd = file.fd.as_raw_fd();
+        let (kind, op) = match action {
+            Action::Io { req, write, target, offset, len, mem } => {
+                let (fd, _) = descriptor(file, target);
+                self.disks[disk as usize].ops += 1;
+                let op = IoOp { disk, req, write, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+                return self.push_io(op);
+            }
+            Action::Fallocate { group, mode, offset, len } => {
+                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
+            }
+            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
+        };
+        let user_data = self.ops.insert(kind);
         self.disks[disk as usize].ops += 1;
-        self.push_io(op);
+        self.counters.ring_ops.add(1);
+        self.kernel.push(user_data, op);
     }
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
-    fn address(&mut self, req: ReqKey, mem: Mem) -> Option<usize> {
+    fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
         let request = &mut self.requests[req];
+        // The bytes of a read arrive in its payload in the end, also those that are bounced.
+        let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
+        if needs_payload && request.payload.is_none() {
+            let (len, offset) = (request.len, request.offset);
+            let conn = request.origin.and_then(|origin| {
+                let conn = self.conns.get_mut(origin.conn as usize)?;
+                (conn.generation == origin.generation).then_some((conn, origin.command))
+            });
+            let guaranteed =
+                conn.as_ref().is_none_or(|(conn, command)| conn.may_always_have(*command, offset));
+            let buf = self.pool.take(len as usize, guaranteed)?;
+            if let Some((conn, _)) = conn {
+                conn.note_buffer(&buf);
+            }
+            request.payload = Some(buf);
+        }
         match mem {
             Mem::Zeroes => Some(self.pool.zeroes()),
-            Mem::Payload(at) => {
-                if request.payload.is_none() {
-                    let len = request.len;
-                    let guaranteed = request
-                        .origin
-                        .and_then(|origin| self.conns.get(origin.conn as usize))
-                        .is_none_or(|conn| conn.held() <= len);
-                    request.payload = Some(self.pool.take(len as usize, guaranteed)?);
-                }
-                request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize)
-            }
+            Mem::Payload(at) => request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize),
             Mem::Bounce { at, size } => {
                 if request.bounce.is_none() {
                     // Beyond the budget, or payloads that wait for a bounce buffer could fill it; bounded on its own.
-                    if self.bounces >= BOUNCES_MAX {
+                    let entry = &mut self.disks[disk as usize];
+                    let full = self.bounces >= BOUNCES_MAX || entry.bounces >= BOUNCES_PER_DISK;
+                    if full && entry.bounces > 0 {
                         return None;
                     }
                     request.bounce = Some(self.pool.take(size as usize, true)?);
                     self.bounces += 1;
+                    entry.bounces += 1;
                 }
                 request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
             }
+        }
+    }
+
+    /// Gives the bounce buffer of a request back, if it has one.
+    pub(super) fn free_bounce(&mut self, disk: u32, request: &mut Request) {
+        if let Some(bounce) = request.bounce.take() {
+            self.give_bounce(disk, bounce);
+        }
+    }
+
+    fn give_bounce(&mut self, disk: u32, bounce: Buf) {
+        self.pool.give(bounce);
+        self.bounces -= 1;
+        if let Some(entry) = self.disks.get_mut(disk as usize) {
+            entry.bounces -= 1;
         }
     }
 
@@ -187,13 +276,14 @@ impl<K: Kernel> Shard<K> {
             RamOutcome::NoSpace => IoResult::Failed(libc::ENOSPC),
             RamOutcome::Failed(errno) => IoResult::Failed(errno),
         };
-        self.io_done(disk, req, target, mem, len, result);
+        self.io_done(disk, req, mem, len, result);
     }
 
     /// Discards, zeroes or lists a range of a disk in memory.
     fn memory(&mut self, disk: u32, req: ReqKey) {
         let request = &self.requests[req];
-        let (kind, offset, len) = (request.kind, request.offset + request.cursor, request.len - request.cursor);
+        let (kind, offset, len) =
+            (request.kind, request.offset + request.cursor, request.len - request.cursor);
         let result = match self.backend(disk) {
             Some(Backend::Ram(ram)) => match kind {
                 Kind::Extents { max } => {
@@ -222,25 +312,6 @@ impl<K: Kernel> Shard<K> {
         self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, result));
     }
 
-    /// Starts fdatasync or fallocate when the store's share of kernel workers allows.
-    fn start_gated(&mut self, disk: u32, action: Action) {
-        if !self.enter_gate(disk, &action) {
-            return;
-        }
-        let Some(Backend::File(file)) = self.backend(disk) else { return };
-        let fd = file.fd.as_raw_fd();
-        let (kind, op) = match action {
-            Action::Fallocate { group, mode, offset, len } => {
-                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
-            }
-            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
-        };
-        let user_data = self.ops.insert(kind);
-        self.disks[disk as usize].ops += 1;
-        self.counters.ring_ops.add(1);
-        self.kernel.push(user_data, op);
-    }
-
     /// Counts one more punted operation of the disk's store, or lets the action wait.
     fn enter_gate(&mut self, disk: u32, action: &Action) -> bool {
         let Some(store) = self.disks[disk as usize].store else { return true };
@@ -257,12 +328,28 @@ impl<K: Kernel> Shard<K> {
         let Some(store) = self.disks.get(disk as usize).and_then(|entry| entry.store) else { return };
         let Some(gate) = self.gates.get_mut(&store) else { return };
         gate.in_flight = gate.in_flight.saturating_sub(1);
-        match gate.waiting.pop_front() {
-            Some(next) => self.actions.push_back(next),
-            None if gate.in_flight == 0 => {
-                self.gates.remove(&store);
+        self.open_gate(store);
+    }
+
+    /// Starts what waits for a store, as far as its share goes.
+    pub(super) fn open_gate(&mut self, store: u64) {
+        while let Some(gate) = self.gates.get_mut(&store) {
+            if gate.in_flight >= PER_STORE {
+                return;
             }
-            None => {}
+            let Some((disk, action)) = gate.waiting.pop_front() else {
+                if gate.in_flight == 0 {
+                    self.gates.remove(&store);
+                }
+                return;
+            };
+            gate.in_flight += 1;
+            let addr = match action {
+                // It got its memory before it began to wait.
+                Action::Io { req, mem, .. } => self.address(disk, req, mem).unwrap_or(0),
+                _ => 0,
+            };
+            self.launch(disk, action, addr, true);
         }
     }
 
@@ -285,6 +372,14 @@ impl<K: Kernel> Shard<K> {
             OpKind::Io(op) => self.on_io(op, result),
             OpKind::Sync { disk } => {
                 self.op_gone(disk, true);
+                if result < 0
+                    && let Some(entry) = self.disks.get_mut(disk as usize)
+                    && entry.quarantined
+                    && let Some(d) = &mut entry.disk
+                {
+                    // The kernel says it once: the flush that runs again would succeed.
+                    d.note_flush_failed();
+                }
                 self.deliver(disk, |disk, ctx| disk.on_sync(ctx, -result.min(0)));
             }
             OpKind::Fallocate { disk, group } => {
@@ -335,11 +430,11 @@ impl<K: Kernel> Shard<K> {
             errno => IoResult::Failed(-errno),
         };
         self.op_gone(op.disk, op.gated);
-        self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.target, op.mem, op.len, outcome));
+        self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.mem, op.len, outcome));
     }
 
-    fn io_done(&mut self, disk: u32, req: ReqKey, target: Target, mem: Mem, len: u32, result: IoResult) {
-        self.with_disk(disk, |disk, ctx| disk.on_io(ctx, req, target, mem, len, result));
+    fn io_done(&mut self, disk: u32, req: ReqKey, mem: Mem, len: u32, result: IoResult) {
+        self.with_disk(disk, |disk, ctx| disk.on_io(ctx, req, mem, len, result));
     }
 
     /// Results of side threads.
@@ -357,19 +452,28 @@ impl<K: Kernel> Shard<K> {
 
     /// Tries again what waited for buffers.
     pub(super) fn feed_starved(&mut self) {
+        // Each is tried once, and goes to the back in the same order if there is still none. A connection that has to wait does
+        // not stop the others; its own later actions are not tried before its first.
+        let mut waiting = std::mem::take(&mut self.starving);
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
+            let conn = match action {
+                Action::Io { req, .. } => self.requests[req].origin.map(|origin| origin.conn),
+                _ => None,
+            };
+            if waiting.contains(&(disk, conn)) {
+                self.starved.push_back((disk, action));
+                continue;
+            }
             let before = self.starved.len();
             self.carry_out(disk, action);
             self.run_actions();
             if self.starved.len() > before {
-                // Still none: it went to the back, and has to be first again.
-                if let Some(last) = self.starved.pop_back() {
-                    self.starved.push_front(last);
-                }
-                break;
+                waiting.push((disk, conn));
             }
         }
+        waiting.clear();
+        self.starving = waiting;
         for _ in 0..self.want_buffer.len() {
             if let Some(conn) = self.want_buffer.pop_front() {
                 self.service(conn);
@@ -380,10 +484,7 @@ impl<K: Kernel> Shard<K> {
     /// Answers a request: the one place where requests end.
     fn answer(&mut self, slot: u32, key: ReqKey) {
         let mut request = self.requests.remove(key);
-        if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
-        }
+        self.free_bounce(slot, &mut request);
         let entry = &mut self.disks[slot as usize];
         entry.requests -= 1;
         if let Some(disk) = &entry.disk {
@@ -400,14 +501,17 @@ impl<K: Kernel> Shard<K> {
                 } else {
                     ops.errors.add(1);
                 }
-                ops.service.record(total - queue);
-                ops.queue.record(queue);
-                entry.meter.record(class, queue, total, self.now);
+                // One duration per operation of the client: its first piece stands for a large one.
+                if request.operations > 0 {
+                    ops.service.record(total - queue);
+                    ops.queue.record(queue);
+                    entry.meter.record(class, queue, total, self.now);
+                }
             }
         }
         if let Some(Pending::Remove { flush, .. }) = &mut entry.pending {
             if *flush == Flush::Asked(key) {
-                *flush = Flush::Done;
+                *flush = if request.errno == 0 { Flush::Done } else { Flush::Failed };
             }
             self.unsettled.push(slot);
         } else if entry.pending.is_some() {
@@ -436,6 +540,6 @@ impl<K: Kernel> Shard<K> {
 fn descriptor(file: &ImageFile, target: Target) -> (i32, bool) {
     match (target, &file.tail) {
         (Target::Tail, Some(tail)) => (tail.as_raw_fd(), true),
-        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None),
+        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None || file.punts || target == Target::Tail),
     }
 }

@@ -38,16 +38,22 @@ impl<K: Kernel> Shard<K> {
                 self.stopping = Some(tag);
                 Ok(None)
             }
-            Command::RemoveDisk { disk, force } => self.slot(disk).and_then(|slot| self.remove(slot, tag, force)),
-            Command::Connect { disk, handoff } => self.slot(disk).and_then(|slot| self.connect(slot, *handoff)),
+            Command::RemoveDisk { disk, force } => {
+                self.slot(disk).and_then(|slot| self.remove(slot, tag, force))
+            }
+            Command::Connect { disk, handoff } => {
+                self.slot(disk).and_then(|slot| self.connect(slot, *handoff))
+            }
             Command::Pause { disk } => self.slot(disk).and_then(|slot| self.pause(slot, tag)),
             Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
-            Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_pending(slot)),
+            Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_park(slot)),
             Command::Resume { disk, data_in_doubt } => {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
             Command::Fail { disk } => self.slot(disk).and_then(|slot| {
-                self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Failed, "given up by an operator"));
+                self.with_disk(slot, |disk, ctx| {
+                    disk.fail(ctx, DiskState::Failed, "given up by an operator")
+                });
                 self.unsettled.push(slot);
                 Ok(Some(Reply::Done))
             }),
@@ -61,7 +67,8 @@ impl<K: Kernel> Shard<K> {
             Command::Clients { disk } => self.slot(disk).map(|slot| Some(Reply::Clients(self.clients(slot)))),
             Command::InjectPanic { disk } => self.slot(disk).and_then(|slot| {
                 if !self.fault_commands {
-                    let message = "fault commands are off: start the daemon with --fault-commands (tests only)";
+                    let message =
+                        "fault commands are off: start the daemon with --fault-commands (tests only)";
                     return Err(failure(ShardErrorKind::WrongState, message));
                 }
                 self.with_disk(slot, |disk, _| disk.panic_for_test());
@@ -92,11 +99,14 @@ impl<K: Kernel> Shard<K> {
             conns: Vec::new(),
             ops: 0,
             requests: 0,
+            bounces: 0,
+            share: (0, 0),
             meter: Meter::default(),
             pending: None,
             timer: None,
             panics: 0,
             quarantined: false,
+            before_quarantine: (DiskState::Running, String::new()),
             zombie: false,
             zombie_tag: None,
             store,
@@ -148,10 +158,16 @@ impl<K: Kernel> Shard<K> {
                 Pending::Park { .. } => "being moved",
                 Pending::Remove { .. } => "being detached",
             };
-            return Err(failure(ShardErrorKind::WrongState, format!("the disk is {what}: wait for that to end")));
+            return Err(failure(
+                ShardErrorKind::WrongState,
+                format!("the disk is {what}: wait for that to end"),
+            ));
         }
         if entry.quarantined || entry.zombie {
-            return Err(failure(ShardErrorKind::WrongState, "the disk waits for kernel operations to come back"));
+            return Err(failure(
+                ShardErrorKind::WrongState,
+                "the disk waits for kernel operations to come back",
+            ));
         }
         entry.pending = Some(pending);
         self.unsettled.push(slot);
@@ -193,36 +209,39 @@ impl<K: Kernel> Shard<K> {
             return Err(failure(ShardErrorKind::WrongState, message));
         }
         self.with_disk(slot, |disk, _| disk.hold());
-        self.stop_conns(slot, true);
+        self.stop_conns(slot);
         Ok(None)
     }
 
-    /// Stops reading from the connections of a disk; `cancel` also takes back what the kernel is doing for them.
-    pub(super) fn stop_conns(&mut self, slot: u32, cancel: bool) {
+    /// Stops reading from the connections of a disk.
+    fn stop_conns(&mut self, slot: u32) {
+        for &conn in &self.disks[slot as usize].conns {
+            if let Some(conn) = self.conns.get_mut(conn as usize) {
+                conn.stopped = true;
+            }
+        }
+    }
+
+    /// Connections read and send again.
+    pub(super) fn restart_conns(&mut self, slot: u32) {
         for conn in self.disks[slot as usize].conns.clone() {
             if let Some(c) = self.conns.get_mut(conn as usize) {
-                c.stopped = true;
-            }
-            if cancel {
-                self.cancel_conn(conn);
+                c.stopped = false;
+                c.parking = false;
+                self.dirty.push(conn);
             }
         }
     }
 
     /// Returns to service.
-    fn cancel_pending(&mut self, slot: u32) -> Outcome {
-        let Some(pending) = self.disks[slot as usize].pending.take() else { return Ok(Some(Reply::Done)) };
-        let tag = match pending {
-            Pending::Pause { tag } | Pending::Park { tag } | Pending::Remove { tag, .. } => tag,
+    fn cancel_park(&mut self, slot: u32) -> Outcome {
+        let Some(Pending::Park { tag }) = self.disks[slot as usize].pending else {
+            return Ok(Some(Reply::Done));
         };
+        self.disks[slot as usize].pending = None;
         self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
         self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
-        for conn in self.disks[slot as usize].conns.clone() {
-            if let Some(c) = self.conns.get_mut(conn as usize) {
-                c.stopped = false;
-                self.dirty.push(conn);
-            }
-        }
+        self.restart_conns(slot);
         Ok(Some(Reply::Done))
     }
 
@@ -238,6 +257,11 @@ impl<K: Kernel> Shard<K> {
         }
         if parked.state != DiskState::Running || parked.flush_failed {
             let (state, reason, flush_failed) = (parked.state, parked.reason, parked.flush_failed);
+            if state == DiskState::StorageError {
+                // It may have failed on its way, when nobody was told.
+                let disk = self.disks[slot as usize].id;
+                self.events.send(Event::State { disk, state, reason: reason.clone() });
+            }
             self.with_disk(slot, |disk, _| disk.restore(state, &reason, flush_failed));
         }
         for request in parked.requests {
@@ -245,7 +269,8 @@ impl<K: Kernel> Shard<K> {
                 let (conn, generation) = origins[index];
                 crate::request::Origin { conn, generation, command }
             });
-            let mut new = Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
+            let mut new =
+                Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
             new.operations = request.operations;
             if let Some(bytes) = request.payload {
                 let Some(buf) = self.pool.take(bytes.len(), true) else {
@@ -255,6 +280,9 @@ impl<K: Kernel> Shard<K> {
                     continue;
                 };
                 self.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(&bytes);
+                if let Some(conn) = origin.and_then(|origin| self.conns.get_mut(origin.conn as usize)) {
+                    conn.note_buffer(&buf);
+                }
                 new.payload = Some(buf);
             }
             debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.payload.is_some());
@@ -279,7 +307,8 @@ impl<K: Kernel> Shard<K> {
         if force {
             return self.remove_by_force(slot, tag);
         }
-        let state = self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
+        let state =
+            self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
         match state {
             Some((DiskState::Running | DiskState::Failed, _)) => {}
             Some((state, reason)) => {
@@ -291,7 +320,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.set_pending(slot, Pending::Remove { tag, flush: Flush::NotYet })?;
         self.with_disk(slot, |disk, _| disk.drain());
-        self.stop_conns(slot, false);
+        self.stop_conns(slot);
         Ok(None)
     }
 
@@ -303,6 +332,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+        self.unqueue(slot);
         self.run_actions();
         for conn in self.disks[slot as usize].conns.clone() {
             if let Some(c) = self.conns.get_mut(conn as usize) {
@@ -310,7 +340,12 @@ impl<K: Kernel> Shard<K> {
                 self.dirty.push(conn);
             }
         }
-        self.disks[slot as usize].zombie_tag = Some(tag);
+        if let Some(earlier) = self.disks[slot as usize].zombie_tag.replace(tag) {
+            self.reply(
+                earlier,
+                Err(failure(ShardErrorKind::Interrupted, "the disk was detached by force again")),
+            );
+        }
         self.unsettled.push(slot);
         Ok(None)
     }

@@ -1,6 +1,6 @@
 //! Kernel operations that are out, each in a slot with a generation, so that a completion that comes late finds nobody else's.
 
-use crate::disk::{Mem, SideTarget, Target};
+use crate::disk::{Mem, SideTarget};
 use crate::request::ReqKey;
 
 /// What an operation is for.
@@ -30,7 +30,6 @@ pub(super) struct IoOp {
     pub disk: u32,
     pub req: ReqKey,
     pub write: bool,
-    pub target: Target,
     pub mem: Mem,
     pub fd: i32,
     pub addr: usize,

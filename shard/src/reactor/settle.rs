@@ -55,25 +55,27 @@ impl<K: Kernel> Shard<K> {
     fn settle_quarantine(&mut self, slot: u32) {
         let entry = &mut self.disks[slot as usize];
         if entry.ops > 0 {
-            return;
+            return self.tell_zombie(slot);
         }
         let Some(disk) = entry.disk.take() else { return };
+        let (now, before) = ((disk.state(), disk.reason().to_owned()), entry.before_quarantine.clone());
         let mut disk = disk.rebuilt(self.now);
-        let again = entry.panics < 2;
-        let reason = if again {
-            String::new()
-        } else {
-            "the disk's code failed twice: `resume` tries again, `fail` gives the disk up".to_owned()
-        };
-        let state = match (entry.zombie, again) {
-            (true, _) => DiskState::Zombie,
-            (false, true) => DiskState::Running,
-            (false, false) => DiskState::Paused,
+        let (state, reason) = match now.0 {
+            // A command that came meanwhile.
+            DiskState::Failed | DiskState::Zombie => now,
+            _ if entry.panics < 2 || before.0 == DiskState::Failed => before,
+            _ => {
+                let reason = "the disk's code failed twice: `resume` tries again, `fail` gives the disk up";
+                (DiskState::Paused, reason.to_owned())
+            }
         };
         disk.set_state(state, &reason);
         entry.disk = Some(disk);
         entry.quarantined = false;
         let id = entry.id;
+        if state == DiskState::Paused {
+            self.end_pending(slot, "the disk's code failed twice, it is paused now");
+        }
         self.events.send(Event::State { disk: id, state, reason });
         let mut keys: Vec<_> = self
             .requests
@@ -86,31 +88,52 @@ impl<K: Kernel> Shard<K> {
             let request = &mut self.requests[key];
             request.rewind();
             request.pending = 0;
-            request.throttled = 0;
+            if std::mem::take(&mut request.throttled) != 0
+                && let Some(disk) = &self.disks[slot as usize].disk
+            {
+                disk.config().counters.throttled_now.sub(1);
+            }
             self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
             self.run_actions();
         }
         self.unsettled.push(slot);
     }
 
+    /// Ends a move or detach that cannot go on.
+    fn end_pending(&mut self, slot: u32, why: &str) {
+        let entry = &mut self.disks[slot as usize];
+        let (Some(Pending::Park { tag }) | Some(Pending::Remove { tag, .. })) = entry.pending else { return };
+        entry.pending = None;
+        if let Some(disk) = &mut entry.disk {
+            disk.state_before_hold();
+        }
+        self.restart_conns(slot);
+        self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message: why.to_owned() }));
+    }
+
     fn settle_zombie(&mut self, slot: u32) {
         let entry = &mut self.disks[slot as usize];
         let gone = entry.ops == 0 && entry.requests == 0 && entry.conns.is_empty();
         if !gone {
-            // Told once; the connections go within this turn or the next.
-            if entry.ops > 0
-                && let Some(tag) = entry.zombie_tag.take()
-            {
-                let in_flight = entry.ops;
-                self.reply(tag, Ok(Reply::Zombie { in_flight }));
-            }
-            return;
+            // The connections go within this turn or the next.
+            return self.tell_zombie(slot);
         }
         let tag = entry.zombie_tag.take();
         let Some(config) = self.take_disk(slot) else { return };
         match tag {
             Some(tag) => self.reply(tag, Ok(Reply::Removed(config))),
             None => self.events.send(Event::ZombieGone { config }),
+        }
+    }
+
+    /// Answers a forced detach, once, if the kernel still works for the disk.
+    fn tell_zombie(&mut self, slot: u32) {
+        let entry = &mut self.disks[slot as usize];
+        let in_flight = entry.ops;
+        if in_flight > 0
+            && let Some(tag) = entry.zombie_tag.take()
+        {
+            self.reply(tag, Ok(Reply::Zombie { in_flight }));
         }
     }
 
@@ -122,9 +145,16 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn settle_park(&mut self, slot: u32, tag: u64) {
-        let entry = &self.disks[slot as usize];
-        let all_still =
-            entry.conns.iter().all(|&conn| self.conns.get(conn as usize).is_none_or(|conn| conn.can_park()));
+        // Replies are sent until the last request has its answer, or their buffers might be what it waits for. Now that nothing
+        // runs, what the kernel does for the connections is taken back.
+        let mut all_still = true;
+        for conn in self.disks[slot as usize].conns.clone() {
+            let Some(c) = self.conns.get_mut(conn as usize) else { continue };
+            all_still &= c.can_park();
+            if !std::mem::replace(&mut c.parking, true) {
+                self.cancel_conn(conn);
+            }
+        }
         if !all_still {
             return;
         }
@@ -157,10 +187,8 @@ impl<K: Kernel> Shard<K> {
             self.pool.give(buf);
             bytes
         });
-        if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
-        }
+        let slot = request.disk;
+        self.free_bounce(slot, &mut request);
         if let Some(entry) = self.disks.get(request.disk as usize)
             && let Some(disk) = &entry.disk
         {
@@ -182,18 +210,13 @@ impl<K: Kernel> Shard<K> {
     fn settle_remove(&mut self, slot: u32, tag: u64, flush: Flush) {
         let entry = &mut self.disks[slot as usize];
         let Some(disk) = &entry.disk else { return };
-        if disk.state() == DiskState::StorageError {
+        if disk.state() == DiskState::StorageError || flush == Flush::Failed {
             let message = format!(
                 "the disk cannot be detached without loss: {}; mend the store and resume, or detach it with --force",
                 disk.reason()
             );
             entry.pending = None;
-            for conn in entry.conns.clone() {
-                if let Some(c) = self.conns.get_mut(conn as usize) {
-                    c.stopped = false;
-                    self.dirty.push(conn);
-                }
-            }
+            self.restart_conns(slot);
             return self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message }));
         }
         match flush {

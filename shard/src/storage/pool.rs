@@ -60,7 +60,9 @@ pub struct Pool {
 
 /// The pool could not be mapped.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot reserve {bytes} bytes of address space for I/O buffers: {source}; raise the limit of virtual memory (ulimit -v) or lower the buffer budget")]
+#[error(
+    "cannot reserve {bytes} bytes of address space for I/O buffers: {source}; raise the limit of virtual memory (ulimit -v) or lower the buffer budget"
+)]
 pub struct PoolError {
     /// Wanted.
     pub bytes: usize,
@@ -83,7 +85,8 @@ fn map(bytes: usize, protection: i32) -> Result<NonNull<u8>, PoolError> {
     if address == libc::MAP_FAILED {
         return Err(PoolError { bytes, source: std::io::Error::last_os_error() });
     }
-    NonNull::new(address.cast()).ok_or_else(|| PoolError { bytes, source: std::io::Error::other("mapped at 0") })
+    NonNull::new(address.cast())
+        .ok_or_else(|| PoolError { bytes, source: std::io::Error::other("mapped at 0") })
 }
 
 impl Pool {
@@ -106,6 +109,11 @@ impl Pool {
             budget,
             idle_floor: count,
         })
+    }
+
+    /// Bytes that connections share.
+    pub fn budget(&self) -> usize {
+        self.budget
     }
 
     /// Bytes in use.
@@ -205,6 +213,12 @@ impl Pool {
         self.base.as_ptr() as usize + buf.chunk as usize * CHUNK + buf.slot as usize * PAGE
     }
 
+    /// Address and length of the memory that all buffers are carved from.
+    #[cfg(test)]
+    pub fn range(&self) -> (usize, usize) {
+        (self.base.as_ptr() as usize, self.mapped)
+    }
+
     /// Address of [`CHUNK`] bytes that read as zero, for writes.
     pub fn zeroes(&self) -> usize {
         self.zeroes.as_ptr() as usize
@@ -225,7 +239,10 @@ impl Pool {
 
     /// Copies `len` bytes between two buffers.
     pub fn copy(&mut self, from: &Buf, from_offset: usize, to: &Buf, to_offset: usize, len: usize) {
-        assert!(from_offset + len <= from.capacity() && to_offset + len <= to.capacity(), "copy inside buffers");
+        assert!(
+            from_offset + len <= from.capacity() && to_offset + len <= to.capacity(),
+            "copy inside buffers"
+        );
         // SAFETY: both ranges are inside their pieces (asserted), and two handles never name the same piece.
         unsafe {
             std::ptr::copy_nonoverlapping(

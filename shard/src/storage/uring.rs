@@ -71,7 +71,11 @@ pub fn build_ring(flavour: RingFlavour, entries: u32, cq_entries: u32) -> std::i
 }
 
 /// The best flavour from `best` downwards that the kernel grants, with its ring.
-pub fn best_ring(best: RingFlavour, entries: u32, cq_entries: u32) -> std::io::Result<(IoUring, RingFlavour)> {
+pub fn best_ring(
+    best: RingFlavour,
+    entries: u32,
+    cq_entries: u32,
+) -> std::io::Result<(IoUring, RingFlavour)> {
     let flavours = [RingFlavour::Deferred, RingFlavour::Cooperative, RingFlavour::Plain];
     let mut last = None;
     for flavour in flavours.into_iter().filter(|&f| f >= best) {

@@ -1,0 +1,259 @@
+//! Whether an answer is allowed, and whether a silence has an excuse.
+
+use ring_bridge::nbd::NbdError;
+
+use super::client::{Answer, Ask, Asked, Life};
+use super::kernel::What;
+use super::operator::{Kind, Place};
+use super::scenario::Sim;
+use crate::api::{CacheMode, ErrorPolicy};
+
+/// Most bytes of one place that is compared after a flush.
+const SAMPLE: u64 = 256;
+
+impl Sim {
+    /// An answer has come.
+    pub fn judge(&mut self, number: usize, answer: Answer, now: u64) {
+        let Answer { asked, error } = answer;
+        let disk = self.clients[number].disk;
+        {
+            let mut world = self.world.borrow_mut();
+            world.trace([6 | (number as u64) << 4, u64::from(error), asked.offset]);
+            world.say(format_args!(
+                "client {number} disk {disk}: answer {error} to {} {}+{}",
+                name(&asked.ask),
+                asked.offset,
+                asked.len
+            ));
+        }
+        self.note_failed_syncs();
+        if let Ask::Change { stamp, .. } = asked.ask {
+            let outcome = asked.outcome(error);
+            self.disks[disk].model.end(now, stamp, outcome);
+        }
+        if let Ask::Bad { error: expected } = asked.ask {
+            assert_eq!(error, expected, "client {number}: a bad request got another error");
+            return;
+        }
+        if error == 0 {
+            return self.judge_success(number, &asked);
+        }
+        if let Err(why) = self.justify(disk, &asked, error) {
+            self.describe();
+            panic!("client {number} of disk {disk}: error {error} for {asked:?}: {why}");
+        }
+    }
+
+    /// The disk learns of fdatasyncs that the kernel has failed.
+    fn note_failed_syncs(&mut self) {
+        let mut world = self.world.borrow_mut();
+        let failures = std::mem::take(&mut world.new_failures);
+        for failure in failures {
+            if failure.what == What::Sync {
+                let disk = &mut self.disks[failure.file];
+                disk.sync_failed = Some(failure.at);
+                disk.model.doubt = failure.at;
+            }
+            world.failures.push(failure);
+        }
+    }
+
+    fn judge_success(&mut self, number: usize, asked: &Asked) {
+        let disk = self.clients[number].disk;
+        let d = &self.disks[disk];
+        let (since, range) = match &asked.ask {
+            Ask::Flush { since } => (since, None),
+            Ask::Change { fua: true, trim: false, .. } => {
+                (&d.model.snapshot(self.world.borrow().instant, 0, d.size), {
+                    Some((asked.offset, asked.offset + asked.len))
+                })
+            }
+            _ => return,
+        };
+        if let Some(at) = d.sync_failed {
+            let refused = asked.sent > at
+                && !self.orders.values().any(|o| o.disk == disk && o.kind == Kind::ResumeInDoubt);
+            assert!(!refused, "client {number} of disk {disk}: success after a failed fdatasync: {asked:?}");
+        }
+        if d.read_only {
+            return;
+        }
+        let (from, to) = range.unwrap_or((0, d.size));
+        let world = self.world.borrow();
+        for _ in 0..6 {
+            let start = self.rng.between(from, to - 1);
+            let end = (start + SAMPLE).min(to);
+            let durable = &world.files[disk].durable[start as usize..end as usize];
+            if let Err(message) = d.model.check_durable(since, start, durable) {
+                drop(world);
+                self.describe();
+                panic!("client {number} of disk {disk}: not durable after {}: {message}", name(&asked.ask));
+            }
+        }
+    }
+
+    /// After a detach everything is durable.
+    pub fn check_durable_all(&mut self, disk: usize) {
+        self.note_failed_syncs();
+        let now = self.instant();
+        let d = &self.disks[disk];
+        let since = d.model.snapshot(now, 0, d.size);
+        let durable = self.world.borrow().files[disk].durable.clone();
+        if let Err(message) = d.model.check_durable(&since, 0, &durable) {
+            self.describe();
+            panic!("disk {disk} was detached and is not durable: {message}");
+        }
+    }
+
+    /// Whether an error has a cause of its own.
+    fn justify(&mut self, disk: usize, asked: &Asked, error: u32) -> Result<(), String> {
+        let d = &self.disks[disk];
+        if error == NbdError::Eio.code() && (d.failed || asked.sent < d.attached_at) {
+            return Ok(());
+        }
+        if matches!(asked.ask, Ask::Change { fast: true, .. }) && error == NbdError::Enotsup.code() {
+            return Ok(());
+        }
+        let through = d.image.cache == CacheMode::Writethrough;
+        let synced = match asked.ask {
+            Ask::Flush { .. } => true,
+            Ask::Change { fua, .. } => fua || through,
+            _ => false,
+        };
+        if synced && d.sync_failed.is_some() && d.on_error == ErrorPolicy::Report {
+            return Ok(());
+        }
+        let world = self.world.borrow();
+        let align = 4096;
+        let (start, end) = (asked.offset / align * align, (asked.offset + asked.len).next_multiple_of(align));
+        let cause =
+            world.failures.iter().rev().take_while(|failure| failure.at >= asked.sent).find(|failure| {
+                let kind = match (&asked.ask, failure.what) {
+                    (Ask::Read { .. }, What::Read) | (Ask::Status { .. }, What::Extents) => true,
+                    (Ask::Change { .. }, What::Read | What::Write | What::Space) => true,
+                    (_, What::Sync) => synced,
+                    _ => false,
+                };
+                let policy = match failure.errno {
+                    libc::ENOSPC => d.on_enospc,
+                    _ => d.on_error,
+                };
+                kind && failure.file == disk
+                    && (failure.what == What::Sync || (failure.start < end && start < failure.end))
+                    && NbdError::from_errno(failure.errno).code() == error
+                    && policy == ErrorPolicy::Report
+            });
+        if cause.is_none() {
+            return Err("no operation of it failed, or the policy is to hold it".into());
+        }
+        drop(world);
+        self.disks[disk].reported.push((asked.sent, asked.offset, asked.offset + asked.len));
+        Ok(())
+    }
+
+    /// Nothing happens by itself any more: who waits must have a reason.
+    pub fn check_quiet(&mut self) {
+        self.note_failed_syncs();
+        self.settle_orphans();
+        for number in 0..self.clients.len() {
+            let client = &self.clients[number];
+            if client.life == Life::Gone || client.deaf || client.asked.is_empty() {
+                continue;
+            }
+            if !self.is_excused(client.disk, number) {
+                self.describe();
+                panic!(
+                    "client {number} of disk {} waits for {:?}",
+                    client.disk,
+                    client.asked.values().next()
+                );
+            }
+        }
+        for (tag, order) in &self.orders {
+            let d = &self.disks[order.disk];
+            let hung = self.world.borrow().files[order.disk].hung;
+            let deaf = self.clients.iter().any(|c| c.disk == order.disk && c.deaf && c.life != Life::Gone);
+            let throttled = self.is_throttled(order.disk);
+            let excused = match order.kind {
+                Kind::Pause | Kind::Park => hung || self.shares_hung_store(order.disk),
+                Kind::Remove => hung || deaf || throttled || self.shares_hung_store(order.disk),
+                _ => false,
+            };
+            if !excused {
+                self.describe();
+                panic!("{:?} of disk {} (tag {tag}, {:?}) has no reply", order.kind, order.disk, d.id);
+            }
+        }
+        self.check_told();
+    }
+
+    /// An error of the kernel that is to be reported must have reached somebody.
+    fn check_told(&mut self) {
+        for index in 0..self.disks.len() {
+            let at_rest = self.clients.iter().all(|c| c.disk != index || c.asked.is_empty());
+            if !at_rest {
+                return;
+            }
+        }
+        let failures = std::mem::take(&mut self.world.borrow_mut().failures);
+        for failure in failures {
+            let d = &self.disks[failure.file];
+            let policy = if failure.errno == libc::ENOSPC { d.on_enospc } else { d.on_error };
+            if policy == ErrorPolicy::Pause || d.lost_requests || d.failed || failure.what == What::Sync {
+                continue;
+            }
+            let told = d.reported.iter().any(|&(sent, start, end)| {
+                let (start, end) = (start / 4096 * 4096, end.next_multiple_of(4096));
+                sent <= failure.at && failure.start < end && start < failure.end
+            });
+            assert!(told, "disk {}: nobody was told of {failure:?}", failure.file);
+        }
+        for d in &mut self.disks {
+            d.reported.clear();
+        }
+    }
+
+    fn is_throttled(&self, disk: usize) -> bool {
+        self.disks[disk].counters.throttled_now.get() > 0
+    }
+
+    /// The store of a disk hangs, maybe because of another disk on it: its share of the kernel's workers may be used up.
+    fn shares_hung_store(&self, disk: usize) -> bool {
+        let store = self.disks[disk].image.store;
+        let world = self.world.borrow();
+        (0..self.disks.len()).any(|other| self.disks[other].image.store == store && world.files[other].hung)
+    }
+
+    fn is_excused(&self, disk: usize, client: usize) -> bool {
+        let d = &self.disks[disk];
+        let holds = d.on_error == ErrorPolicy::Pause || d.on_enospc == ErrorPolicy::Pause;
+        if !matches!(d.place, Place::Shard(_)) || d.paused || (d.storage_error && holds) {
+            return true;
+        }
+        if self.shares_hung_store(disk) {
+            return true;
+        }
+        // A write limit is no excuse for a connection that only reads.
+        let only_reads =
+            self.clients[client].asked.values().all(|asked| !matches!(asked.ask, Ask::Change { .. }));
+        let l = &d.limits;
+        let read_limits =
+            [l.iops_total, l.iops_read, l.bps_total, l.bps_read].iter().any(|rate| rate.per_second > 0);
+        if only_reads && !read_limits && !d.grouped {
+            return false;
+        }
+        self.is_throttled(disk)
+    }
+}
+
+fn name(ask: &Ask) -> &'static str {
+    match ask {
+        Ask::Read { .. } => "read",
+        Ask::Change { trim: true, .. } => "trim",
+        Ask::Change { .. } => "change",
+        Ask::Flush { .. } => "flush",
+        Ask::Status { .. } => "status",
+        Ask::Bad { .. } => "nonsense",
+        Ask::Hint => "hint",
+    }
+}

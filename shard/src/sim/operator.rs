@@ -1,0 +1,460 @@
+//! The operator: commands to the shards, and whether their replies keep the promises of `api`.
+
+use std::sync::Arc;
+
+use super::kernel::Event as Happening;
+use super::oracle::{Model, Stamp};
+use super::scenario::Sim;
+use crate::api::{
+    Backend, Command, DiskConfig, DiskId, DiskState, ErrorPolicy, Event, ImageFile, Reply, ShardError,
+    ShardErrorKind,
+};
+use crate::clock::{MICROSECOND, MILLISECOND, SECOND};
+use crate::limits::{Limits, Rate};
+use crate::park::ParkedDisk;
+use crate::stats::DiskCounters;
+
+/// Where a disk is.
+#[derive(Debug)]
+pub enum Place {
+    Shard(usize),
+    /// On its way to a shard.
+    Moving(Box<ParkedDisk>, usize),
+    Absent,
+}
+
+/// Kinds of commands, for the check of their replies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Add,
+    Connect,
+    Pause,
+    Resume,
+    ResumeInDoubt,
+    Park,
+    CancelPark,
+    Unpark,
+    Limits,
+    Fail,
+    Remove,
+    RemoveForce,
+    Panic,
+    Stats,
+    Clients,
+}
+
+/// A command without a reply.
+#[derive(Debug, Clone, Copy)]
+pub struct Order {
+    pub disk: usize,
+    pub kind: Kind,
+}
+
+/// A disk as the operator knows it.
+#[derive(Debug)]
+pub struct SimDisk {
+    pub image: Arc<ImageFile>,
+    pub id: DiskId,
+    pub size: u64,
+    pub model: Model,
+    pub on_error: ErrorPolicy,
+    pub on_enospc: ErrorPolicy,
+    pub read_only: bool,
+    pub counters: Arc<DiskCounters>,
+    pub place: Place,
+    pub limits: Limits,
+    pub grouped: bool,
+    pub paused: bool,
+    pub storage_error: bool,
+    /// Given up or detached by force; EIO is a proper answer to what was asked before it is attached anew.
+    pub failed: bool,
+    pub zombie: bool,
+    /// Requests that were sent before this instant may get EIO.
+    pub attached_at: u64,
+    /// An fdatasync failed at this instant, and nobody has accepted it.
+    pub sync_failed: Option<u64>,
+    /// Changes of clients that have gone.
+    pub orphans: Vec<Stamp>,
+    /// In this round somebody went away without waiting for answers, or requests ran twice.
+    pub lost_requests: bool,
+    pub panics: u32,
+    /// Requests that got the error of a failed operation: when they were sent, and their range.
+    pub reported: Vec<(u64, u64, u64)>,
+}
+
+impl SimDisk {
+    pub fn new(
+        image: Arc<ImageFile>,
+        size: u64,
+        model: Model,
+        on_error: ErrorPolicy,
+        on_enospc: ErrorPolicy,
+        read_only: bool,
+    ) -> SimDisk {
+        SimDisk {
+            image,
+            id: DiskId(0),
+            size,
+            model,
+            on_error,
+            on_enospc,
+            read_only,
+            counters: Arc::new(DiskCounters::default()),
+            place: Place::Absent,
+            limits: Limits::default(),
+            grouped: false,
+            paused: false,
+            storage_error: false,
+            failed: false,
+            zombie: false,
+            attached_at: 0,
+            sync_failed: None,
+            orphans: Vec::new(),
+            lost_requests: false,
+            panics: 0,
+            reported: Vec::new(),
+        }
+    }
+
+    pub fn attach(&mut self, id: DiskId, shard: usize, now: u64) {
+        self.id = id;
+        self.place = Place::Shard(shard);
+        self.limits = Limits::default();
+        self.grouped = false;
+        (self.paused, self.storage_error, self.failed, self.zombie) = (false, false, false, false);
+        self.attached_at = now;
+        self.sync_failed = None;
+        self.panics = 0;
+    }
+
+    pub fn config(&self, index: usize) -> DiskConfig {
+        DiskConfig {
+            id: self.id,
+            name: format!("disk{index}").into(),
+            backend: Backend::File(self.image.clone()),
+            size_bytes: self.size,
+            read_only: self.read_only,
+            on_error: self.on_error,
+            on_enospc: self.on_enospc,
+            limits: self.limits,
+            groups: Vec::new(),
+            counters: self.counters.clone(),
+        }
+    }
+}
+
+impl Sim {
+    fn soon(&mut self, disk: usize, most_us: u64) {
+        let after = self.rng.between(1, most_us) * MICROSECOND;
+        self.world.borrow_mut().schedule(after, Happening::Operator(disk));
+    }
+
+    fn ordered(&self, disk: usize) -> Option<Kind> {
+        let ours = self.orders.values().filter(|order| order.disk == disk);
+        ours.map(|order| order.kind).find(|kind| !matches!(kind, Kind::Connect | Kind::Stats | Kind::Clients))
+    }
+
+    /// The operator looks at a disk and does something.
+    pub fn operate(&mut self, disk: usize) {
+        match std::mem::replace(&mut self.disks[disk].place, Place::Absent) {
+            Place::Absent => {
+                self.attach(disk);
+                self.connect(disk);
+            }
+            Place::Moving(parked, to) => {
+                self.disks[disk].place = Place::Shard(to);
+                self.world.borrow_mut().files[disk].frozen = self.disks[disk].paused;
+                self.command(disk, to, Command::Unpark(parked), Kind::Unpark);
+            }
+            Place::Shard(shard) => {
+                self.disks[disk].place = Place::Shard(shard);
+                self.operate_attached(disk, shard);
+            }
+        }
+    }
+
+    fn operate_attached(&mut self, disk: usize, shard: usize) {
+        let running = self.ordered(disk);
+        let d = &self.disks[disk];
+        match running {
+            Some(kind) => self.interrupt(disk, shard, kind),
+            None if d.zombie => {}
+            None if d.failed => {
+                let force = self.rng.chance(500);
+                self.remove(disk, shard, force);
+            }
+            None if d.storage_error && !self.closing && self.rng.chance(50) => self.give_up(disk, shard),
+            None if d.storage_error || d.paused => self.resume(disk, shard),
+            None if self.closing => {}
+            None => self.mischief(disk, shard, d.id),
+        }
+    }
+
+    fn resume(&mut self, disk: usize, shard: usize) {
+        let d = &self.disks[disk];
+        // First without accepting a loss, at times.
+        let in_doubt = d.sync_failed.is_some() && self.rng.chance(700);
+        let kind = if in_doubt { Kind::ResumeInDoubt } else { Kind::Resume };
+        let command = Command::Resume { disk: d.id, data_in_doubt: in_doubt };
+        self.world.borrow_mut().files[disk].frozen = false;
+        self.command(disk, shard, command, kind);
+    }
+
+    fn give_up(&mut self, disk: usize, shard: usize) {
+        let d = &mut self.disks[disk];
+        d.failed = true;
+        let command = Command::Fail { disk: d.id };
+        self.command(disk, shard, command, Kind::Fail);
+    }
+
+    fn remove(&mut self, disk: usize, shard: usize, force: bool) {
+        let d = &mut self.disks[disk];
+        let id = d.id;
+        d.lost_requests = true;
+        if force {
+            d.failed = true;
+            d.zombie = true;
+        }
+        let kind = if force { Kind::RemoveForce } else { Kind::Remove };
+        self.command(disk, shard, Command::RemoveDisk { disk: id, force }, kind);
+    }
+
+    /// Takes a disk off at the end of a run.
+    pub fn detach(&mut self, disk: usize) {
+        if let Place::Shard(shard) = self.disks[disk].place {
+            let force = self.rng.chance(300);
+            self.remove(disk, shard, force);
+        }
+    }
+
+    /// A second command while the first has not been answered.
+    fn interrupt(&mut self, disk: usize, shard: usize, running: Kind) {
+        let id = self.disks[disk].id;
+        match (running, self.rng.below(4)) {
+            (Kind::Park, 0 | 1) => {
+                self.command(disk, shard, Command::CancelPark { disk: id }, Kind::CancelPark)
+            }
+            (Kind::Pause, 0 | 1) => self.resume(disk, shard),
+            (Kind::Park | Kind::Pause | Kind::Remove, 2)
+                if !self.disks[disk].zombie && self.rng.chance(300) =>
+            {
+                self.remove(disk, shard, true);
+            }
+            (_, 3) => self.command(disk, shard, Command::Stats { disk: id }, Kind::Stats),
+            _ => {}
+        }
+    }
+
+    fn mischief(&mut self, disk: usize, shard: usize, id: DiskId) {
+        match self.rng.below(16) {
+            0..=2 => self.command(disk, shard, Command::Pause { disk: id }, Kind::Pause),
+            3..=5 => {
+                self.command(disk, shard, Command::Park { disk: id }, Kind::Park);
+                if self.rng.chance(300) {
+                    self.soon(disk, 2000);
+                }
+            }
+            6 | 7 => self.limit(disk, shard),
+            8 => {
+                self.disks[disk].lost_requests = true;
+                self.disks[disk].panics += 1;
+                self.command(disk, shard, Command::InjectPanic { disk: id }, Kind::Panic);
+            }
+            9 => self.connect(disk),
+            10 => {
+                self.world.borrow_mut().hang(disk);
+                let after = self.rng.between(100 * MILLISECOND, 40 * SECOND);
+                self.world.borrow_mut().schedule(after, Happening::Release(disk));
+            }
+            11 => self.remove(disk, shard, false),
+            12 => self.remove(disk, shard, true),
+            13 if self.rng.chance(300) => self.give_up(disk, shard),
+            14 => self.command(disk, shard, Command::Clients { disk: id }, Kind::Clients),
+            _ => self.command(disk, shard, Command::Stats { disk: id }, Kind::Stats),
+        }
+    }
+
+    fn limit(&mut self, disk: usize, shard: usize) {
+        let rng = &mut self.rng;
+        let mut rate = |most: u64, on: u64| Rate {
+            per_second: if rng.chance(on) { rng.between(most / 20, most) } else { 0 },
+            burst: if rng.chance(200) { most / 10 } else { 0 },
+            one_time_burst: 0,
+        };
+        let limits = Limits {
+            iops_total: rate(4000, 200),
+            iops_read: rate(4000, 150),
+            iops_write: rate(2000, 400),
+            bps_total: rate(100 << 20, 100),
+            bps_read: rate(100 << 20, 100),
+            bps_write: rate(50 << 20, 300),
+            iops_size: 0,
+            dry_run: self.rng.chance(100),
+        };
+        let limits = if self.rng.chance(300) { Limits::default() } else { limits };
+        let grouped = self.rng.chance(300);
+        if grouped && self.rng.chance(500) {
+            let rate = Rate { per_second: self.rng.between(100, 4000), ..Rate::default() };
+            let now = self.world.borrow().now;
+            self.group.set(Limits { iops_total: rate, ..Limits::default() }, now);
+        }
+        let groups = if grouped { vec![self.group.clone()] } else { Vec::new() };
+        let d = &mut self.disks[disk];
+        (d.limits, d.grouped) = (limits, grouped);
+        let command = Command::SetLimits { disk: d.id, limits, groups };
+        self.command(disk, shard, command, Kind::Limits);
+    }
+
+    // ---- what the shards say ----
+
+    pub fn on_event(&mut self, shard: usize, event: Event) {
+        self.world.borrow().say(format_args!("shard {shard}: {event:?}"));
+        match event {
+            Event::Reply { tag, result } => {
+                let Some(order) = self.orders.remove(&tag) else {
+                    panic!("a reply to {tag}, twice or unasked")
+                };
+                self.on_reply(shard, order, result);
+            }
+            Event::State { disk, state, .. } => {
+                let Some(index) = self.disks.iter().position(|d| d.id == disk) else { return };
+                self.on_state(index, state);
+            }
+            Event::ZombieGone { config } => {
+                let Some(index) = self.disks.iter().position(|d| d.id == config.id) else {
+                    panic!("a zombie nobody knows is gone");
+                };
+                drop(config);
+                self.gone(index);
+            }
+            Event::ClientGone { .. } => {}
+            Event::Stopped { error } => panic!("shard {shard} stopped: {error:?}"),
+        }
+    }
+
+    fn on_state(&mut self, index: usize, state: DiskState) {
+        let d = &mut self.disks[index];
+        match state {
+            DiskState::StorageError => {
+                d.storage_error = true;
+                self.soon(index, 20_000);
+            }
+            DiskState::Paused => {
+                // After a second panic.
+                assert!(d.panics >= 2, "a disk was paused by nobody");
+                d.paused = true;
+                self.soon(index, 20_000);
+            }
+            _ => {}
+        }
+    }
+
+    /// The disk has left its shard for good.
+    fn gone(&mut self, index: usize) {
+        let d = &mut self.disks[index];
+        d.place = Place::Absent;
+        d.zombie = false;
+        assert_eq!(Arc::strong_count(&d.image), 1, "a shard keeps the file of a disk that it gave back");
+        assert_eq!(d.counters.io_now.get(), 0, "io_now of a disk that is gone");
+        assert_eq!(d.counters.throttled_now.get(), 0, "throttled_now of a disk that is gone");
+        assert!(!self.world.borrow().file_busy(index), "a disk is gone with operations in flight");
+        self.world.borrow_mut().files[index].frozen = true;
+        if !self.closing {
+            self.world.borrow_mut().files[index].frozen = false;
+            self.soon(index, 10_000);
+        }
+    }
+
+    fn on_reply(&mut self, shard: usize, order: Order, result: Result<Reply, ShardError>) {
+        let Order { disk, kind } = order;
+        let busy = self.world.borrow().file_busy(disk);
+        match (kind, result) {
+            (Kind::Pause, Ok(Reply::Done)) => {
+                assert!(!busy, "paused with operations in flight");
+                let d = &mut self.disks[disk];
+                if !d.storage_error && !d.failed {
+                    d.paused = true;
+                    self.world.borrow_mut().files[disk].frozen = true;
+                }
+                self.soon(disk, 10_000);
+            }
+            (Kind::Resume | Kind::ResumeInDoubt, Ok(Reply::Done)) => {
+                let d = &mut self.disks[disk];
+                assert!(
+                    kind == Kind::ResumeInDoubt || d.sync_failed.is_none(),
+                    "resumed over a failed fdatasync"
+                );
+                (d.paused, d.storage_error, d.sync_failed) = (false, false, None);
+            }
+            (Kind::Resume, Err(error)) if error.kind == ShardErrorKind::DataInDoubt => {
+                assert!(self.disks[disk].sync_failed.is_some(), "no fdatasync failed: {error}");
+                self.soon(disk, 10_000);
+            }
+            (Kind::Park, Ok(Reply::Parked(parked))) => {
+                assert!(!busy, "parked with operations in flight");
+                let sockets: Vec<_> =
+                    self.clients.iter().filter(|c| c.disk == disk).map(|c| c.sock).collect();
+                let mut world = self.world.borrow_mut();
+                assert!(
+                    !sockets.into_iter().any(|sock| world.sockets_busy(sock)),
+                    "parked with a socket in use"
+                );
+                world.files[disk].frozen = true;
+                drop(world);
+                let to = if self.rng.chance(800) { 1 - shard } else { shard };
+                self.disks[disk].place = Place::Moving(parked, to);
+                self.soon(disk, 5_000);
+            }
+            (Kind::Remove, Ok(Reply::Removed(config))) => {
+                drop(config);
+                if !self.disks[disk].read_only && !self.disks[disk].failed {
+                    self.check_durable_all(disk);
+                }
+                self.gone(disk);
+            }
+            (Kind::RemoveForce, Ok(Reply::Removed(config))) => {
+                drop(config);
+                self.gone(disk);
+            }
+            (Kind::RemoveForce, Ok(Reply::Zombie { in_flight })) => {
+                assert!(in_flight > 0 && busy, "a zombie with nothing in flight");
+            }
+            (Kind::Fail, Ok(Reply::Done)) => {
+                let d = &mut self.disks[disk];
+                (d.paused, d.storage_error) = (false, false);
+                self.soon(disk, 10_000);
+            }
+            (
+                Kind::Add | Kind::Connect | Kind::CancelPark | Kind::Unpark | Kind::Limits | Kind::Panic,
+                Ok(Reply::Done),
+            ) => {}
+            (Kind::Stats, Ok(Reply::Stats(_))) | (Kind::Clients, Ok(Reply::Clients(_))) => {}
+            (Kind::Add | Kind::Unpark | Kind::Fail, result) => panic!("{kind:?} of disk {disk}: {result:?}"),
+            (kind, Ok(reply)) => panic!("{kind:?} of disk {disk} was answered with {reply:?}"),
+            (kind, Err(error)) => self.refused(disk, kind, &error),
+        }
+    }
+
+    /// A command failed: it must be for a reason, and the disk must be where it was.
+    fn refused(&mut self, disk: usize, kind: Kind, error: &ShardError) {
+        let d = &self.disks[disk];
+        let fine = match error.kind {
+            ShardErrorKind::WrongState | ShardErrorKind::Interrupted => true,
+            ShardErrorKind::NoSuchDisk => !matches!(d.place, Place::Shard(_)) || kind == Kind::CancelPark,
+            ShardErrorKind::Limit => kind == Kind::Connect,
+            ShardErrorKind::Failed => kind == Kind::Remove && d.storage_error,
+            ShardErrorKind::DataInDoubt => false,
+        };
+        let moved = matches!(
+            kind,
+            Kind::Connect | Kind::Resume | Kind::ResumeInDoubt | Kind::Stats | Kind::RemoveForce
+        );
+        assert!(fine || moved, "{kind:?} of disk {disk}: {error:?}");
+        assert!(
+            kind != Kind::RemoveForce || error.kind != ShardErrorKind::WrongState,
+            "force was refused: {error}"
+        );
+        // Look again: it may wait for a resume.
+        self.soon(disk, 10_000);
+    }
+}
