@@ -177,14 +177,14 @@ impl Disk {
     /// A request ends its changes: its blocks are free, and who waited is looked at again.
     pub(super) fn release_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         ctx.requests[key].phase = Phase::Waiting;
-        self.retry_blocked(ctx, key);
-    }
-
-    /// Frees the blocks of a request and looks at all that waits for blocks, in order.
-    pub(super) fn retry_blocked(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         if !self.file.held.is_empty() {
             self.file.held.retain(|&(_, holder)| holder != key);
         }
+        self.retry_blocked(ctx);
+    }
+
+    /// Looks at all that waits for blocks, in order: a request has ended, or has come to wait itself.
+    pub(super) fn retry_blocked(&mut self, ctx: &mut Ctx<'_>) {
         if self.file.blocked.is_empty() {
             return;
         }

@@ -159,8 +159,11 @@ impl Disk {
             match (errno, kind) {
                 (0, _) => self.data_done(ctx, key),
                 (_, Kind::Discard { .. }) if unsupported => self.finish(ctx, key, 0),
-                // The next way down: zero range, then writing.
-                (_, Kind::WriteZeroes { .. }) if unsupported => self.start_space(ctx, key),
+                // The next way down: zero range, then writing. It may have to wait for those that waited for it.
+                (_, Kind::WriteZeroes { .. }) if unsupported => {
+                    self.start_space(ctx, key);
+                    self.retry_blocked(ctx);
+                }
                 _ => self.failed_io(ctx, key, errno),
             }
         }
