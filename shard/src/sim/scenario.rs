@@ -567,6 +567,11 @@ impl Sim {
         for (index, shard) in self.shards.iter().enumerate() {
             eprintln!("shard {index}: {:?} requests, operations, bytes out", shard.outstanding());
         }
+        if self.world.borrow().verbose {
+            for shard in &self.shards {
+                shard.describe();
+            }
+        }
         eprintln!("commands without a reply: {:?}", self.orders);
         for (index, disk) in self.disks.iter().enumerate() {
             eprintln!(
