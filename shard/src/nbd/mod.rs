@@ -296,6 +296,26 @@ impl Conn {
         self.fd.as_raw_fd()
     }
 
+    /// How it stands, in one line. For tests.
+    #[cfg(test)]
+    pub fn summary(&self) -> String {
+        format!(
+            "{}: {:?} requests {} held {} buffers {} out {} deferred {} streaming {:?} receives {} sends {} stopped {} closing {:?}",
+            self.peer,
+            self.rx,
+            self.requests,
+            self.held,
+            self.buffers,
+            self.out.len(),
+            self.deferred.len(),
+            self.streaming,
+            self.recv_op.is_some(),
+            self.send_op.is_some(),
+            self.stopped,
+            self.closing,
+        )
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> &str {
         &self.peer

@@ -243,6 +243,20 @@ impl<K: Kernel> Shard<K> {
         (self.requests.len(), self.ops.len() - 1, self.pool.used())
     }
 
+    /// Prints requests and disks. For tests.
+    #[cfg(test)]
+    pub fn describe(&self) {
+        for (key, request) in self.requests.iter() {
+            eprintln!("  {key:?}: {request:?}");
+        }
+        for (_, entry) in &self.disks {
+            eprintln!("  {entry:?}");
+        }
+        for (_, conn) in &self.conns {
+            eprintln!("  {}", conn.summary());
+        }
+    }
+
     /// One turn: waits for something to do, does it. False when the shard has ended.
     ///
     /// # Errors
