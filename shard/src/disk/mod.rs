@@ -502,6 +502,15 @@ impl Disk {
         self.failed.push(key);
     }
 
+    /// Takes a started request back that has nothing in the kernel; it runs again when the disk serves.
+    pub fn unstart(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        ctx.requests[key].pending = 0;
+        self.release_edges(ctx, key);
+        ctx.requests[key].rewind();
+        self.started -= 1;
+        self.held.push_back(key);
+    }
+
     /// Stops starting requests.
     pub fn pause(&mut self) -> Result<(), ShardError> {
         match self.state {

@@ -137,6 +137,9 @@ impl<K: Kernel> Shard<K> {
         let Some(addr) = self.address(disk, req, mem) else {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((disk, action));
+            if self.disks[disk as usize].pending.is_some() && !self.feeding {
+                self.unsettled.push(disk);
+            }
             return;
         };
         let (fd, gated) = match self.backend(disk) {
@@ -421,6 +424,7 @@ impl<K: Kernel> Shard<K> {
         // Each is tried once, and goes to the back in the same order if there is still none. A connection that has to wait does
         // not stop the others; its own later actions are not tried before its first.
         let mut waiting = std::mem::take(&mut self.starving);
+        self.feeding = true;
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
             let (conn, first) = match action {
@@ -438,6 +442,7 @@ impl<K: Kernel> Shard<K> {
                 waiting.push((disk, conn));
             }
         }
+        self.feeding = false;
         waiting.clear();
         self.starving = waiting;
         for _ in 0..self.want_buffer.len() {

@@ -143,6 +143,8 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
+    /// Those that wait for a buffer are being tried.
+    feeding: bool,
     /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
     starving: Vec<(u32, Option<u32>)>,
     /// Bounce buffers in use.
@@ -201,6 +203,7 @@ impl<K: Kernel> Shard<K> {
             dirty: Vec::new(),
             want_buffer: VecDeque::new(),
             starved: VecDeque::new(),
+            feeding: false,
             starving: Vec::new(),
             bounces: 0,
             retry: Vec::new(),
