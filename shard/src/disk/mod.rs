@@ -593,6 +593,11 @@ impl Disk {
         }
     }
 
+    /// Another state to return to than the one before [`Disk::hold`].
+    pub fn set_state_before_hold(&mut self, state: DiskState, reason: String) {
+        self.before_hold = Some((state, reason));
+    }
+
     /// The state before [`Disk::hold`].
     pub fn state_before_hold(&mut self) -> (DiskState, String) {
         self.before_hold.take().unwrap_or((self.state, self.reason.clone()))

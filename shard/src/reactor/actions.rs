@@ -349,6 +349,9 @@ impl<K: Kernel> Shard<K> {
             OpKind::Io(op) => self.on_io(op, result),
             OpKind::Sync { disk } => {
                 self.op_gone(disk, true);
+                if result < 0 {
+                    self.keep_failed_sync(disk, -result);
+                }
                 self.deliver(disk, |disk, ctx| disk.on_sync(ctx, -result.min(0)));
             }
             OpKind::Fallocate { disk, group } => {
@@ -365,6 +368,18 @@ impl<K: Kernel> Shard<K> {
     fn deliver(&mut self, disk: u32, event: impl FnOnce(&mut Disk, &mut Ctx<'_>)) {
         if self.disks.get(disk as usize).is_some_and(|entry| !entry.quarantined) {
             self.with_disk(disk, event);
+        }
+    }
+
+    /// A disk in quarantine hears no results, but a failed fdatasync must not be forgotten: the next one would succeed.
+    fn keep_failed_sync(&mut self, slot: u32, errno: i32) {
+        let Some(entry) = self.disks.get_mut(slot as usize).filter(|entry| entry.quarantined) else { return };
+        let Some(disk) = &mut entry.disk else { return };
+        let reason = disk.note_failed_sync(errno);
+        match entry.before_quarantine.0 {
+            DiskState::Failed | DiskState::Zombie => {}
+            DiskState::Parked => disk.set_state_before_hold(DiskState::StorageError, reason),
+            _ => entry.before_quarantine = (DiskState::StorageError, reason),
         }
     }
 
