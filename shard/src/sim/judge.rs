@@ -144,7 +144,7 @@ impl Sim {
                 kind && failure.file == disk
                     && (failure.what == What::Sync || (failure.start < end && start < failure.end))
                     && NbdError::from_errno(failure.errno).code() == error
-                    && policy == ErrorPolicy::Report
+                    && (policy == ErrorPolicy::Report || d.failed)
             });
         if cause.is_none() {
             return Err("no operation of it failed, or the policy is to hold it".into());
