@@ -12,7 +12,7 @@
 //! 1. The disk is the file's length rounded *up* to 512 bytes ([`served_size`]): no byte of the file is out of reach.
 //!    Bytes behind the end of the file read as zero; a write to them extends the file, at most to the served size.
 //! 2. O_DIRECT reaches whole physical blocks only, so bytes from [`direct_end`] on go through a buffered descriptor.
-//!    The border is fixed when the image is opened and stays when the file grows: a byte is always reached in the same
+//!    The caller gives the larger of block and page as the alignment, so that no page is reached in both ways. The border is fixed when the image is opened and stays when the file grows: a byte is always reached in the same
 //!    way, so that page cache and O_DIRECT never both hold it.
 //! 3. A write of part of a physical block reads, changes and writes the whole block; [`cover`] names these blocks, so
 //!    that the caller can serialise the work on each.

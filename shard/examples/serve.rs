@@ -37,6 +37,7 @@ fn backend(what: &str) -> Result<(Backend, u64), Failure> {
         cache: CacheMode::None,
         kind: FileKind::Regular,
         length,
+        punts: false,
         store: 1,
     };
     Ok((Backend::File(Arc::new(image)), length))

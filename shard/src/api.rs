@@ -49,7 +49,7 @@ pub struct ImageFile {
     /// The descriptor for I/O: O_DIRECT unless `cache` says otherwise.
     pub fd: OwnedFd,
     /// A buffered descriptor of the same file, for the bytes behind the last whole physical block; absent when the size is a
-    /// multiple of `offset_align` or `fd` is buffered itself.
+    /// multiple of a page or `fd` is buffered itself.
     pub tail: Option<OwnedFd>,
     /// Offsets and lengths of I/O on `fd` must be multiples of this (bytes, a power of two; 1 when buffered).
     pub offset_align: u32,
@@ -61,6 +61,9 @@ pub struct ImageFile {
     pub kind: FileKind,
     /// Length in bytes when it was opened (may be no multiple of a sector).
     pub length: u64,
+    /// Direct I/O of this file system blocks, so that the kernel punts it to a worker (everything but block devices, ext4 and xfs):
+    /// it counts against the bound of its store.
+    pub punts: bool,
     /// Identity of the backing store (`st_dev` of the file, or `st_rdev` of a device): kernel work that may be punted is
     /// bounded per store.
     pub store: u64,

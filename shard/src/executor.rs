@@ -104,7 +104,8 @@ pub fn event_channel() -> std::io::Result<(EventSender, EventReceiver)> {
 /// A sentence that says what is missing: see [`probe_ring`].
 pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, StartError> {
     probe_ring(options.ring)?;
-    let descriptors = |error| StartError(format!("cannot make an eventfd: {error}; raise the limit of open files"));
+    let descriptors =
+        |error| StartError(format!("cannot make an eventfd: {error}; raise the limit of open files"));
     let wake = eventfd().map_err(descriptors)?;
     let (tx, inbox) = unbounded();
     let counters = Arc::new(ShardCounters::default());
@@ -134,6 +135,7 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
             Ok(thread) => thread,
             Err(error) => {
                 failure = format!("glommio cannot start an executor: {error}");
+                warn_unpinned(options.index, cpu, &failure);
                 continue;
             }
         };
@@ -147,15 +149,19 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
                 failure = thread.join().err().map_or_else(String::new, |error| error.to_string());
             }
         }
-        if let Some(cpu) = cpu {
-            tracing::warn!(
-                shard = options.index,
-                cpu,
-                "cannot pin the shard ({failure}); it runs unpinned: check the cpuset of the daemon or --cpus"
-            );
-        }
+        warn_unpinned(options.index, cpu, &failure);
     }
     Err(StartError(format!("shard {} cannot start: {failure}", options.index)))
+}
+
+fn warn_unpinned(shard: usize, cpu: Option<usize>, failure: &str) {
+    if let Some(cpu) = cpu {
+        tracing::warn!(
+            shard,
+            cpu,
+            "cannot pin the shard ({failure}); it runs unpinned: check the cpuset of the daemon or --cpus"
+        );
+    }
 }
 
 struct Seed {
@@ -206,7 +212,12 @@ fn run(seed: Seed) {
             }
         }
     }));
-    let error = result.unwrap_or_else(|_| Some("the shard's own code panicked; its log has the place".to_owned()));
+    let error =
+        result.unwrap_or_else(|_| Some("the shard's own code panicked; its log has the place".to_owned()));
+    if error.is_some() {
+        // Operations may be out: their memory must stay.
+        std::mem::forget(shard);
+    }
     sink.send(Event::Stopped { error });
 }
 
@@ -240,7 +251,9 @@ fn ring_sentence(error: &std::io::Error) -> String {
         Some(libc::ENOMEM) => {
             "io_uring cannot lock its memory: raise the limit (LimitMEMLOCK=infinity, or ulimit -l) or give CAP_IPC_LOCK"
         }
-        Some(libc::EMFILE | libc::ENFILE) => "no descriptor is left for io_uring: raise LimitNOFILE (ulimit -n)",
+        Some(libc::EMFILE | libc::ENFILE) => {
+            "no descriptor is left for io_uring: raise LimitNOFILE (ulimit -n)"
+        }
         _ => "io_uring cannot be set up",
     };
     format!("{what} ({error})")

@@ -63,7 +63,10 @@ impl Kind {
 
     /// Durable before the answer.
     pub fn fua(self) -> bool {
-        matches!(self, Kind::Write { fua: true } | Kind::Discard { fua: true } | Kind::WriteZeroes { fua: true, .. })
+        matches!(
+            self,
+            Kind::Write { fua: true } | Kind::Discard { fua: true } | Kind::WriteZeroes { fua: true, .. }
+        )
     }
 }
 
@@ -175,7 +178,6 @@ impl Request {
         self.extents.clear();
     }
 }
-
 
 /// All requests of a shard.
 #[derive(Debug, Default)]

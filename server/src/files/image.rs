@@ -27,6 +27,8 @@ use super::{FileKey, OpenError, OpenErrorKind};
 const SECTOR: u64 = 512;
 /// Coarsest unit of direct I/O that the shards' bounce buffers are made for, in bytes.
 const ALIGN_MAX: u32 = 4096;
+/// Bytes of a page of the page cache.
+const PAGE: u64 = 4096;
 
 /// How an image is to be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +94,11 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
         CacheMode::None => direct_alignment(object, &file, length, device.as_ref())?,
         CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
     };
-    let tail = if length.is_multiple_of(offset_align.into()) {
+    // A page at least, so that the page cache of the tail holds nothing that O_DIRECT reaches; a device is whole blocks.
+    let tail = if device.is_some()
+        || length.is_multiple_of(u64::from(offset_align).max(PAGE))
+        || offset_align == 1
+    {
         None
     } else {
         Some(open_tail(object, options, fence)?)
@@ -103,6 +109,7 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
         }
         _ => (FileKind::Regular, object.stat.st_dev),
     };
+    let punts = device.is_none() && punts_direct_io(&file);
     let image = ImageFile {
         fd: OwnedFd::from(file),
         tail,
@@ -111,6 +118,7 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
         cache: options.cache,
         kind,
         length,
+        punts,
         store,
     };
     geometry(path, &image, options.sector)?;
@@ -341,6 +349,15 @@ pub(crate) fn probe_alignment(file: &File, length: u64) -> Option<(u32, u32)> {
 }
 
 /// The buffered descriptor for the bytes behind the last whole unit of direct I/O.
+/// Whether the kernel's direct I/O on this file system may block its caller: true unless it is known not to.
+fn punts_direct_io(file: &File) -> bool {
+    use nix::sys::statfs::{EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
+    match fstatfs(file) {
+        Ok(stat) => !matches!(stat.filesystem_type(), EXT4_SUPER_MAGIC | XFS_SUPER_MAGIC),
+        Err(_) => true,
+    }
+}
+
 fn open_tail(object: &Object, options: &ImageOptions, fence: Fence) -> Result<OwnedFd, OpenError> {
     let tail = open_again(object, !options.read_only, 0)
         .map_err(|error| OpenError::from_io(&object.path, "open its last bytes", &error))?;

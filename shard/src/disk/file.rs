@@ -13,6 +13,7 @@ use formats::raw::{self, Cover};
 use super::{Action, Ctx, Disk, IoResult, Mem, Target};
 use crate::api::Backend;
 use crate::request::{Kind, PIECE, Phase, ReqKey, Request};
+use crate::storage::pool::PAGE;
 
 /// Blocks that are between read and write back, and who waits for them.
 #[derive(Debug)]
@@ -28,20 +29,36 @@ pub(super) struct Edges {
     /// Start of each held block, with its holder.
     held: Vec<(u64, ReqKey)>,
     blocked: VecDeque<ReqKey>,
+    /// Requests that change data and have been started: at most as many as may be started.
+    changing: Vec<ReqKey>,
+    /// `retry_blocked` is at work, and whether it shall look again.
+    retrying: bool,
+    retry_again: bool,
 }
 
 impl Edges {
     pub(super) fn new(backend: &Backend) -> Edges {
         let (align, direct_end) = match backend {
             Backend::File(file) if file.tail.is_some() => {
-                (file.offset_align, raw::direct_end(file.length, file.offset_align))
+                // A page, not a block: the page cache of the tail must not hold bytes that O_DIRECT reaches.
+                (file.offset_align, raw::direct_end(file.length, file.offset_align.max(PAGE as u32)))
             }
             Backend::File(file) => (file.offset_align, u64::MAX),
             Backend::Ram(_) | Backend::Null => (1, u64::MAX),
         };
         let memory_align = if let Backend::File(file) = backend { file.memory_align.max(1) } else { 1 };
         let length = if let Backend::File(file) = backend { file.length } else { u64::MAX };
-        Edges { align: align.max(1), memory_align, direct_end, length, held: Vec::new(), blocked: VecDeque::new() }
+        Edges {
+            align: align.max(1),
+            memory_align,
+            direct_end,
+            length,
+            held: Vec::new(),
+            blocked: VecDeque::new(),
+            changing: Vec::new(),
+            retrying: false,
+            retry_again: false,
+        }
     }
 
     fn split(&self, offset: u64, len: u64) -> raw::Split {
@@ -159,10 +176,9 @@ impl Disk {
         }
         let touches_edge =
             |other: &Request| edges(cover).any(|block| other.offset < block + align && block < other.end());
-        ctx.requests.iter().any(|(other_key, other)| {
-            other.disk == ctx.disk
-                && other_key != key
-                && !matches!(other.kind, Kind::Read | Kind::Flush | Kind::Extents { .. })
+        self.file.changing.iter().any(|&other_key| {
+            let other = &ctx.requests[other_key];
+            other_key != key
                 && !matches!(other.phase, Phase::Waiting | Phase::Blocked | Phase::Sync)
                 && touches_edge(other)
         })
@@ -177,35 +193,48 @@ impl Disk {
     /// A request ends its changes: its blocks are free, and who waited is looked at again.
     pub(super) fn release_edges(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         ctx.requests[key].phase = Phase::Waiting;
-        if !self.file.held.is_empty() {
-            self.file.held.retain(|&(_, holder)| holder != key);
+        if let Some(index) = self.file.changing.iter().position(|&other| other == key) {
+            self.file.changing.swap_remove(index);
         }
-        self.retry_blocked(ctx);
+        self.file.retry_again = true;
+        self.retry_blocked(ctx, key);
     }
 
-    /// Looks at all that waits for blocks, in order: a request has ended, or has come to wait itself.
-    pub(super) fn retry_blocked(&mut self, ctx: &mut Ctx<'_>) {
-        if self.file.blocked.is_empty() {
+    /// A request that changes data starts.
+    pub(super) fn note_change(&mut self, key: ReqKey) {
+        if self.file.align > 1 {
+            self.file.changing.push(key);
+        }
+    }
+
+    /// Frees the blocks of a request and looks at all that waits for blocks, in order.
+    pub(super) fn retry_blocked(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        let before = self.file.held.len();
+        self.file.held.retain(|&(_, holder)| holder != key);
+        self.file.retry_again |= self.file.held.len() < before;
+        if self.file.retrying {
+            // One that was looked at ended or let go at once: the loop below looks again, not we from inside of it.
             return;
         }
-        for waiter in std::mem::take(&mut self.file.blocked) {
-            // Queues it again, in order, if it still has to wait.
-            match ctx.requests[waiter].kind {
-                Kind::Write { .. } => self.start_write(ctx, waiter),
-                _ => self.start_space(ctx, waiter),
+        self.file.retrying = true;
+        loop {
+            self.file.retry_again = false;
+            for waiter in std::mem::take(&mut self.file.blocked) {
+                // Queues it again, in order, if it still has to wait.
+                match ctx.requests[waiter].kind {
+                    Kind::Write { .. } => self.start_write(ctx, waiter),
+                    _ => self.start_space(ctx, waiter),
+                }
+            }
+            if !self.file.retry_again || self.file.blocked.is_empty() {
+                break;
             }
         }
+        self.file.retrying = false;
     }
 
     /// An [`Action::Io`] is done.
-    pub fn on_io(
-        &mut self,
-        ctx: &mut Ctx<'_>,
-        key: ReqKey,
-        mem: Mem,
-        len: u32,
-        result: IoResult,
-    ) {
+    pub fn on_io(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, mem: Mem, len: u32, result: IoResult) {
         let request = &mut ctx.requests[key];
         request.pending -= 1;
         let errno = match (result, mem) {
@@ -213,7 +242,8 @@ impl Disk {
             (IoResult::Failed(errno), _) => errno,
             // Behind the end of the file there are zeroes.
             (IoResult::Short(done), Mem::Payload(at))
-                if request.kind == Kind::Read && request.offset + u64::from(at + done) >= self.file.length =>
+                if request.kind == Kind::Read
+                    && request.offset + u64::from(at + done) >= self.file.length =>
             {
                 ctx.out.push(Action::ZeroPayload { req: key, at: at + done, len: len - done });
                 0
@@ -241,19 +271,28 @@ impl Disk {
         match request.phase {
             Phase::BounceRead => {
                 let direct = self.file.split(offset, len).direct;
-                let bounce_at = (offset - raw::cover(offset, direct.end - offset, self.file.align).start) as u32;
+                let bounce_at =
+                    (offset - raw::cover(offset, direct.end - offset, self.file.align).start) as u32;
                 let len = (direct.end - direct.start) as u32;
                 ctx.out.push(Action::Copy { req: key, to_bounce: false, bounce_at, payload_at: 0, len });
                 self.finish(ctx, key, 0);
             }
-            Phase::EdgeRead if matches!(request.kind, Kind::WriteZeroes { .. }) => self.merge_zeroes(ctx, key),
+            Phase::EdgeRead if matches!(request.kind, Kind::WriteZeroes { .. }) => {
+                self.merge_zeroes(ctx, key)
+            }
             Phase::EdgeRead => {
                 let direct = self.file.split(offset, len).direct;
                 let direct_len = (direct.end - direct.start) as u32;
                 let cover = raw::cover(offset, u64::from(direct_len), self.file.align);
                 let bounce_at = (offset - cover.start) as u32;
                 request.phase = Phase::EdgeWrite;
-                ctx.out.push(Action::Copy { req: key, to_bounce: true, bounce_at, payload_at: 0, len: direct_len });
+                ctx.out.push(Action::Copy {
+                    req: key,
+                    to_bounce: true,
+                    bounce_at,
+                    payload_at: 0,
+                    len: direct_len,
+                });
                 let size = (cover.end - cover.start) as u32;
                 let mem = Mem::Bounce { at: 0, size };
                 self.push_io(ctx, key, true, Target::Direct, cover.start, size, mem);
@@ -271,6 +310,7 @@ impl Disk {
         let changes = !matches!(request.kind, Kind::Read);
         if request.kind.fua() || (changes && self.writes_through()) {
             self.release_edges(ctx, key);
+            ctx.out.push(Action::DropBounce { req: key });
             self.join_sync(ctx, key);
         } else {
             self.finish(ctx, key, 0);

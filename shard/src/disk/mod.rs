@@ -125,6 +125,11 @@ pub enum Action {
         /// For this request.
         req: ReqKey,
     },
+    /// The request does not need its bounce buffer any more.
+    DropBounce {
+        /// Which.
+        req: ReqKey,
+    },
     /// The request is done; its `errno` says how.
     Answer {
         /// Which.
@@ -182,6 +187,8 @@ pub struct Disk {
     /// Requests that failed and wait for `resume` or `fail`.
     failed: Vec<ReqKey>,
     started: u32,
+    /// `pump` is at work.
+    pumping: bool,
     /// State and reason to return to when a move or a detach is taken back.
     before_hold: Option<(DiskState, String)>,
     /// An fdatasync failed: no flush succeeds until an operator says `resume --data-in-doubt`.
@@ -211,6 +218,7 @@ impl Disk {
             held: VecDeque::new(),
             failed: Vec::new(),
             started: 0,
+            pumping: false,
             before_hold: None,
             flush_failed: false,
             file,
@@ -338,6 +346,7 @@ impl Disk {
         let request = &ctx.requests[key];
         let bytes = match request.kind {
             Kind::Read | Kind::Write { .. } => request.len,
+            kind if self.fills(kind, request.offset, request.len) => request.len,
             _ => crate::limits::erase_cost_bytes(request.len),
         };
         match self.limiter.admit(ctx.now, direction, request.operations, bytes) {
@@ -413,8 +422,11 @@ impl Disk {
         let request = &mut ctx.requests[key];
         request.started = ctx.now;
         let kind = request.kind;
-        if self.config.read_only && !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
-            return self.finish(ctx, key, libc::EPERM);
+        if !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
+            if self.config.read_only {
+                return self.finish(ctx, key, libc::EPERM);
+            }
+            self.note_change(key);
         }
         let is_file = matches!(self.config.backend, Backend::File(_));
         match kind {
@@ -461,14 +473,17 @@ impl Disk {
 
     /// Starts what waited for others to finish.
     fn pump(&mut self, ctx: &mut Ctx<'_>) {
-        if !self.serves() {
+        // What is started may end at once and come here again: the outer loop goes on, the stack does not grow.
+        if !self.serves() || self.pumping {
             return;
         }
+        self.pumping = true;
         while self.started < STARTED_MAX
             && let Some(key) = self.held.pop_front()
         {
             self.admit(ctx, key);
         }
+        self.pumping = false;
         if self.wake_at.is_none() && self.waiting.iter().any(|queue| !queue.is_empty()) {
             // They were stopped by STARTED_MAX, not by a limit.
             self.wake_at = Some(ctx.now);
@@ -497,6 +512,7 @@ impl Disk {
 
     fn hold_failed(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
         self.release_edges(ctx, key);
+        ctx.out.push(Action::DropBounce { req: key });
         ctx.requests[key].rewind();
         self.started -= 1;
         self.failed.push(key);
@@ -514,7 +530,9 @@ impl Disk {
     /// Stops starting requests.
     pub fn pause(&mut self) -> Result<(), ShardError> {
         match self.state {
-            DiskState::Running | DiskState::Pausing => self.set_state(DiskState::Pausing, "pause was asked for"),
+            DiskState::Running | DiskState::Pausing => {
+                self.set_state(DiskState::Pausing, "pause was asked for")
+            }
             DiskState::Paused => {}
             state => {
                 let message = format!(
@@ -620,6 +638,30 @@ impl Disk {
     pub fn restore(&mut self, state: DiskState, reason: &str, flush_failed: bool) {
         self.set_state(state, reason);
         self.flush_failed = flush_failed;
+    }
+
+    /// A connection has gone: what it asked for and nobody has begun is dropped, so that it cannot land behind what its client
+    /// writes over another connection.
+    pub fn forget(&mut self, ctx: &mut Ctx<'_>, conn: u32, generation: u32) {
+        let stays = |requests: &Requests, key: ReqKey| {
+            requests[key].origin.is_none_or(|origin| (origin.conn, origin.generation) != (conn, generation))
+        };
+        let mut dropped = Vec::new();
+        let mut sift = |key: &ReqKey| {
+            let stays = stays(ctx.requests, *key);
+            if !stays {
+                dropped.push(*key);
+            }
+            stays
+        };
+        for queue in self.waiting.iter_mut().chain([&mut self.held]) {
+            queue.retain(&mut sift);
+        }
+        self.failed.retain(sift);
+        for key in dropped {
+            self.unthrottle(ctx, key);
+            self.refuse(ctx, key);
+        }
     }
 
     /// Takes back all requests that are not started, in the order in which they would run: for a park or a rebuild.

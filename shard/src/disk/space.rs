@@ -61,7 +61,7 @@ impl Disk {
                     FileKind::Regular if !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
                     FileKind::Block { discard: true } if aligned && !self.space.no_discard => {
                         Way::Call(Call::DiscardDevice)
-                    },
+                    }
                     _ => Way::Nothing,
                 };
             }
@@ -71,10 +71,19 @@ impl Disk {
             FileKind::Regular if !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
             FileKind::Regular if !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
             // A device's punch zeroes by unmapping or fails; its zero range falls back to writing, which is not fast.
-            FileKind::Block { .. } if aligned && !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
-            FileKind::Block { .. } if aligned && !fast && !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
+            FileKind::Block { .. } if aligned && !no_hole && !self.space.no_punch => {
+                Way::Call(Call::Fallocate(PUNCH))
+            }
+            FileKind::Block { .. } if aligned && !fast && !self.space.no_zero_range => {
+                Way::Call(Call::Fallocate(ZERO))
+            }
             _ => slow,
         }
+    }
+
+    /// The store will write zeroes one by one.
+    pub(super) fn fills(&self, kind: Kind, offset: u64, len: u64) -> bool {
+        matches!(self.way(kind, offset, len), Way::Fill)
     }
 
     pub(super) fn start_space(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
@@ -159,10 +168,12 @@ impl Disk {
             match (errno, kind) {
                 (0, _) => self.data_done(ctx, key),
                 (_, Kind::Discard { .. }) if unsupported => self.finish(ctx, key, 0),
-                // The next way down: zero range, then writing. It may have to wait for those that waited for it.
+                // The next way down: zero range, then writing.
                 (_, Kind::WriteZeroes { .. }) if unsupported => {
+                    // It begins anew, so it must not be what others wait for while it waits for them.
+                    ctx.requests[key].phase = Phase::Waiting;
+                    self.retry_blocked(ctx, key);
                     self.start_space(ctx, key);
-                    self.retry_blocked(ctx);
                 }
                 _ => self.failed_io(ctx, key, errno),
             }

@@ -30,7 +30,11 @@ impl Disk {
             return self.finish(ctx, key, 0);
         }
         if self.flush_failed {
-            return if self.holds_failed() { self.hold_failed(ctx, key) } else { self.finish(ctx, key, libc::EIO) };
+            return if self.holds_failed() {
+                self.hold_failed(ctx, key)
+            } else {
+                self.finish(ctx, key, libc::EIO)
+            };
         }
         ctx.requests[key].phase = Phase::Sync;
         self.sync.next.push(key);
@@ -47,7 +51,8 @@ impl Disk {
 
     /// The policy for a request that a failed fdatasync stands in the way of is to hold it.
     fn holds_failed(&self) -> bool {
-        self.config.on_error == ErrorPolicy::Pause && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
+        self.config.on_error == ErrorPolicy::Pause
+            && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
     }
 
     /// An fdatasync has failed: no flush succeeds until an operator accepts it. Returns the reason to show.

@@ -19,7 +19,7 @@
 //! - **Writes and reads.** A write that waits for a write bucket has taken nothing that reads use. Where both wait for
 //!   a bucket of both ("total"), they take turns.
 //! - **Groups.** Disks on any shard take turns at a group's buckets without locks (`group.rs`).
-//! - **Costs.** An operation counts as `ceil(bytes / iops_size)` operations, at least one. Discards and write-zeroes count
+//! - **Costs.** An operation counts as `ceil(bytes / iops_size)` operations, at least as many as the caller says. Discards and write-zeroes count
 //!   as writes, with [`erase_cost_bytes`]. Flushes cost nothing: they are not brought here.
 //! - **Dry run.** A disk or group whose `dry_run` is set lets everything pass. What its buckets would have delayed is
 //!   reported and not charged, so the count is the excess over the limit, not a debt that grows without end.
@@ -142,8 +142,9 @@ struct Cost {
 
 impl Cost {
     fn new(ops: u32, bytes: u64, iops_size: u64) -> Cost {
-        let pieces = if iops_size == 0 { 1 } else { bytes.div_ceil(iops_size) };
-        Cost { ops: pieces.max(u64::from(ops)).max(1), bytes }
+        // The later pieces of a large request come with no operation of their own.
+        let pieces = if iops_size == 0 { 0 } else { bytes.div_ceil(iops_size) };
+        Cost { ops: pieces.max(u64::from(ops)), bytes }
     }
 
     /// In the unit of bucket `index`.

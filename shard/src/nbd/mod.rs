@@ -109,13 +109,27 @@ impl Command {
 enum Rx {
     Header,
     /// A read that is not yet completely cut into requests; `next` is where to go on.
-    Reading { command: u32, next: u64 },
+    Reading {
+        command: u32,
+        next: u64,
+    },
     /// A write whose next piece starts at `next` and has no buffer yet.
-    Writing { command: u32, next: u64 },
+    Writing {
+        command: u32,
+        next: u64,
+    },
     /// A piece of a write, filled up to `filled` bytes.
-    Payload { command: u32, offset: u64, data: Data, filled: u32, len: u32 },
+    Payload {
+        command: u32,
+        offset: u64,
+        data: Data,
+        filled: u32,
+        len: u32,
+    },
     /// Payload that nobody wants.
-    Skip { left: u32 },
+    Skip {
+        left: u32,
+    },
     /// The client said goodbye or is gone.
     Done,
 }
@@ -161,8 +175,8 @@ pub struct Conn {
     requests: u32,
     /// Bytes of payload at the disk or on their way to the client.
     held: u64,
-    /// Buffers of the pool that its requests and replies have.
-    buffers: u32,
+    /// Bytes of pool buffers that it really has.
+    buffers: u64,
     out: VecDeque<Reply>,
     /// The command whose ordered reply has begun.
     streaming: Option<u32>,
@@ -174,10 +188,16 @@ pub struct Conn {
     recv_message: Message,
     /// Operation of the reactor that receives; `None` when there is none.
     pub recv_op: Option<u64>,
+    /// The socket did not take everything at once: wait for it with the next message.
+    blocked: bool,
     /// Operation of the reactor that sends.
     pub send_op: Option<u64>,
-    /// When the client last took or gave bytes.
-    pub progress_at: Nanos,
+    /// When the client last gave bytes.
+    received_at: Nanos,
+    /// When the client last took bytes, or had all of them.
+    sent_at: Nanos,
+    /// The end of the TLS session has been said.
+    said_goodbye: bool,
     /// Its operations have been cancelled.
     pub cancelled: bool,
     /// Takes no more input: being parked or drained.
@@ -208,6 +228,11 @@ pub struct ConnCtx<'a> {
     pub now: Nanos,
     /// Buffers of the shard.
     pub pool: &'a mut Pool,
+    /// The disk's connections may take buffers (a disk may hold half of the budget; the first piece of a connection is always
+    /// allowed).
+    pub may_take: bool,
+    /// Bytes that the disk's connections may still start in this turn.
+    pub share: u64,
     /// New requests for the disk.
     pub out: &'a mut Vec<Request>,
 }
@@ -215,7 +240,8 @@ pub struct ConnCtx<'a> {
 impl Conn {
     /// Takes a negotiated connection over.
     pub fn new(handoff: Handoff, disk: u32, slot: u32, generation: u32, now: Nanos) -> Conn {
-        let mut conn = Conn::with(handoff.fd, handoff.transmission, handoff.peer, disk, slot, generation, now);
+        let mut conn =
+            Conn::with(handoff.fd, handoff.transmission, handoff.peer, disk, slot, generation, now);
         conn.tls = handoff.tls.map(Tls::new);
         conn.preload(&handoff.unread);
         conn
@@ -256,8 +282,11 @@ impl Conn {
             send_message: Message::new(0),
             recv_message: Message::new(2),
             recv_op: None,
+            blocked: false,
             send_op: None,
-            progress_at: now,
+            received_at: now,
+            sent_at: now,
+            said_goodbye: false,
             cancelled: false,
             stopped: false,
             parking: false,
@@ -310,10 +339,46 @@ impl Conn {
         self.slot
     }
 
+    /// Bytes of pool buffers that it has.
+    pub fn buffers(&self) -> u64 {
+        self.buffers
+    }
+
+    /// A request of it was given a buffer.
+    pub fn note_buffer(&mut self, buf: &Buf) {
+        self.buffers += buf.capacity() as u64;
+    }
+
+    fn give(&mut self, pool: &mut Pool, buf: Buf) {
+        self.buffers = self.buffers.saturating_sub(buf.capacity() as u64);
+        pool.give(buf);
+    }
+
+    /// Gives the memory of a reply back.
+    fn discard(&mut self, pool: &mut Pool, data: Data) {
+        self.held = self.held.saturating_sub(data.len() as u64);
+        if let Data::Pool(buf, _) = data {
+            self.give(pool, buf);
+        }
+    }
+
+    /// Keeps buffers and has done nothing about it for `patience`.
+    pub fn is_stalled(&self, now: Nanos, patience: Nanos) -> bool {
+        let receives_nothing = self.send_op.is_some() && now > self.sent_at + patience;
+        let sends_nothing = matches!(self.rx, Rx::Payload { .. }) && now > self.received_at + patience;
+        receives_nothing || (sends_nothing && !self.stopped)
+    }
+
+    /// Has neither sent nor received for `time`.
+    pub fn is_idle(&self, now: Nanos, time: Nanos) -> bool {
+        now > self.sent_at + time && now > self.received_at + time
+    }
+
     /// Whether a piece of a read may have a buffer although the budget is spent: when the connection has no other, or when the
     /// piece is the next one of a reply that has to be sent in order, behind which all others wait.
     pub fn may_always_have(&self, command: u32, offset: u64) -> bool {
-        let is_next = |command: &Command| command.ordered.as_ref().is_some_and(|ordered| ordered.next == offset);
+        let is_next =
+            |command: &Command| command.ordered.as_ref().is_some_and(|ordered| ordered.next == offset);
         self.buffers == 0 || self.commands.get(command as usize).is_some_and(is_next)
     }
 
@@ -322,25 +387,6 @@ impl Conn {
         if self.closing.is_none() {
             self.closing = Some(reason.to_owned());
             self.rx_done();
-        }
-    }
-
-    /// A request of its has got a buffer.
-    pub fn count_buffer(&mut self) {
-        self.buffers += 1;
-    }
-
-    /// Gives a buffer of a request back.
-    fn give(&mut self, pool: &mut Pool, buf: Buf) {
-        self.buffers -= 1;
-        pool.give(buf);
-    }
-
-    /// Data of a reply are sent or of no use.
-    fn discard(&mut self, pool: &mut Pool, data: Data) {
-        self.held = self.held.saturating_sub(data.len() as u64);
-        if let Data::Pool(buf, _) = data {
-            self.give(pool, buf);
         }
     }
 
@@ -357,12 +403,14 @@ impl Conn {
             && self.deferred.is_empty()
             && self.send_op.is_none()
             && self.send_message.remaining() == 0
+            && (self.tls.is_none() || self.said_goodbye)
     }
 
     /// Every reply has been sent.
     pub fn is_sent(&self) -> bool {
+        // A stopped connection may sit in the middle of an ordered reply, which holds the others back for ever.
         let sending = self.send_op.is_some() || self.send_message.remaining() > 0;
-        self.out.is_empty() && self.deferred.is_empty() && !sending
+        self.out.is_empty() && !sending
     }
 
     fn rx_done(&mut self) {
@@ -378,6 +426,7 @@ impl Conn {
 
     /// Gives all buffers back; the kernel must be done with them.
     pub fn release(&mut self, pool: &mut Pool) {
+        self.buffers = 0;
         let mut give = |data: Data| {
             if let Data::Pool(buf, _) = data {
                 pool.give(buf);

@@ -56,6 +56,14 @@ impl Conn {
 
     /// Takes the connection apart. Nothing of it may be in the kernel, and its requests at the disk must be unstarted.
     pub fn park(mut self, pool: &mut Pool) -> ParkedConn {
+        // From here on read data are plain bytes, which count no more against what the connection may hold.
+        let ready = self.commands.iter().filter_map(|(_, command)| command.ordered.as_ref());
+        let on_the_way = self.sending.iter().chain(&self.out).chain(&self.deferred).map(|reply| &reply.data);
+        let bytes: u64 = on_the_way
+            .chain(ready.flat_map(|ordered| ordered.ready.iter().map(|(_, data)| data)))
+            .map(|data| if let Data::Pool(_, len) = data { u64::from(*len) } else { 0 })
+            .sum();
+        self.held = self.held.saturating_sub(bytes);
         // What the kernel did not take of the last message goes first.
         let mut sent = self.sending.iter().map(|r| r.head.len() + r.data.len()).sum::<usize>();
         sent = sent.saturating_sub(self.send_message.remaining());
@@ -78,7 +86,8 @@ impl Conn {
             }
             out.push_back(Reply { head, data });
         }
-        let detach = |pool: &mut Pool, reply: Reply| Reply { head: reply.head, data: reply.data.detach(pool) };
+        let detach =
+            |pool: &mut Pool, reply: Reply| Reply { head: reply.head, data: reply.data.detach(pool) };
         for reply in self.out {
             out.push_back(detach(pool, reply));
         }
@@ -115,7 +124,14 @@ impl Conn {
     }
 
     /// Puts a connection together on this shard. A half received payload gets a buffer beyond the budget.
-    pub fn unpark(parked: ParkedConn, pool: &mut Pool, disk: u32, slot: u32, generation: u32, now: Nanos) -> Conn {
+    pub fn unpark(
+        parked: ParkedConn,
+        pool: &mut Pool,
+        disk: u32,
+        slot: u32,
+        generation: u32,
+        now: Nanos,
+    ) -> Conn {
         let mut conn = Conn::with(parked.fd, parked.agreed, parked.peer, disk, slot, generation, now);
         conn.since = parked.since;
         conn.preload(&parked.input);
@@ -130,8 +146,8 @@ impl Conn {
             Rx::Payload { command, offset, data: Data::Bytes(bytes), filled, len } => {
                 match pool.take(len as usize, true) {
                     Some(buf) => {
+                        conn.note_buffer(&buf);
                         pool.bytes_mut(&buf)[..filled as usize].copy_from_slice(&bytes[..filled as usize]);
-                        conn.buffers = 1;
                         Rx::Payload { command, offset, data: Data::Pool(buf, len), filled, len }
                     }
                     None => {

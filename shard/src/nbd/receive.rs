@@ -45,7 +45,7 @@ impl Conn {
 
     /// Reads as far as bytes, room and the share of this turn go.
     pub fn advance(&mut self, ctx: &mut ConnCtx<'_>) -> Stop {
-        let (mut requests, mut bytes) = (TURN_REQUESTS, TURN_BYTES);
+        let (mut requests, mut bytes) = (TURN_REQUESTS, TURN_BYTES.min(ctx.share));
         loop {
             if self.closing.is_some() || matches!(self.rx, Rx::Done) {
                 return Stop::End;
@@ -66,12 +66,16 @@ impl Conn {
                 Rx::Done => Some(Stop::End),
             };
             for request in &ctx.out[before..] {
-                bytes = bytes.saturating_sub(request.len.max(512));
+                bytes = bytes.saturating_sub(request.len.min(u64::from(PIECE)).max(512));
             }
             requests -= 1;
             match step {
                 // TLS may hold decrypted bytes.
                 Some(Stop::Input) if self.decrypt() => requests += 1,
+                // And ciphertext that its session has no room for until its output has been sent.
+                Some(Stop::Input) if self.tls.as_ref().is_some_and(|tls| !tls.pending.is_empty()) => {
+                    return Stop::Room;
+                }
                 Some(stop) => return stop,
                 None => {}
             }
@@ -102,7 +106,7 @@ impl Conn {
                     return true;
                 }
                 Ok(PlainRead::Closed) => {
-                    self.rx = Rx::Done;
+                    self.end_of_input();
                     return false;
                 }
                 Err(error) => {
@@ -230,6 +234,9 @@ impl Conn {
         if !first && !self.has_room(len) {
             return Some(Stop::Room);
         }
+        if !first && !ctx.may_take && self.held > 0 {
+            return Some(Stop::Buffer);
+        }
         self.held += len;
         self.issue(ctx, command, Kind::Read, next, len, u32::from(next == request.offset), None);
         if stop == end {
@@ -248,10 +255,13 @@ impl Conn {
         if !self.has_room(len) {
             return Some(Stop::Room);
         }
+        if !ctx.may_take && self.buffers > 0 {
+            return Some(Stop::Buffer);
+        }
         let Some(buf) = ctx.pool.take(len as usize, self.buffers == 0) else {
             return Some(Stop::Buffer);
         };
-        self.buffers += 1;
+        self.note_buffer(&buf);
         self.held += len;
         self.rx = Rx::Payload {
             command,
@@ -347,7 +357,7 @@ impl Conn {
                 self.end_of_input();
             }
             n if n > 0 => {
-                self.progress_at = now;
+                self.received_at = now;
                 self.received(n as usize);
             }
             errno if -errno == libc::ECANCELED || -errno == libc::EINTR || -errno == libc::EAGAIN => {}

@@ -117,7 +117,9 @@ impl Conn {
             let (errno, finished) = (command.errno, command.issued && command.left == 0);
             let Some(ordered) = &mut command.ordered else { return };
             if errno != 0 && ordered.header_sent {
-                return self.close("a read failed after its header had been sent, which the simple reply style cannot say");
+                return self.close(
+                    "a read failed after its header had been sent, which the simple reply style cannot say",
+                );
             }
             if errno != 0 {
                 // Nothing was sent: wait for the other pieces, then say the error.
@@ -130,7 +132,9 @@ impl Conn {
                 }
                 return;
             }
-            let Some(index) = ordered.ready.iter().position(|(offset, _)| *offset == ordered.next) else { return };
+            let Some(index) = ordered.ready.iter().position(|(offset, _)| *offset == ordered.next) else {
+                return;
+            };
             let (_, data) = ordered.ready.swap_remove(index);
             ordered.next += data.len() as u64;
             let first = !std::mem::replace(&mut ordered.header_sent, true);
@@ -151,7 +155,8 @@ impl Conn {
         self.streaming = None;
         self.out.append(&mut self.deferred);
         // Others may have had their first piece, or their error, ready behind this one.
-        let ordered: Vec<_> = self.commands.iter().filter(|(_, c)| c.ordered.is_some()).map(|(key, _)| key).collect();
+        let ordered: Vec<_> =
+            self.commands.iter().filter(|(_, c)| c.ordered.is_some()).map(|(key, _)| key).collect();
         for key in ordered {
             if self.streaming.is_none() {
                 self.stream(pool, key as u32);
@@ -179,20 +184,32 @@ impl Conn {
 
     /// The operation that sends what is ready; `None` when there is nothing or a message is on its way.
     pub fn send_op(&mut self, pool: &mut Pool) -> Option<Op> {
-        if self.send_op.is_some() || (self.out.is_empty() && self.send_message.remaining() == 0) {
-            return None;
-        }
-        if self.closing.is_some() || self.parking {
+        if self.send_op.is_some() || self.closing.is_some() || self.parking || !self.has_output() {
             return None;
         }
         let fd = self.raw_fd();
         if self.send_message.remaining() == 0 {
             self.fill_message(pool);
-            if self.closing.is_some() {
+            if self.closing.is_some() || self.send_message.remaining() == 0 {
                 return None;
             }
         }
-        Some(Op::SendMsg { fd, header: self.send_message.prepare() })
+        let header = self.send_message.prepare();
+        // Sockets mostly take a message at once, and then the turn that its completion would cost is saved. Not when somebody
+        // waits for the end of it.
+        let at_once = !self.blocked && !self.stopped && !matches!(self.rx, Rx::Done);
+        Some(if at_once { Op::SendNow { fd, header } } else { Op::SendMsg { fd, header } })
+    }
+
+    /// Something is to be sent; at the end of a TLS session its goodbye.
+    fn has_output(&mut self) -> bool {
+        let last = matches!(self.rx, Rx::Done) && self.commands.is_empty() && self.deferred.is_empty();
+        let replies = !self.out.is_empty() || self.send_message.remaining() > 0;
+        let Some(tls) = &mut self.tls else { return replies };
+        if last && !replies && !std::mem::replace(&mut self.said_goodbye, true) {
+            tls.session.close();
+        }
+        replies || tls.session.output_len() > 0
     }
 
     fn fill_message(&mut self, pool: &mut Pool) {
@@ -219,23 +236,34 @@ impl Conn {
 
     /// Encrypts replies until a message is full.
     fn encrypt(&mut self, pool: &mut Pool) {
-        while let Some(tls) = &mut self.tls
-            && tls.session.output_len() < 256 << 10
-            && let Some(reply) = self.out.pop_front()
-        {
+        while let Some(mut reply) = self.out.pop_front() {
+            let Some(tls) = &mut self.tls else { return };
             let data = match &reply.data {
                 Data::None => &[][..],
                 Data::Pool(buf, len) => &pool.bytes(buf)[..*len as usize],
                 Data::Bytes(bytes) => bytes,
             };
-            for part in [&reply.head[..], data] {
+            let mut taken = [0; 2];
+            for (part, taken) in [&reply.head[..], data].into_iter().zip(&mut taken) {
                 match tls.session.write_plain(part) {
-                    Ok(n) if n == part.len() => {}
-                    Ok(_) => self.closing = Some("TLS took only a part of a reply".into()),
+                    Ok(n) => *taken = n,
                     Err(error) => self.closing = Some(error.to_string()),
                 }
+                if *taken < part.len() {
+                    break;
+                }
             }
-            self.discard(pool, reply.data);
+            // The session's output is full: the rest of this reply is first in the next message.
+            let rest = data[taken[1]..].to_vec();
+            reply.head.drain(..taken[0]);
+            let data = std::mem::replace(&mut reply.data, Data::None);
+            self.discard(pool, data);
+            if !rest.is_empty() || !reply.head.is_empty() {
+                self.held += rest.len() as u64;
+                reply.data = Data::Bytes(rest);
+                self.out.push_front(reply);
+                break;
+            }
         }
         let Some(tls) = &mut self.tls else { return };
         tls.session.swap_output(&mut tls.output);
@@ -246,13 +274,22 @@ impl Conn {
         self.send_message.push(tls.output.as_ptr() as usize, tls.output.len());
     }
 
+    /// A [`Op::SendNow`] has taken everything.
+    pub fn on_sent_all(&mut self, pool: &mut Pool, now: Nanos) {
+        let all = self.send_message.remaining() as i32;
+        self.on_sent(pool, all, now);
+    }
+
     /// The send operation is done: bytes or a negative errno.
     pub fn on_sent(&mut self, pool: &mut Pool, result: i32, now: Nanos) {
         self.send_op = None;
+        self.blocked = result != self.send_message.remaining() as i32;
         if result < 0 {
             match -result {
                 libc::ECANCELED | libc::EINTR | libc::EAGAIN => {}
-                libc::EPIPE | libc::ECONNRESET => self.close("closed by the client with replies on their way"),
+                libc::EPIPE | libc::ECONNRESET => {
+                    self.close("closed by the client with replies on their way")
+                }
                 errno => {
                     let what = nix::errno::Errno::from_raw(errno).desc();
                     self.close(&format!("sending failed: {what}"));
@@ -260,7 +297,7 @@ impl Conn {
             }
             return;
         }
-        self.progress_at = now;
+        self.sent_at = now;
         self.send_message.advance(result as usize);
         if self.send_message.remaining() > 0 {
             return;
@@ -270,16 +307,17 @@ impl Conn {
 
     fn finish_sending(&mut self, pool: &mut Pool) {
         self.send_message.clear();
-        let mut sending = std::mem::take(&mut self.sending);
-        for reply in sending.drain(..) {
+        let mut sent = std::mem::take(&mut self.sending);
+        for reply in sent.drain(..) {
             self.discard(pool, reply.data);
         }
-        self.sending = sending;
+        self.sending = sent;
     }
 
     /// Gives memory for large batches back when the connection has been idle.
     pub fn shrink(&mut self) {
-        if self.send_op.is_none() && self.out.is_empty() && self.sending.is_empty() {
+        let nothing = self.send_message.remaining() == 0 && self.sending.is_empty() && self.out.is_empty();
+        if self.send_op.is_none() && nothing {
             self.out.shrink_to(4);
             self.deferred.shrink_to_fit();
             self.sending.shrink_to_fit();

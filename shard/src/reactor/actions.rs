@@ -9,6 +9,7 @@ use crate::disk::{IoResult, Mem, SideTarget, Target};
 use crate::ram::{RamDisk, RamOutcome};
 use crate::request::Kind;
 use crate::storage::Completion;
+use crate::storage::pool::Buf;
 use crate::storage::side::{Extent, SideJob};
 use crate::storage::uring::IOWQ_WORKERS;
 
@@ -54,7 +55,16 @@ impl<K: Kernel> Shard<K> {
     fn carry_out_for_disk(&mut self, disk: u32, action: Action) {
         match action {
             Action::Io { .. } => self.start_io(disk, action),
-            Action::Sync | Action::Fallocate { .. } => self.start_gated(disk, action),
+            Action::Sync | Action::Fallocate { .. } => {
+                if self.enter_gate(disk, &action) {
+                    self.launch(disk, action, 0, true);
+                }
+            }
+            Action::DropBounce { req } => {
+                if let Some(bounce) = self.requests[req].bounce.take() {
+                    self.give_bounce(disk, bounce);
+                }
+            }
             Action::Side { target, call } => {
                 let Some(Backend::File(file)) = self.backend(disk).cloned() else { return };
                 let user_data = self.ops.insert(OpKind::Side { disk, target });
@@ -65,7 +75,8 @@ impl<K: Kernel> Shard<K> {
             Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
                 let request = &self.requests[req];
                 if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
-                    let (payload_at, bounce_at, len) = (payload_at as usize, bounce_at as usize, len as usize);
+                    let (payload_at, bounce_at, len) =
+                        (payload_at as usize, bounce_at as usize, len as usize);
                     if to_bounce {
                         self.pool.copy(payload, payload_at, bounce, bounce_at, len);
                     } else {
@@ -133,7 +144,7 @@ impl<K: Kernel> Shard<K> {
 
     /// Finds memory for an I/O and starts it.
     fn start_io(&mut self, disk: u32, action: Action) {
-        let Action::Io { req, write, target, offset, len, mem } = action else { return };
+        let Action::Io { req, write, target, len, mem, .. } = action else { return };
         let Some(addr) = self.address(disk, req, mem) else {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((disk, action));
@@ -142,8 +153,8 @@ impl<K: Kernel> Shard<K> {
             }
             return;
         };
-        let (fd, gated) = match self.backend(disk) {
-            Some(Backend::File(file)) => descriptor(file, target),
+        let gated = match self.backend(disk) {
+            Some(Backend::File(file)) => descriptor(file, target).1,
             Some(Backend::Ram(ram)) => {
                 let ram = ram.clone();
                 return self.ram_io(disk, &ram, action);
@@ -155,12 +166,31 @@ impl<K: Kernel> Shard<K> {
                 return self.io_done(disk, req, mem, len, IoResult::Done);
             }
         };
-        if gated && !self.enter_gate(disk, &action) {
-            return;
+        if !gated || self.enter_gate(disk, &action) {
+            self.launch(disk, action, addr, gated);
         }
-        let op = IoOp { disk, req, write, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+    }
+
+    /// Hands a file operation to the kernel. `addr` is the memory of an I/O.
+    fn launch(&mut self, disk: u32, action: Action, addr: usize, gated: bool) {
+        let Some(Backend::File(file)) = self.backend(disk) else { return };
+        let fd = file.fd.as_raw_fd();
+        let (kind, op) = match action {
+            Action::Io { req, write, target, offset, len, mem } => {
+                let (fd, _) = descriptor(file, target);
+                self.disks[disk as usize].ops += 1;
+                let op = IoOp { disk, req, write, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+                return self.push_io(op);
+            }
+            Action::Fallocate { group, mode, offset, len } => {
+                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
+            }
+            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
+        };
+        let user_data = self.ops.insert(kind);
         self.disks[disk as usize].ops += 1;
-        self.push_io(op);
+        self.counters.ring_ops.add(1);
+        self.kernel.push(user_data, op);
     }
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
@@ -171,13 +201,14 @@ impl<K: Kernel> Shard<K> {
         if needs_payload && request.payload.is_none() {
             let (conn, guaranteed) = self.place_of(req);
             let request = &mut self.requests[req];
-            request.payload = Some(self.pool.take(request.len as usize, guaranteed)?);
+            let buf = self.pool.take(request.len as usize, guaranteed)?;
             let generation = request.origin.map(|origin| origin.generation);
             if let Some(conn) = conn.and_then(|conn| self.conns.get_mut(conn as usize))
                 && Some(conn.generation) == generation
             {
-                conn.count_buffer();
+                conn.note_buffer(&buf);
             }
+            request.payload = Some(buf);
         }
         let request = &mut self.requests[req];
         match mem {
@@ -211,11 +242,15 @@ impl<K: Kernel> Shard<K> {
     /// Gives the bounce buffer of a request back, if it has one.
     pub(super) fn free_bounce(&mut self, disk: u32, request: &mut Request) {
         if let Some(bounce) = request.bounce.take() {
-            self.pool.give(bounce);
-            self.bounces -= 1;
-            if let Some(entry) = self.disks.get_mut(disk as usize) {
-                entry.bounces -= 1;
-            }
+            self.give_bounce(disk, bounce);
+        }
+    }
+
+    fn give_bounce(&mut self, disk: u32, bounce: Buf) {
+        self.pool.give(bounce);
+        self.bounces -= 1;
+        if let Some(entry) = self.disks.get_mut(disk as usize) {
+            entry.bounces -= 1;
         }
     }
 
@@ -257,7 +292,8 @@ impl<K: Kernel> Shard<K> {
     /// Discards, zeroes or lists a range of a disk in memory.
     fn memory(&mut self, disk: u32, req: ReqKey) {
         let request = &self.requests[req];
-        let (kind, offset, len) = (request.kind, request.offset + request.cursor, request.len - request.cursor);
+        let (kind, offset, len) =
+            (request.kind, request.offset + request.cursor, request.len - request.cursor);
         let result = match self.backend(disk) {
             Some(Backend::Ram(ram)) => match kind {
                 Kind::Extents { max } => {
@@ -286,25 +322,6 @@ impl<K: Kernel> Shard<K> {
         self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, result));
     }
 
-    /// Starts fdatasync or fallocate when the store's share of kernel workers allows.
-    fn start_gated(&mut self, disk: u32, action: Action) {
-        if !self.enter_gate(disk, &action) {
-            return;
-        }
-        let Some(Backend::File(file)) = self.backend(disk) else { return };
-        let fd = file.fd.as_raw_fd();
-        let (kind, op) = match action {
-            Action::Fallocate { group, mode, offset, len } => {
-                (OpKind::Fallocate { disk, group }, Op::Fallocate { fd, mode, offset, len })
-            }
-            _ => (OpKind::Sync { disk }, Op::Fdatasync { fd }),
-        };
-        let user_data = self.ops.insert(kind);
-        self.disks[disk as usize].ops += 1;
-        self.counters.ring_ops.add(1);
-        self.kernel.push(user_data, op);
-    }
-
     /// Counts one more punted operation of the disk's store, or lets the action wait.
     fn enter_gate(&mut self, disk: u32, action: &Action) -> bool {
         let Some(store) = self.disks[disk as usize].store else { return true };
@@ -321,12 +338,28 @@ impl<K: Kernel> Shard<K> {
         let Some(store) = self.disks.get(disk as usize).and_then(|entry| entry.store) else { return };
         let Some(gate) = self.gates.get_mut(&store) else { return };
         gate.in_flight = gate.in_flight.saturating_sub(1);
-        match gate.waiting.pop_front() {
-            Some(next) => self.actions.push_back(next),
-            None if gate.in_flight == 0 => {
-                self.gates.remove(&store);
+        self.open_gate(store);
+    }
+
+    /// Starts what waits for a store, as far as its share goes.
+    pub(super) fn open_gate(&mut self, store: u64) {
+        while let Some(gate) = self.gates.get_mut(&store) {
+            if gate.in_flight >= PER_STORE {
+                return;
             }
-            None => {}
+            let Some((disk, action)) = gate.waiting.pop_front() else {
+                if gate.in_flight == 0 {
+                    self.gates.remove(&store);
+                }
+                return;
+            };
+            gate.in_flight += 1;
+            let addr = match action {
+                // It got its memory before it began to wait.
+                Action::Io { req, mem, .. } => self.address(disk, req, mem).unwrap_or(0),
+                _ => 0,
+            };
+            self.launch(disk, action, addr, true);
         }
     }
 
@@ -487,14 +520,17 @@ impl<K: Kernel> Shard<K> {
                 } else {
                     ops.errors.add(1);
                 }
-                ops.service.record(total - queue);
-                ops.queue.record(queue);
-                entry.meter.record(class, queue, total, self.now);
+                // One duration per operation of the client: its first piece stands for a large one.
+                if request.operations > 0 {
+                    ops.service.record(total - queue);
+                    ops.queue.record(queue);
+                    entry.meter.record(class, queue, total, self.now);
+                }
             }
         }
         if let Some(Pending::Remove { flush, .. }) = &mut entry.pending {
             if *flush == Flush::Asked(key) {
-                *flush = Flush::Done;
+                *flush = if request.errno == 0 { Flush::Done } else { Flush::Failed };
             }
             self.unsettled.push(slot);
         } else if entry.pending.is_some() {
@@ -523,6 +559,6 @@ impl<K: Kernel> Shard<K> {
 fn descriptor(file: &ImageFile, target: Target) -> (i32, bool) {
     match (target, &file.tail) {
         (Target::Tail, Some(tail)) => (tail.as_raw_fd(), true),
-        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None),
+        _ => (file.fd.as_raw_fd(), file.cache != CacheMode::None || file.punts || target == Target::Tail),
     }
 }

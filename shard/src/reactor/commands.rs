@@ -38,8 +38,12 @@ impl<K: Kernel> Shard<K> {
                 self.stopping = Some(tag);
                 Ok(None)
             }
-            Command::RemoveDisk { disk, force } => self.slot(disk).and_then(|slot| self.remove(slot, tag, force)),
-            Command::Connect { disk, handoff } => self.slot(disk).and_then(|slot| self.connect(slot, *handoff)),
+            Command::RemoveDisk { disk, force } => {
+                self.slot(disk).and_then(|slot| self.remove(slot, tag, force))
+            }
+            Command::Connect { disk, handoff } => {
+                self.slot(disk).and_then(|slot| self.connect(slot, *handoff))
+            }
             Command::Pause { disk } => self.slot(disk).and_then(|slot| self.pause(slot, tag)),
             Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
             Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_park(slot)),
@@ -47,7 +51,9 @@ impl<K: Kernel> Shard<K> {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
             Command::Fail { disk } => self.slot(disk).and_then(|slot| {
-                self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Failed, "given up by an operator"));
+                self.with_disk(slot, |disk, ctx| {
+                    disk.fail(ctx, DiskState::Failed, "given up by an operator")
+                });
                 self.unsettled.push(slot);
                 Ok(Some(Reply::Done))
             }),
@@ -61,7 +67,8 @@ impl<K: Kernel> Shard<K> {
             Command::Clients { disk } => self.slot(disk).map(|slot| Some(Reply::Clients(self.clients(slot)))),
             Command::InjectPanic { disk } => self.slot(disk).and_then(|slot| {
                 if !self.fault_commands {
-                    let message = "fault commands are off: start the daemon with --fault-commands (tests only)";
+                    let message =
+                        "fault commands are off: start the daemon with --fault-commands (tests only)";
                     return Err(failure(ShardErrorKind::WrongState, message));
                 }
                 self.with_disk(slot, |disk, _| disk.panic_for_test());
@@ -93,6 +100,7 @@ impl<K: Kernel> Shard<K> {
             ops: 0,
             requests: 0,
             bounces: 0,
+            share: (0, 0),
             meter: Meter::default(),
             pending: None,
             timer: None,
@@ -150,10 +158,16 @@ impl<K: Kernel> Shard<K> {
                 Pending::Park { .. } => "being moved",
                 Pending::Remove { .. } => "being detached",
             };
-            return Err(failure(ShardErrorKind::WrongState, format!("the disk is {what}: wait for that to end")));
+            return Err(failure(
+                ShardErrorKind::WrongState,
+                format!("the disk is {what}: wait for that to end"),
+            ));
         }
         if entry.quarantined || entry.zombie {
-            return Err(failure(ShardErrorKind::WrongState, "the disk waits for kernel operations to come back"));
+            return Err(failure(
+                ShardErrorKind::WrongState,
+                "the disk waits for kernel operations to come back",
+            ));
         }
         entry.pending = Some(pending);
         self.unsettled.push(slot);
@@ -221,7 +235,9 @@ impl<K: Kernel> Shard<K> {
 
     /// Returns to service.
     fn cancel_park(&mut self, slot: u32) -> Outcome {
-        let Some(Pending::Park { tag }) = self.disks[slot as usize].pending else { return Ok(Some(Reply::Done)) };
+        let Some(Pending::Park { tag }) = self.disks[slot as usize].pending else {
+            return Ok(Some(Reply::Done));
+        };
         self.disks[slot as usize].pending = None;
         self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
         self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
@@ -253,7 +269,8 @@ impl<K: Kernel> Shard<K> {
                 let (conn, generation) = origins[index];
                 crate::request::Origin { conn, generation, command }
             });
-            let mut new = Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
+            let mut new =
+                Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
             new.operations = request.operations;
             if let Some(bytes) = request.payload {
                 let Some(buf) = self.pool.take(bytes.len(), true) else {
@@ -263,10 +280,10 @@ impl<K: Kernel> Shard<K> {
                     continue;
                 };
                 self.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(&bytes);
-                new.payload = Some(buf);
                 if let Some(conn) = origin.and_then(|origin| self.conns.get_mut(origin.conn as usize)) {
-                    conn.count_buffer();
+                    conn.note_buffer(&buf);
                 }
+                new.payload = Some(buf);
             }
             debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.payload.is_some());
             self.submit(new);
@@ -290,7 +307,8 @@ impl<K: Kernel> Shard<K> {
         if force {
             return self.remove_by_force(slot, tag);
         }
-        let state = self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
+        let state =
+            self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
         match state {
             Some((DiskState::Running | DiskState::Failed, _)) => {}
             Some((state, reason)) => {
@@ -323,7 +341,10 @@ impl<K: Kernel> Shard<K> {
             }
         }
         if let Some(earlier) = self.disks[slot as usize].zombie_tag.replace(tag) {
-            self.reply(earlier, Err(failure(ShardErrorKind::Interrupted, "the disk was detached by force again")));
+            self.reply(
+                earlier,
+                Err(failure(ShardErrorKind::Interrupted, "the disk was detached by force again")),
+            );
         }
         self.unsettled.push(slot);
         Ok(None)

@@ -3,6 +3,10 @@
 use super::ops::OpKind;
 use super::*;
 use crate::nbd::{ConnCtx, Stop};
+use crate::request::PIECE;
+
+/// Bytes of requests that the connections of one disk may start in one turn.
+const DISK_TURN_BYTES: u64 = 4 << 20;
 
 impl<K: Kernel> Shard<K> {
     pub(super) fn next_generation(&mut self) -> u32 {
@@ -31,9 +35,25 @@ impl<K: Kernel> Shard<K> {
         if conn.recv_op.is_some() {
             return;
         }
+        let disk = conn.disk;
+        // A disk may hold half of the budget; looked at only when half of it is in use.
+        let half = self.pool.budget() / 2;
+        let may_take = self.pool.used() < half || {
+            let conns = self.disks.get(disk as usize).map_or(&[][..], |entry| &entry.conns);
+            conns.iter().filter_map(|&c| self.conns.get(c as usize)).map(|c| c.buffers()).sum::<u64>()
+                < half as u64
+        };
+        let Some(entry) = self.disks.get_mut(disk as usize) else { return };
+        if entry.share.0 != self.turn {
+            entry.share = (self.turn, DISK_TURN_BYTES);
+        }
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
         let mut requests = std::mem::take(&mut self.new_requests);
-        let mut ctx = ConnCtx { now: self.now, pool: &mut self.pool, out: &mut requests };
+        let share = entry.share.1;
+        let mut ctx = ConnCtx { now: self.now, pool: &mut self.pool, may_take, share, out: &mut requests };
         let stop = conn.advance(&mut ctx);
+        let started: u64 = requests.iter().map(|request| request.len.min(u64::from(PIECE)).max(512)).sum();
+        entry.share.1 = entry.share.1.saturating_sub(started);
         match stop {
             Stop::Input => {
                 let op = conn.receive_op(&self.pool);
@@ -75,6 +95,29 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
+    /// Sends that were to be done at once and of which the kernel has not complained are done.
+    pub(super) fn finish_sends(&mut self) {
+        if self.sent_now.is_empty() || !self.kernel.all_submitted() {
+            return;
+        }
+        let mut sent = std::mem::take(&mut self.sent_now);
+        for (slot, user_data) in sent.drain(..) {
+            if self.ops.remove(user_data).is_none() {
+                // Its completion came: it was not done.
+                continue;
+            }
+            if let Some(conn) = self.conns.get_mut(slot as usize)
+                && conn.send_op == Some(user_data)
+            {
+                conn.on_sent_all(&mut self.pool, self.now);
+                let disk = conn.disk;
+                self.dirty.push(slot);
+                self.wake_pending(disk);
+            }
+        }
+        self.sent_now = sent;
+    }
+
     fn wake_pending(&mut self, disk: u32) {
         if self.disks.get(disk as usize).is_some_and(|entry| entry.pending.is_some() || entry.zombie) {
             self.unsettled.push(disk);
@@ -110,6 +153,9 @@ impl<K: Kernel> Shard<K> {
         let Some(conn) = self.conns.get_mut(slot as usize) else { return };
         if let Some(op) = conn.send_op(&mut self.pool) {
             let user_data = self.ops.insert(OpKind::Send { conn: slot });
+            if matches!(op, Op::SendNow { .. }) {
+                self.sent_now.push((slot, user_data));
+            }
             conn.send_op = Some(user_data);
             self.kernel.push(user_data, op);
         }
@@ -141,6 +187,11 @@ impl<K: Kernel> Shard<K> {
         conn.release(&mut self.pool);
         self.counters.clients.sub(1);
         let disk = conn.disk;
+        let generation = conn.generation;
+        if self.disks.get(disk as usize).is_some_and(|entry| !entry.quarantined) {
+            self.with_disk(disk, |disk, ctx| disk.forget(ctx, slot, generation));
+            self.run_actions();
+        }
         if let Some(entry) = self.disks.get_mut(disk as usize) {
             entry.conns.retain(|&other| other != slot);
             if let Some(d) = &entry.disk {

@@ -70,10 +70,17 @@ impl EventSink {
 /// What a command waits for.
 #[derive(Debug)]
 enum Pending {
-    Pause { tag: u64 },
-    Park { tag: u64 },
+    Pause {
+        tag: u64,
+    },
+    Park {
+        tag: u64,
+    },
     /// `flush`: the last flush of the disk, once it was asked for.
-    Remove { tag: u64, flush: Flush },
+    Remove {
+        tag: u64,
+        flush: Flush,
+    },
 }
 
 /// The flush before a disk goes.
@@ -81,6 +88,7 @@ enum Pending {
 enum Flush {
     NotYet,
     Asked(ReqKey),
+    Failed,
     Done,
 }
 
@@ -97,6 +105,8 @@ struct Entry {
     requests: u32,
     /// Bounce buffers in use.
     bounces: u32,
+    /// Turn in which its connections were served last, and the bytes that they may still start in it.
+    share: (u64, u64),
     meter: Meter,
     pending: Option<Pending>,
     /// When the timer heap has an entry for it.
@@ -147,8 +157,13 @@ pub struct Shard<K: Kernel> {
     feeding: bool,
     /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
     starving: Vec<(u32, Option<u32>)>,
+    /// Sends that the next enter does or refuses: connection and operation.
+    sent_now: Vec<(u32, u64)>,
     /// Bounce buffers in use.
     bounces: u32,
+    /// Buffer bytes in use when those that wait were last looked at.
+    fed_at: usize,
+    turn: u64,
     /// Actions of RAM disks that met another shard: tried again in the next turn.
     retry: Vec<(u32, Action)>,
     gates: HashMap<u64, Gate>,
@@ -206,6 +221,9 @@ impl<K: Kernel> Shard<K> {
             feeding: false,
             starving: Vec::new(),
             bounces: 0,
+            sent_now: Vec::new(),
+            fed_at: 0,
+            turn: 0,
             retry: Vec::new(),
             gates: HashMap::new(),
             unsettled: Vec::new(),
@@ -250,8 +268,12 @@ impl<K: Kernel> Shard<K> {
     /// # Errors
     /// Those of io_uring_enter that cannot be met by another try: the ring is broken.
     pub fn turn(&mut self) -> std::io::Result<bool> {
-        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty();
-        let deadline = self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
+        let freed =
+            (!self.starved.is_empty() || !self.want_buffer.is_empty()) && self.pool.used() < self.fed_at;
+        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty() || freed;
+        self.turn += 1;
+        let deadline =
+            self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
         self.kernel.set_timer(deadline);
         self.kernel.enter(!more)?;
         let start = self.kernel.now();
@@ -262,6 +284,7 @@ impl<K: Kernel> Shard<K> {
                 self.run_actions();
             }
         }
+        self.finish_sends();
         self.run_timers();
         for (disk, action) in std::mem::take(&mut self.retry) {
             self.actions.push_back((disk, action));
@@ -321,10 +344,12 @@ impl<K: Kernel> Shard<K> {
         self.pool.trim();
         let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty();
         for (_, conn) in &mut self.conns {
-            if pressed && conn.send_op.is_some() && self.now > conn.progress_at + STALL {
-                conn.close("has not received its replies for 30 s while others wait for buffers");
+            if pressed && conn.is_stalled(self.now, STALL) {
+                conn.close(
+                    "neither received its replies nor sent its data for 30 s while others waited for buffers",
+                );
                 self.dirty.push(conn.slot());
-            } else if self.now > conn.progress_at + TICK {
+            } else if conn.is_idle(self.now, TICK) {
                 conn.shrink();
             }
         }
@@ -347,12 +372,11 @@ impl<K: Kernel> Shard<K> {
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| event(disk, &mut ctx)));
         match result {
             Ok(()) => {
-                let wake_at = disk.wake_at();
+                // Not in the past: a turn that asks for itself would starve the others.
+                let wake_at = disk.wake_at().map(|at| at.max(self.now + MILLISECOND / 100));
                 if let Some(at) = wake_at
                     && entry.timer.is_none_or(|timer| at < timer)
                 {
-                    // Not in the past: a turn that asks for itself would starve the others.
-                    let at = at.max(self.now + MILLISECOND / 100);
                     entry.timer = Some(at);
                     self.timers.push(Reverse((at, slot)));
                 }
@@ -373,6 +397,9 @@ impl<K: Kernel> Shard<K> {
         self.retry.retain(|(disk, _)| *disk != slot);
         for gate in self.gates.values_mut() {
             gate.forget(slot);
+        }
+        if let Some(store) = self.disks[slot as usize].store {
+            self.open_gate(store);
         }
         let entry = &mut self.disks[slot as usize];
         entry.panics += 1;

@@ -232,7 +232,7 @@ impl<K: Kernel> Shard<K> {
     fn settle_remove(&mut self, slot: u32, tag: u64, flush: Flush) {
         let entry = &mut self.disks[slot as usize];
         let Some(disk) = &entry.disk else { return };
-        if disk.state() == DiskState::StorageError {
+        if disk.state() == DiskState::StorageError || flush == Flush::Failed {
             let message = format!(
                 "the disk cannot be detached without loss: {}; mend the store and resume, or detach it with --force",
                 disk.reason()

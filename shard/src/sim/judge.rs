@@ -129,23 +129,22 @@ impl Sim {
         let world = self.world.borrow();
         let align = 4096;
         let (start, end) = (asked.offset / align * align, (asked.offset + asked.len).next_multiple_of(align));
-        let cause =
-            world.failures.iter().filter(|failure| failure.at >= asked.sent).find(|failure| {
-                let kind = match (&asked.ask, failure.what) {
-                    (Ask::Read { .. }, What::Read) | (Ask::Status { .. }, What::Extents) => true,
-                    (Ask::Change { .. }, What::Read | What::Write | What::Space) => true,
-                    (_, What::Sync) => synced,
-                    _ => false,
-                };
-                let policy = match failure.errno {
-                    libc::ENOSPC => d.on_enospc,
-                    _ => d.on_error,
-                };
-                kind && failure.file == disk
-                    && (failure.what == What::Sync || (failure.start < end && start < failure.end))
-                    && NbdError::from_errno(failure.errno).code() == error
-                    && (policy == ErrorPolicy::Report || d.failed)
-            });
+        let cause = world.failures.iter().filter(|failure| failure.at >= asked.sent).find(|failure| {
+            let kind = match (&asked.ask, failure.what) {
+                (Ask::Read { .. }, What::Read) | (Ask::Status { .. }, What::Extents) => true,
+                (Ask::Change { .. }, What::Read | What::Write | What::Space) => true,
+                (_, What::Sync) => synced,
+                _ => false,
+            };
+            let policy = match failure.errno {
+                libc::ENOSPC => d.on_enospc,
+                _ => d.on_error,
+            };
+            kind && failure.file == disk
+                && (failure.what == What::Sync || (failure.start < end && start < failure.end))
+                && NbdError::from_errno(failure.errno).code() == error
+                && (policy == ErrorPolicy::Report || d.failed)
+        });
         if cause.is_none() {
             return Err("no operation of it failed, or the policy is to hold it".into());
         }

@@ -337,6 +337,38 @@ impl World {
                 assert!(ranges.len() <= 1024, "more ranges than the kernel takes");
                 InFlight::Send { sock: self.socket(fd), ranges, done: 0, scheduled: false }
             }
+            Op::SendNow { fd, header } => {
+                let ranges = memory::ranges(header);
+                let total: usize = ranges.iter().map(|range| range.1).sum();
+                assert!(total > 0, "send of nothing");
+                let sock = self.socket(fd);
+                assert!(self.sockets[sock].send.is_none(), "two operations of one direction on one socket");
+                let socket = &mut self.sockets[sock];
+                let room = socket.room.saturating_sub(socket.to_client.len());
+                if socket.client_gone != Gone::No {
+                    self.lanes[shard].user_data.remove(&user_data);
+                    return self.complete(shard, Completion { user_data, result: -libc::EPIPE, more: false });
+                }
+                let client = socket.client;
+                let mut left = room.min(total);
+                let moved = left;
+                for (addr, len) in ranges {
+                    let step = left.min(len);
+                    let mut bytes = vec![0; step];
+                    memory::load(addr, &mut bytes);
+                    socket.to_client.extend(bytes);
+                    left -= step;
+                }
+                self.lanes[shard].user_data.remove(&user_data);
+                if moved > 0 {
+                    self.wake_client(client);
+                }
+                if moved < total {
+                    let result = if moved > 0 { moved as i32 } else { -libc::EAGAIN };
+                    self.complete(shard, Completion { user_data, result, more: false });
+                }
+                return;
+            }
             Op::PollMulti { .. } => {
                 self.lanes[shard].poll = Some(user_data);
                 if self.lanes[shard].wake {
@@ -861,6 +893,10 @@ impl Kernel for SimKernel {
             return Err(std::io::ErrorKind::WouldBlock.into());
         }
         Ok(())
+    }
+
+    fn all_submitted(&mut self) -> bool {
+        true
     }
 
     fn next_completion(&mut self) -> Option<Completion> {

@@ -400,7 +400,10 @@ impl Sim {
             (Kind::Resume | Kind::ResumeInDoubt, Ok(Reply::Done)) => {
                 let now = self.instant();
                 let d = &mut self.disks[disk];
-                assert!(kind == Kind::ResumeInDoubt || d.sync_failed.is_none(), "resumed over a failed fdatasync");
+                assert!(
+                    kind == Kind::ResumeInDoubt || d.sync_failed.is_none(),
+                    "resumed over a failed fdatasync"
+                );
                 (d.paused, d.storage_error) = (false, false);
                 d.accept_doubt(now);
             }

@@ -225,7 +225,8 @@ impl Model {
             }
             change.start <= at && at < change.end && expected[0] == byte
         };
-        let wrote: Vec<_> = (0..self.changes.len()).filter(wrote).map(|stamp| (stamp, self.changes[stamp])).collect();
+        let wrote: Vec<_> =
+            (0..self.changes.len()).filter(wrote).map(|stamp| (stamp, self.changes[stamp])).collect();
         format!("the byte looks like one of {wrote:?}")
     }
 

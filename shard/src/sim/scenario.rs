@@ -155,7 +155,7 @@ impl Sim {
             true => rng.pick(&[CacheMode::Writeback, CacheMode::Writethrough]),
         };
         let kind = if is_block { FileKind::Block { discard: rng.chance(500) } } else { FileKind::Regular };
-        let tail = (!buffered && length % align != 0).then(token);
+        let tail = (!buffered && !is_block && length % align.max(4096) != 0).then(token);
         let image = Arc::new(ImageFile {
             fd: token(),
             tail,
@@ -165,6 +165,7 @@ impl Sim {
             kind,
             length,
             // Two disks may share a store.
+            punts: false,
             store: if rng.chance(300) { 1 } else { 100 + self.disks.len() as u64 },
         });
         let policy =

@@ -111,6 +111,11 @@ impl Pool {
         })
     }
 
+    /// Bytes that connections share.
+    pub fn budget(&self) -> usize {
+        self.budget
+    }
+
     /// Bytes in use.
     pub fn used(&self) -> usize {
         self.used

@@ -104,7 +104,7 @@ static POOL: SidePool = SidePool {
 pub fn run(job: SideJob, reply: SideReply) {
     let mut queue = POOL.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     queue.jobs.push_back((job, reply));
-    if queue.idle == 0 && queue.threads < THREADS {
+    if queue.jobs.len() > queue.idle && queue.threads < THREADS {
         let name = format!("side-{}", queue.threads);
         if std::thread::Builder::new().name(name).stack_size(128 << 10).spawn(work).is_ok() {
             queue.threads += 1;
@@ -229,6 +229,7 @@ mod tests {
             cache: CacheMode::Writeback,
             kind: FileKind::Regular,
             length,
+            punts: false,
             store: 1,
         })
     }
@@ -239,7 +240,8 @@ mod tests {
         file.set_len(1 << 20).expect("length");
         file.write_all_at(&[1u8; 65536], 65536 * 4).expect("data");
         let (tx, rx) = crossbeam::channel::unbounded();
-        let wake = nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_CLOEXEC).expect("eventfd");
+        let wake = nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_CLOEXEC)
+            .expect("eventfd");
         let reply = SideReply { tx, wake: Arc::new(OwnedFd::from(wake)) };
         let call = SideCall::Extents { offset: 65536, len: (1 << 20) - 65536 + 512, max: 100 };
         run(SideJob { user_data: 9, file: image(file, 1 << 20), call }, reply);

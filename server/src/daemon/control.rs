@@ -1,0 +1,267 @@
+//! Pause, resume, fail and limits: commands to the shard that has the disk.
+
+use std::sync::Arc;
+
+use shard::api::{Command, ShardErrorKind};
+use tokio::time::Instant;
+
+use super::attach::check_groups;
+use super::disk::Standing;
+use super::{Daemon, Disk};
+use crate::limit_change::LimitChange;
+use crate::model::{self, Level, QosRequest, ResumeRequest, State};
+use crate::problem::{Problem, ProblemKind};
+
+impl Daemon {
+    /// Holds a disk's requests; returns when nothing is in flight. A disk that cannot be quiet in time runs on.
+    pub async fn pause(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
+        let disk = self.disk(name)?;
+        let (id, mut call) = {
+            let _guard = self.lock_name(name, deadline).await?;
+            let (id, shard) = live(&disk)?;
+            if disk.state() == State::Paused {
+                return Ok(self.describe(&disk));
+            }
+            (id, self.fleet.start(shard, Command::Pause { disk: id })?)
+        };
+        // Without the lock, so that `fail` and `detach --force` can end the wait.
+        match tokio::time::timeout_at(deadline, call.answer()).await {
+            Ok(answer) => {
+                answer.map_err(|error| named(&disk, error.into()))?;
+                self.events.record(Level::Info, Some(name), "paused");
+                Ok(self.describe(&disk))
+            }
+            Err(_) => {
+                let waiting = disk.counters.io_now.get();
+                if let Some((_, shard)) = disk.place() {
+                    self.fleet.call(shard, Command::Resume { disk: id, data_in_doubt: false }).await?;
+                }
+                Err(Problem::new(
+                    ProblemKind::TimedOut,
+                    format!(
+                        "disk {name} could not be paused: {waiting} requests were not answered in time; it runs on; try a \
+                         longer --timeout, or see `ctl show {name}`"
+                    ),
+                ))
+            }
+        }
+    }
+
+    /// Runs a paused disk, or the held requests of a disk in storage-error again.
+    pub async fn resume(
+        self: &Arc<Self>,
+        name: &str,
+        request: ResumeRequest,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
+        let disk = self.disk(name)?;
+        let _guard = self.lock_name(name, deadline).await?;
+        if disk.standing() == Standing::Down {
+            self.try_again(&disk, deadline).await?;
+            return Ok(self.describe(&disk));
+        }
+        let (id, shard) = live(&disk)?;
+        let doubts = disk.counters.data_in_doubt.get();
+        let command = Command::Resume { disk: id, data_in_doubt: request.data_in_doubt };
+        self.command(&disk, shard, command, deadline).await.map_err(|problem| match problem {
+            Problem { kind: ProblemKind::Busy, message } if !request.data_in_doubt && disk.counters.flush_failures.get() > 0 => {
+                Problem::new(
+                    ProblemKind::Busy,
+                    format!(
+                        "{message}; `ctl resume {name} --data-in-doubt` goes on all the same, `ctl fail {name}` gives the disk up"
+                    ),
+                )
+            }
+            other => other,
+        })?;
+        let doubted = disk.counters.data_in_doubt.get().saturating_sub(doubts);
+        if doubted > 0 {
+            let attachment = {
+                let mut inner = disk.inner();
+                inner.attachment.data_in_doubt += doubted;
+                inner.attachment.clone()
+            };
+            self.events.record(
+                Level::Error,
+                Some(name),
+                "resumed although a flush had failed: data that was acknowledged may be lost",
+            );
+            self.state.set_disk(name, Some(attachment)).await?;
+        } else {
+            self.events.record(Level::Info, Some(name), "resumed");
+        }
+        disk.inner().reason = None;
+        Ok(self.describe(&disk))
+    }
+
+    /// Gives a disk up: its requests are answered with errors.
+    pub async fn fail(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
+        let disk = self.disk(name)?;
+        disk.interrupt.notify_waiters();
+        let _guard = self.lock_name(name, deadline).await?;
+        let (id, shard) = live(&disk)?;
+        self.command(&disk, shard, Command::Fail { disk: id }, deadline).await?;
+        disk.inner().reason = Some("given up by `ctl fail`; detach it, and attach it again to use it".into());
+        self.events.record(Level::Warning, Some(name), "given up by `ctl fail`");
+        Ok(self.describe(&disk))
+    }
+
+    /// Makes a disk's own code panic: the test of quarantine. The shard refuses unless faults were asked for at the start.
+    pub async fn inject_panic(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<(), Problem> {
+        let disk = self.disk(name)?;
+        let (id, shard) = live(&disk)?;
+        self.command(&disk, shard, Command::InjectPanic { disk: id }, deadline).await
+    }
+
+    /// Changes a disk's limits and groups; in effect, and kept, when it returns.
+    pub async fn set_disk_limits(
+        self: &Arc<Self>,
+        name: &str,
+        request: QosRequest,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
+        if let Some(groups) = &request.groups {
+            check_groups(groups)?;
+        }
+        let disk = self.disk(name)?;
+        let _guard = self.lock_name(name, deadline).await?;
+        if !self.has(&disk) || matches!(disk.standing(), Standing::Draining | Standing::Zombie) {
+            return Err(Problem::new(ProblemKind::Busy, format!("disk {name} is being detached")));
+        }
+        let before = disk.inner().attachment.clone();
+        let mut after = before.clone();
+        request.limits.apply(&mut after.limits)?;
+        if let Some(groups) = request.groups {
+            after.groups = groups;
+        }
+        if after == before {
+            return Ok(self.describe(&disk));
+        }
+        self.state.set_disk(name, Some(after.clone())).await?;
+        disk.inner().attachment = after;
+        if let Err(problem) = self.send_limits(&disk, deadline).await {
+            disk.inner().attachment = before.clone();
+            self.state.set_disk(name, Some(before)).await?;
+            return Err(problem);
+        }
+        self.events.record(Level::Info, Some(name), format!("limits changed: {}", text(&request.limits)));
+        Ok(self.describe(&disk))
+    }
+
+    /// Tells the shard the limits and groups that the disk has now.
+    pub(super) async fn send_limits(&self, disk: &Arc<Disk>, deadline: Instant) -> Result<(), Problem> {
+        let _place = disk.place.read().await;
+        let Some((id, shard)) = disk.place() else { return Ok(()) };
+        let (limits, names) = {
+            let inner = disk.inner();
+            (inner.attachment.limits, inner.attachment.groups.clone())
+        };
+        let command = Command::SetLimits { disk: id, limits, groups: self.groups.resolve(&names) };
+        self.command(disk, shard, command, deadline).await
+    }
+
+    /// Changes the limits of a group, for all its disks, at once.
+    pub async fn set_group_limits(
+        self: &Arc<Self>,
+        name: &str,
+        change: &LimitChange,
+    ) -> Result<model::Group, Problem> {
+        formats::spec::check_disk_name(name).map_err(|error| Problem::from(error).context("group"))?;
+        let mut limits = self.groups.limits(name).unwrap_or_default();
+        change.apply(&mut limits)?;
+        if self.groups.limits(name) == Some(limits) {
+            return self.describe_group(name);
+        }
+        if !self.groups.is_configured(name) {
+            self.state.set_group(name, Some(limits)).await?;
+        }
+        self.groups.set(name, limits);
+        self.refresh_group(name).await;
+        self.events.record(Level::Info, None, format!("limits of group {name} changed: {}", text(change)));
+        self.describe_group(name)
+    }
+
+    /// Forgets a group that no disk is in.
+    pub async fn delete_group(self: &Arc<Self>, name: &str) -> Result<(), Problem> {
+        let group = self.describe_group(name)?;
+        if group.configured || !group.disks.is_empty() {
+            let why = match group.disks.first() {
+                Some(disk) => format!("disk {disk} is in it: give the disk other groups first"),
+                None => "the configuration names it: take it out there, and reload".to_owned(),
+            };
+            return Err(Problem::new(
+                ProblemKind::Conflict,
+                format!("group {name} cannot be removed: {why}"),
+            ));
+        }
+        self.state.set_group(name, None).await?;
+        self.groups.remove(name);
+        Ok(())
+    }
+
+    /// Makes the shards look at a group's limits again: requests that wait for the old ones may go.
+    pub(super) async fn refresh_group(&self, name: &str) {
+        let deadline = Instant::now() + super::DEFAULT_TIMEOUT;
+        for disk in self.all_disks() {
+            let member = disk.inner().attachment.groups.iter().any(|group| group == name);
+            if member && let Err(problem) = self.send_limits(&disk, deadline).await {
+                tracing::warn!(
+                    disk = &*disk.name,
+                    "its shard has not heard of the new limits of group {name}: {problem}"
+                );
+            }
+        }
+    }
+
+    /// Sends a command whose answer carries nothing, and names the disk in its error.
+    async fn command(
+        &self,
+        disk: &Disk,
+        shard: usize,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        match tokio::time::timeout_at(deadline, self.fleet.call(shard, command)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) if error.kind == ShardErrorKind::NoSuchDisk => Err(Problem::failed(format!(
+                "disk {}: its shard {shard} does not know it; report the log of the daemon",
+                disk.name
+            ))),
+            Ok(Err(error)) => Err(named(disk, error.into())),
+            Err(_) => Err(Problem::new(
+                ProblemKind::TimedOut,
+                format!("disk {}: shard {shard} has not answered in time: see `ctl shards`", disk.name),
+            )),
+        }
+    }
+}
+
+/// The disk's place on a shard, or why it has none.
+pub(super) fn live(disk: &Disk) -> Result<(shard::api::DiskId, usize), Problem> {
+    let (standing, reason) = {
+        let inner = disk.inner();
+        (inner.standing, inner.reason.clone())
+    };
+    let why = match standing {
+        Standing::Live => match disk.place() {
+            Some(place) => return Ok(place),
+            None => "is on no shard".to_owned(),
+        },
+        Standing::Draining => "is being detached".to_owned(),
+        Standing::Zombie => "was detached by force".to_owned(),
+        Standing::Down => format!("is not served: {}", reason.unwrap_or_default()),
+    };
+    Err(Problem::new(ProblemKind::Busy, format!("disk {} {why}", disk.name)))
+}
+
+fn named(disk: &Disk, problem: Problem) -> Problem {
+    if problem.message.contains(&*disk.name) {
+        problem
+    } else {
+        problem.context(&format!("disk {}", disk.name))
+    }
+}
+
+fn text(change: &LimitChange) -> String {
+    serde_json::to_string(change).unwrap_or_default()
+}

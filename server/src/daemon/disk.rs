@@ -1,0 +1,186 @@
+//! One disk as the control thread knows it.
+
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use shard::api::{DiskConfig, DiskId};
+use shard::limits::Group;
+use shard::stats::DiskCounters;
+use tokio::sync::{Notify, RwLock, watch};
+use tokio::time::Instant;
+
+use super::lock;
+use crate::fleet::Seat;
+use crate::images::OpenImage;
+use crate::model::State;
+use crate::nbd::ListenerHandle;
+use crate::problem::Problem;
+use crate::state::Attachment;
+
+/// Whether a shard has the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// A shard serves it, in the state of its counters.
+    Live,
+    /// A shard was told to remove it, and has not done so.
+    Draining,
+    /// A shard removed it by force; operations of the kernel are still out.
+    Zombie,
+    /// No shard has it: its image could not be opened, or its shard ended.
+    Down,
+}
+
+/// A disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Counters; they stay with the disk when it moves or comes back.
+    pub counters: Arc<DiskCounters>,
+    /// When it was attached or restored.
+    pub since: Instant,
+    /// Shared by those who send something to the disk's shard, exclusive to the one who changes the shard.
+    pub place: RwLock<()>,
+    /// Connections that were handed over and are not counted by the shard yet.
+    pub connecting: AtomicU32,
+    /// Held by the one attempt to bring a disk up that is down.
+    pub attempt: tokio::sync::Mutex<()>,
+    /// Tells a flow that waits for the shard to give up: somebody detaches by force.
+    pub interrupt: Notify,
+    /// How its removal ended.
+    pub removed: watch::Sender<Option<Removal>>,
+    inner: Mutex<Inner>,
+}
+
+/// How a removal ended.
+#[derive(Debug, Clone)]
+pub enum Removal {
+    /// The disk is gone.
+    Gone,
+    /// It is a zombie.
+    Zombie,
+    /// The shard refused.
+    Refused(Problem),
+}
+
+/// What changes.
+#[derive(Debug)]
+pub struct Inner {
+    /// How it is to be served.
+    pub attachment: Attachment,
+    /// Whether a shard has it.
+    pub standing: Standing,
+    /// Why it is in its state, for the operator.
+    pub reason: Option<String>,
+    /// What it has while a shard has it.
+    pub live: Option<Live>,
+    /// New clients are refused.
+    pub closing: bool,
+    /// When a disk that is down is tried again.
+    pub retry_at: Option<Instant>,
+    /// Bytes of its image in the store, as measured last.
+    pub allocated_bytes: Option<u64>,
+}
+
+/// What a disk has while a shard has it.
+#[derive(Debug)]
+pub struct Live {
+    /// Its identity on shards.
+    pub id: DiskId,
+    /// Its shard.
+    pub seat: Seat,
+    /// Its image.
+    pub image: OpenImage,
+    /// Its own NBD socket.
+    pub listener: Option<ListenerHandle>,
+}
+
+impl Disk {
+    /// A disk that no shard has yet.
+    pub fn new(name: &str, attachment: Attachment, reason: &str) -> Arc<Disk> {
+        Arc::new(Disk {
+            name: name.into(),
+            counters: Arc::default(),
+            since: Instant::now(),
+            place: RwLock::default(),
+            connecting: AtomicU32::new(0),
+            attempt: tokio::sync::Mutex::default(),
+            interrupt: Notify::new(),
+            removed: watch::Sender::new(None),
+            inner: Mutex::new(Inner {
+                attachment,
+                standing: Standing::Down,
+                reason: Some(reason.to_owned()),
+                live: None,
+                closing: false,
+                retry_at: None,
+                allocated_bytes: None,
+            }),
+        })
+    }
+
+    /// Looks at, or changes, what changes. Not over an `await`.
+    pub fn inner(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+
+    /// Its identity on shards, while one has it.
+    pub fn id(&self) -> Option<DiskId> {
+        self.inner().live.as_ref().map(|live| live.id)
+    }
+
+    /// Whether a shard has it.
+    pub fn standing(&self) -> Standing {
+        self.inner().standing
+    }
+
+    /// Its identity and its shard, while one has it.
+    pub fn place(&self) -> Option<(DiskId, usize)> {
+        self.inner().live.as_ref().map(|live| (live.id, live.seat.shard().index))
+    }
+
+    /// Its state, as `list` names it.
+    pub fn state(&self) -> State {
+        match self.standing() {
+            Standing::Live => State::from_counter(self.counters.state.get()),
+            Standing::Draining => State::Draining,
+            Standing::Zombie => State::Zombie,
+            Standing::Down => State::Failed,
+        }
+    }
+
+    /// What a shard needs to serve it.
+    pub fn config(&self, id: DiskId, image: &OpenImage, groups: Vec<Arc<Group>>) -> Box<DiskConfig> {
+        let inner = self.inner();
+        Box::new(DiskConfig {
+            id,
+            name: self.name.clone(),
+            backend: image.backend.clone(),
+            size_bytes: image.size_bytes,
+            read_only: inner.attachment.request.read_only,
+            on_error: inner.attachment.on_error.into(),
+            on_enospc: inner.attachment.on_enospc.into(),
+            limits: inner.attachment.limits,
+            groups,
+            counters: self.counters.clone(),
+        })
+    }
+
+    /// A shard has it now.
+    pub fn go_live(&self, live: Live) {
+        let mut inner = self.inner();
+        inner.standing = Standing::Live;
+        inner.reason = live.image.note.clone();
+        inner.retry_at = None;
+        inner.closing = false;
+        inner.live = Some(live);
+    }
+
+    /// No shard has it any more; what it had comes back.
+    pub fn go_down(&self, reason: &str) -> Option<Live> {
+        let mut inner = self.inner();
+        inner.standing = Standing::Down;
+        inner.reason = Some(reason.to_owned());
+        inner.live.take()
+    }
+}

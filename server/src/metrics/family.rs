@@ -1,0 +1,71 @@
+//! Building metric families without ceremony.
+
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use shard::stats::{BUCKETS_NS, BucketCounts};
+
+/// A family that is being filled.
+pub struct Family(MetricFamily);
+
+impl Family {
+    /// A family without metrics.
+    pub fn new(name: &str, help: &str, kind: MetricType) -> Family {
+        let mut family = MetricFamily::default();
+        family.set_name(name.into());
+        family.set_help(help.into());
+        family.set_field_type(kind);
+        Family(family)
+    }
+
+    /// Adds a value.
+    pub fn value(&mut self, labels: &[(&str, &str)], value: f64) {
+        let mut metric = Metric::from_label(label_pairs(labels));
+        match self.0.get_field_type() {
+            MetricType::COUNTER => {
+                let mut counter = Counter::default();
+                counter.set_value(value);
+                metric.set_counter(counter);
+            }
+            _ => {
+                let mut gauge = Gauge::default();
+                gauge.set_value(value);
+                metric.set_gauge(gauge);
+            }
+        }
+        self.0.mut_metric().push(metric);
+    }
+
+    /// Adds a histogram of durations.
+    pub fn histogram(&mut self, labels: &[(&str, &str)], counts: &BucketCounts) {
+        let (counts, sum_ns) = counts.read();
+        let mut so_far = 0;
+        let buckets = BUCKETS_NS.iter().zip(counts).map(|(bound, count)| {
+            so_far += count;
+            let mut bucket = Bucket::default();
+            bucket.set_cumulative_count(so_far);
+            bucket.set_upper_bound(*bound as f64 / 1e9);
+            bucket
+        });
+        let mut histogram = Histogram::default();
+        histogram.set_bucket(buckets.collect());
+        histogram.set_sample_count(counts.iter().sum());
+        histogram.set_sample_sum(sum_ns as f64 / 1e9);
+        let mut metric = Metric::from_label(label_pairs(labels));
+        metric.set_histogram(histogram);
+        self.0.mut_metric().push(metric);
+    }
+
+    /// The family, unless it is empty: a family without metrics is no valid exposition.
+    pub fn finish(self) -> Option<MetricFamily> {
+        (!self.0.get_metric().is_empty()).then_some(self.0)
+    }
+}
+
+fn label_pairs(labels: &[(&str, &str)]) -> Vec<LabelPair> {
+    let pair = |(name, value): &(&str, &str)| {
+        let mut pair = LabelPair::default();
+        pair.set_name((*name).into());
+        pair.set_value((*value).into());
+        pair
+    };
+    labels.iter().map(pair).collect()
+}
