@@ -153,6 +153,8 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
+    /// Those that wait for a buffer are being tried.
+    feeding: bool,
     /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
     starving: Vec<(u32, Option<u32>)>,
     /// Sends that the next enter does or refuses: connection and operation.
@@ -216,6 +218,7 @@ impl<K: Kernel> Shard<K> {
             dirty: Vec::new(),
             want_buffer: VecDeque::new(),
             starved: VecDeque::new(),
+            feeding: false,
             starving: Vec::new(),
             bounces: 0,
             sent_now: Vec::new(),
