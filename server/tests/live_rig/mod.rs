@@ -396,3 +396,49 @@ impl Random {
         bytes
     }
 }
+
+/// Runs Python statements with `h` connected to `uri` by libnbd, and `nbd` its module.
+pub fn nbdsh(uri: &str, script: &str) -> Outcome {
+    nbdsh_after("", uri, script)
+}
+
+/// The same with statements that prepare `h` before it connects.
+pub fn nbdsh_after(prepare: &str, uri: &str, script: &str) -> Outcome {
+    let script =
+        format!("import nbd\nh = nbd.NBD()\n{prepare}\nh.connect_uri({uri:?})\n{script}\nh.shutdown()\n");
+    // Debian's own interpreter: another one on the PATH would not find the module.
+    run("/usr/bin/python3", &["-c", &script])
+}
+
+/// Random reads and writes by `jobs` jobs of fio at once, each with a connection and a part of the disk of its own
+/// (`--size`), and then everything that was written is read and its checksums are compared.
+pub fn fio_verified(uri: &str, jobs: u32, options: &[&str]) {
+    let size = options.iter().find_map(|option| option.strip_prefix("--size=")).expect("a size");
+    let fixed = [
+        "--name=verify",
+        "--ioengine=nbd",
+        &format!("--uri={uri}"),
+        &format!("--numjobs={jobs}"),
+        &format!("--offset_increment={size}"),
+        "--rw=randrw",
+        "--rwmixread=30",
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--randseed=7",
+        "--fsync=64",
+        "--group_reporting",
+        "--output-format=json",
+    ];
+    let Outcome { code, stdout, stderr, line } = run("fio", &[&fixed, options].concat());
+    let start = stdout.find('{').unwrap_or_default();
+    let end = stdout.rfind('}').map_or(stdout.len(), |end| end + 1);
+    let (said, json) = (format!("{}{stderr}", &stdout[..start]), &stdout[start..end]);
+    assert_eq!(code, Some(0), "{line}\n{said}");
+    let report: Value = serde_json::from_str(json).unwrap_or_else(|error| panic!("{error} in {json}"));
+    let job = &report["jobs"][0];
+    let [read, written] = ["read", "write"].map(|way| job[way]["io_bytes"].as_u64().expect("a number"));
+    assert_eq!(job["error"], 0, "{line}\n{said}");
+    // It read more than the load alone does: it verified what it wrote.
+    assert!(written > 0 && read >= written, "{read} bytes read, {written} written: {line}\n{said}");
+}
