@@ -235,6 +235,12 @@ pub enum CtlCommand {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
         limit: Option<u32>,
     },
+    /// Make a disk's own code panic, in a daemon that was started with --fault-commands
+    #[command(hide = true)]
+    InjectPanic {
+        /// The disk
+        name: String,
+    },
     /// Read the configuration again
     Reload,
     /// Versions of this program and of the daemon

@@ -106,6 +106,13 @@ impl Daemon {
         Ok(self.describe(&disk))
     }
 
+    /// Makes a disk's own code panic: the test of quarantine. The shard refuses unless faults were asked for at the start.
+    pub async fn inject_panic(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<(), Problem> {
+        let disk = self.disk(name)?;
+        let (id, shard) = live(&disk)?;
+        self.command(&disk, shard, Command::InjectPanic { disk: id }, deadline).await
+    }
+
     /// Changes a disk's limits and groups; in effect, and kept, when it returns.
     pub async fn set_disk_limits(
         self: &Arc<Self>,
