@@ -239,6 +239,12 @@ pub enum CtlCommand {
     Reload,
     /// Versions of this program and of the daemon
     Version,
+    /// Make a disk's own code fail, to test quarantine; only with `serve --fault-commands`
+    #[command(hide = true)]
+    InjectPanic {
+        /// The disk
+        name: String,
+    },
 }
 
 /// Options of `attach`.

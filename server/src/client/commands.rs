@@ -71,6 +71,10 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
             show(json, &report, tables::reload)?;
         }
         CtlCommand::Version => version(&connection, json).await?,
+        CtlCommand::InjectPanic { name } => {
+            let path = disk_path(&name, "/inject-panic")?;
+            changed(json, &connection.change(Method::POST, &path, NO_BODY).await?)?;
+        }
     }
     Ok(0)
 }

@@ -106,6 +106,20 @@ impl Daemon {
         Ok(self.describe(&disk))
     }
 
+    /// Makes a disk's own code panic. Shards take it only with `--fault-commands`.
+    pub async fn inject_panic(
+        self: &Arc<Self>,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
+        let disk = self.disk(name)?;
+        let _guard = self.lock_name(name, deadline).await?;
+        let (id, shard) = live(&disk)?;
+        self.command(&disk, shard, Command::InjectPanic { disk: id }, deadline).await?;
+        self.events.record(Level::Warning, Some(name), "a panic was injected");
+        Ok(self.describe(&disk))
+    }
+
     /// Changes a disk's limits and groups; in effect, and kept, when it returns.
     pub async fn set_disk_limits(
         self: &Arc<Self>,

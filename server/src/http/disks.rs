@@ -147,3 +147,14 @@ pub async fn move_disk(
     let daemon = api.daemon.clone();
     api.daemon.run(async move { daemon.move_disk(&name, request.shard, deadline).await }).await.map(Json)
 }
+
+/// Make a disk's own code fail: the test of quarantine.
+pub async fn inject_panic(
+    State(api): State<Api>,
+    Name(name): Name,
+    Params(query): Params<Deadline>,
+) -> Result<Json<Disk>, Problem> {
+    let deadline = deadline_after(query.timeout_s)?;
+    let daemon = api.daemon.clone();
+    api.daemon.run(async move { daemon.inject_panic(&name, deadline).await }).await.map(Json)
+}
