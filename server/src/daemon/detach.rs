@@ -38,13 +38,15 @@ impl Daemon {
             self.wait_for_clients(&disk, deadline).await?;
         }
         let done = {
-            let _guard = self.lock_name(name, deadline).await?;
+            let _guard = self.lock_name(name, deadline).await.inspect_err(|_| reopen(&disk))?;
             if !self.has(&disk) {
                 return Ok(None);
             }
             let done = disk.removed.subscribe();
             match disk.standing() {
-                Standing::Live => self.start_removal(&disk, force).await?,
+                Standing::Live => {
+                    self.start_removal(&disk, force).await.inspect_err(|_| reopen(&disk))?;
+                }
                 Standing::Draining if force => self.force_removal(&disk),
                 Standing::Draining => {}
                 Standing::Zombie => {
@@ -82,7 +84,7 @@ impl Daemon {
         let mut pause = Duration::from_millis(5);
         while busy() {
             if Instant::now() >= deadline {
-                disk.inner().closing = false;
+                reopen(disk);
                 return Err(self.in_use(disk).await);
             }
             tokio::time::sleep_until((Instant::now() + pause).min(deadline)).await;
@@ -274,5 +276,13 @@ impl Daemon {
         if !used {
             self.images.forget_ram(&spec).await;
         }
+    }
+}
+
+/// A detach gave up before it changed anything: new clients are welcome again.
+fn reopen(disk: &Disk) {
+    let mut inner = disk.inner();
+    if inner.standing == Standing::Live {
+        inner.closing = false;
     }
 }

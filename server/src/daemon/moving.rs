@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::control::live;
 use super::{Daemon, Disk};
-use crate::fleet::Seat;
+use crate::fleet::{Seat, Shard};
 use crate::model::{self, Level};
 use crate::placement;
 use crate::problem::{Problem, ProblemKind};
@@ -24,25 +24,41 @@ impl Daemon {
         let _guard = self.lock_name(name, deadline).await?;
         let target = placement::named(&self.fleet, to)?.clone();
         let (id, from) = live(&disk)?;
-        if from != target.index {
-            let seat = Seat::take(&target);
-            // Nobody sends the disk anything while it is on no shard.
-            let _place = disk.place.write().await;
-            let parked = self.park(&disk, from, deadline).await?;
-            self.unpark(&disk, parked, from, target.index).await?;
-            if let Some(live) = &mut disk.inner().live {
-                live.seat = seat;
-            }
-            self.events.record(Level::Info, Some(name), format!("moved from shard {from} to shard {to}"));
+        let before = disk.inner().attachment.clone();
+        // Kept first: a move that cannot be kept is not begun.
+        if before.shard != Some(to) {
+            let after = crate::state::Attachment { shard: Some(to), ..before.clone() };
+            self.state.set_disk(name, Some(after)).await?;
         }
-        let attachment = {
-            let mut inner = disk.inner();
-            inner.attachment.shard = Some(to);
-            inner.attachment.clone()
-        };
-        self.state.set_disk(name, Some(attachment)).await?;
+        if from != target.index
+            && let Err(problem) = self.change_shard(&disk, from, &target, deadline).await
+        {
+            self.state.set_disk(name, Some(before)).await?;
+            return Err(problem);
+        }
+        disk.inner().attachment.shard = Some(to);
         debug_assert_eq!(disk.id(), Some(id), "a move keeps the identity");
         Ok(self.describe(&disk))
+    }
+
+    async fn change_shard(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        from: usize,
+        target: &Arc<Shard>,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let seat = Seat::take(target);
+        // Nobody sends the disk anything while it is on no shard.
+        let _place = disk.place.write().await;
+        let parked = self.park(disk, from, deadline).await?;
+        self.unpark(disk, parked, from, target.index).await?;
+        if let Some(live) = &mut disk.inner().live {
+            live.seat = seat;
+        }
+        let message = format!("moved from shard {from} to shard {}", target.index);
+        self.events.record(Level::Info, Some(&disk.name), message);
+        Ok(())
     }
 
     async fn park(
