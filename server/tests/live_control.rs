@@ -239,7 +239,10 @@ fn exit_codes_are_those_of_the_contract() {
     };
     let outcome = ctl(&rig.path("nobody.sock"), &["list"]);
     assert_eq!(outcome.code, Some(5), "{outcome:?}");
-    assert!(outcome.stderr.contains("nobody.sock") && outcome.stderr.contains("blktapd serve"), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("nobody.sock") && outcome.stderr.contains("blktapd serve"),
+        "{outcome:?}"
+    );
     drop(std::os::unix::net::UnixListener::bind(rig.path("dead.sock")).unwrap());
     assert_eq!(ctl(&rig.path("dead.sock"), &["list"]).code, Some(5));
     let mut by_environment = Command::new(BLKTAPD);
@@ -284,7 +287,9 @@ fn every_command_prints_json_that_programs_can_read() {
     let events = rig.ctl_json(&["events"]);
     let events = events.as_array().unwrap();
     let said = |what: &str| events.iter().any(|event| event["message"].as_str().unwrap().contains(what));
-    assert!(["attached", "limits changed", "paused", "resumed", "given up", "detached"].into_iter().all(said));
+    assert!(
+        ["attached", "limits changed", "paused", "resumed", "given up", "detached"].into_iter().all(said)
+    );
     let last = events.last().unwrap()["seq"].as_u64().unwrap();
     assert_eq!(rig.ctl_json(&["events", "--after", &last.to_string()]), Value::Array(Vec::new()));
     assert_eq!(rig.ctl_json(&["events", "--limit", "2"]).as_array().unwrap().len(), 2);

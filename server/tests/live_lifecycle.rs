@@ -53,7 +53,11 @@ fn a_configuration_with_a_mistake_is_refused_with_line_and_hint() {
     let path = config.display().to_string();
     let run_dir = dir.path().join("run").display().to_string();
     for (text, place, words) in [
-        ("log = \"info\"\n[nbd]\nmax_conections = 5\n", ":3:1", &["max_conections", "did you mean max_connections?"][..]),
+        (
+            "log = \"info\"\n[nbd]\nmax_conections = 5\n",
+            ":3:1",
+            &["max_conections", "did you mean max_connections?"][..],
+        ),
         ("[shards]\n cpus = 7\n", ":2:9", &["string"]),
         ("[groups.gold]\niops = \"many\"\n", ":2:8", &["many"]),
         ("[nbd\n", ":1:", &["]"]),
@@ -91,7 +95,10 @@ fn a_reload_applies_what_it_can_and_a_wrong_one_changes_nothing() {
     fs::write(&config, "log = \"debug\"\nshutdown_timeout_s = 7\n[groups.gold]\niops = 300\n").unwrap();
     let report = rig.ctl_json(&["reload"]);
     let has = |list: &str, word: &str| report[list].as_array().unwrap().iter().any(|entry| entry == word);
-    assert!(has("applied", "groups") && has("applied", "shutdown_timeout_s") && has("restart", "log"), "{report}");
+    assert!(
+        has("applied", "groups") && has("applied", "shutdown_timeout_s") && has("restart", "log"),
+        "{report}"
+    );
     assert_eq!(iops(), Some(300));
 
     fs::write(&config, "log = \"debug\"\n[groups.gold]\niopz = 400\n").unwrap();
@@ -132,7 +139,11 @@ fn attachments_survive_a_restart_and_a_crash() {
     let ram_dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut rig = Rig::with(2, &["--ram-dir", ram_dir.path().to_str().unwrap()]);
     let (writable, read_only) = (raw(&rig.image("d1.img", MIB)), raw(&rig.image("d2.img", MIB)));
-    rig.attach("d1", &writable, &["--iops", "5000", "--bps-write", "10M", "--group", "gold", "--on-error", "pause"]);
+    rig.attach(
+        "d1",
+        &writable,
+        &["--iops", "5000", "--bps-write", "10M", "--group", "gold", "--on-error", "pause"],
+    );
     rig.attach("d2", &read_only, &["--read-only", "--group", "gold", "--group", "host"]);
     rig.attach("d3", "ram:scratch?size=1M", &[]);
     rig.attach("d4", "ram:scratch?size=1M", &[]);
@@ -174,7 +185,10 @@ fn a_missing_image_is_listed_with_the_reason_and_tried_again() {
     wait_until("the reason is known", || rig.ctl_ok(&["show", "d1"]).contains("no such file"));
     let shown = rig.ctl_json(&["show", "d1"]);
     assert_eq!(shown["state"], "failed");
-    assert!(shown["reason"].as_str().unwrap().contains("d1.img") && !shown["retry_in_s"].is_null(), "{shown}");
+    assert!(
+        shown["reason"].as_str().unwrap().contains("d1.img") && !shown["retry_in_s"].is_null(),
+        "{shown}"
+    );
     assert!(rig.ctl_ok(&["list"]).contains("no such file"));
     assert!(Client::connect(&rig.run_dir().join("nbd.sock"), "d1").is_err());
     Client::connect(&rig.socket("d2"), "").unwrap().read(0, 512).unwrap();
@@ -225,7 +239,10 @@ fn a_change_that_cannot_be_kept_is_undone() {
     for command in commands {
         let outcome = rig.ctl(&command);
         assert_eq!(outcome.code, Some(1), "{outcome:?}");
-        assert!(outcome.stderr.contains("was undone") && outcome.stderr.contains("attachments.json"), "{outcome:?}");
+        assert!(
+            outcome.stderr.contains("was undone") && outcome.stderr.contains("attachments.json"),
+            "{outcome:?}"
+        );
         let mut now = rig.ctl_json(&["list"]);
         now[0]["age_s"] = before[0]["age_s"].clone();
         now[0]["allocated_bytes"] = before[0]["allocated_bytes"].clone();
@@ -279,10 +296,12 @@ fn two_hundred_and_fifty_six_disks_come_and_go() {
     });
     println!("{DISKS} disks: served again {:?} after the start", start.elapsed());
     Client::connect(&rig.socket("d255"), "").unwrap().write(0, &[1; 512]).unwrap();
-    let each = |command: &(dyn Fn(usize) -> Vec<String> + Sync)| (0..DISKS).for_each(|disk| {
-        let arguments = command(disk);
-        rig.ctl_ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
-    });
+    let each = |command: &(dyn Fn(usize) -> Vec<String> + Sync)| {
+        (0..DISKS).for_each(|disk| {
+            let arguments = command(disk);
+            rig.ctl_ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+        })
+    };
     each(&|disk| vec!["detach".to_owned(), format!("d{disk}")]);
     assert_eq!(fs::read_dir(rig.run_dir().join("nbd")).unwrap().count(), 0);
     wait_until("the descriptors are closed", || descriptors(rig.pid()) <= before);

@@ -194,7 +194,8 @@ pub fn contents(seed: u64, block: u64, version: u64) -> Vec<u8> {
         return vec![0; BLOCK];
     }
     let stamp = (seed << 48 ^ block << 24 ^ version).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let words = (0..BLOCK as u64 / 8).map(|word| stamp.wrapping_mul(2 * word + 1).rotate_left(word as u32 % 64));
+    let words =
+        (0..BLOCK as u64 / 8).map(|word| stamp.wrapping_mul(2 * word + 1).rotate_left(word as u32 % 64));
     words.flat_map(u64::to_le_bytes).collect()
 }
 
@@ -247,7 +248,9 @@ impl Load {
     pub fn finish(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         let result = self.thread.join().expect("the load does not panic");
-        result.unwrap_or_else(|error| panic!("the load after {} operations: {error}", self.operations.load(Ordering::Relaxed)));
+        result.unwrap_or_else(|error| {
+            panic!("the load after {} operations: {error}", self.operations.load(Ordering::Relaxed))
+        });
         self.operations.load(Ordering::Relaxed)
     }
 }

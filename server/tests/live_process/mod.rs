@@ -13,7 +13,10 @@ pub fn descriptors(pid: u32) -> usize {
 /// What the open descriptors are, for messages.
 pub fn descriptor_list(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    entries.filter_map(|entry| fs::read_link(entry.path()).ok()).map(|link| link.display().to_string()).collect()
+    entries
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|link| link.display().to_string())
+        .collect()
 }
 
 /// Resident memory in KiB, without what it shares with files.
