@@ -14,7 +14,8 @@ set -euo pipefail
 
 # The one list: when it is needed, the program or file that shows that it is there, the Debian package that has it.
 # A name with a slash is a file, `pc:NAME` a pkg-config module; everything else is a program. `cc` does not bring the C
-# library's headers along when recommended packages are left out, so they have a line of their own.
+# library's headers along when recommended packages are left out, so they have a line of their own; nor does nbdinfo bring
+# file, without which it prints rubbish.
 needs='
 run   cc                        gcc
 run   /usr/include/stdio.h      libc6-dev
@@ -27,6 +28,7 @@ run   mke2fs                    e2fsprogs
 run   e2fsck                    e2fsprogs
 run   nbdinfo                   libnbd-bin
 run   nbdcopy                   libnbd-bin
+run   file                      file
 run   fio                       fio
 test  qemu-img                  qemu-utils
 test  qemu-io                   qemu-utils

@@ -37,7 +37,7 @@ openapi    240
 quickstart 240
 '
 
-export CARGO_TERM_COLOR=never CARGO_INCREMENTAL=0 RUST_BACKTRACE=1
+export CARGO_TERM_COLOR=never CARGO_INCREMENTAL=0 RUST_BACKTRACE=0
 
 skip() {
     echo "$*"
@@ -173,8 +173,9 @@ run_stage() {
 
     printf '%4d s  %4d passed  %s\n' "$took" "$p" "$verdict"
     if [ "$f" -gt 0 ]; then
-        # cargo lists the failed tests in the middle of its output.
-        grep -E '^(test .* FAILED|---- .* stdout ----|error(\[E[0-9]+\])?:|warning: unused)' "$log" | head -n 40 | sed 's/^/    | /'
+        # cargo's errors and the output of failed tests stand in the middle.
+        grep -E '^(test .* FAILED|error(\[E[0-9]+\])?:)' "$log" | sort -u | head -n 40 | sed 's/^/    | /'
+        sed -n '/^---- .* stdout ----$/,/^failures:$/p' "$log" | head -n 100 | sed 's/^/    | /'
         echo "    | ... the end of $log:"
         tail -n 60 "$log" | sed 's/^/    | /'
     fi

@@ -235,16 +235,16 @@ pub enum CtlCommand {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
         limit: Option<u32>,
     },
-    /// Read the configuration again
-    Reload,
-    /// Versions of this program and of the daemon
-    Version,
-    /// Make a disk's own code fail, to test quarantine; only with `serve --fault-commands`
+    /// Make a disk's own code panic, in a daemon that was started with --fault-commands
     #[command(hide = true)]
     InjectPanic {
         /// The disk
         name: String,
     },
+    /// Read the configuration again
+    Reload,
+    /// Versions of this program and of the daemon
+    Version,
 }
 
 /// Options of `attach`.

@@ -160,6 +160,35 @@ pub struct NbdLimits {
     pub negotiation_timeout: Duration,
 }
 
+impl NbdLimits {
+    /// The bounds that `descriptors` allow: clients must never take those that images and control need.
+    pub fn within(self, descriptors: u64) -> NbdLimits {
+        let at_most = |wanted: u32, share: u64, key: &str| {
+            let possible = u32::try_from(descriptors / share).unwrap_or(u32::MAX).max(4);
+            if wanted > possible {
+                tracing::warn!(
+                    "nbd.{key} is {wanted}, and {descriptors} open files allow {possible}: raise LimitNOFILE (ulimit -n)"
+                );
+            }
+            wanted.min(possible)
+        };
+        NbdLimits {
+            connections: at_most(self.connections, 2, "max_connections"),
+            negotiations: at_most(self.negotiations, 8, "max_negotiations"),
+            ..self
+        }
+    }
+}
+
+impl std::fmt::Display for Listen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Listen::Tcp(address) => write!(f, "{address}"),
+            Listen::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 /// What the daemon was told to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -350,6 +379,7 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
              --tls-key, or --tls-psk",
         ));
     }
+    crate::logging::parse(&settings.log)?;
     formats::spec::check_socket_path(&settings.ctl)?;
     // Sockets are bound there before they are renamed to their places.
     formats::spec::check_socket_path(&settings.run_dir.join(crate::rundir::HIDDEN).join("s000000"))?;
@@ -537,6 +567,14 @@ mod tests {
         }
         let long = format!("run_dir = '/{}'", "x".repeat(120));
         assert!(read(&long).unwrap_err().message.contains("at most 107"));
+    }
+
+    #[test]
+    fn clients_leave_descriptors_for_the_rest() {
+        let limits = read("").unwrap().nbd_limits;
+        assert_eq!(limits.within(1 << 20), limits);
+        let few = limits.within(1024);
+        assert_eq!((few.connections, few.negotiations, few.connections_per_disk), (512, 128, 64));
     }
 
     #[test]

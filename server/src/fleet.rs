@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use shard::api::{Command, Envelope, Event, Reply, ShardError, ShardErrorKind};
 use shard::clock::{Nanos, SECOND};
@@ -22,18 +23,11 @@ pub const STALL_NS: Nanos = 5 * SECOND;
 pub trait ShardLink: Send + Sync {
     /// Sends a command.
     fn send(&self, envelope: Envelope) -> Result<(), ShardGone>;
-
-    /// Waits for the thread to end.
-    fn join(self: Box<Self>);
 }
 
 impl ShardLink for ShardHandle {
     fn send(&self, envelope: Envelope) -> Result<(), ShardGone> {
         ShardHandle::send(self, envelope)
-    }
-
-    fn join(self: Box<Self>) {
-        ShardHandle::join(*self);
     }
 }
 
@@ -253,12 +247,21 @@ impl Fleet {
         self.lock().retain(|_, (waiting_for, _)| *waiting_for != shard);
     }
 
-    /// Stops every shard and waits for the threads. Blocks; the disks must be gone.
-    pub fn stop(&self) {
+    /// Tells every shard to stop, and waits until all have, at most so long. The disks must be gone.
+    pub async fn stop(&self, patience: Duration) {
+        const LOOK_EVERY: Duration = Duration::from_millis(5);
         self.stopping.store(true, Ordering::Relaxed);
         for shard in &self.shards {
             let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
             let _ = shard.link.send(Envelope { tag, command: Command::Stop });
+        }
+        let all_ended = async {
+            while self.shards.iter().any(|shard| shard.ended().is_none()) {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        if tokio::time::timeout(patience, all_ended).await.is_err() {
+            tracing::warn!("a shard did not stop in time");
         }
     }
 
@@ -303,8 +306,6 @@ mod tests {
             self.0.lock().unwrap().push(envelope.tag);
             Ok(())
         }
-
-        fn join(self: Box<Self>) {}
     }
 
     fn fleet() -> (Arc<Fleet>, mpsc::UnboundedReceiver<Notice>, Recorder) {

@@ -66,7 +66,6 @@ mod tests {
         fn send(&self, _: Envelope) -> Result<(), ShardGone> {
             Ok(())
         }
-        fn join(self: Box<Self>) {}
     }
 
     fn fleet(shards: usize) -> Arc<Fleet> {

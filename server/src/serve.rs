@@ -35,7 +35,8 @@ pub fn serve(args: ServeArgs) -> Result<u8, Problem> {
     let owned = rundir::own(&settings)?;
     let state = StateStore::open(&settings.state_dir)?;
     let images = Images::new(&settings)?;
-    raise_descriptor_limit();
+    let mut settings = settings;
+    settings.nbd_limits = settings.nbd_limits.within(raise_descriptor_limit());
 
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
     let failed = |what: &str, error: &dyn std::fmt::Display| Problem::failed(format!("{what}: {error}"));
@@ -102,9 +103,7 @@ async fn run(daemon: Arc<Daemon>, given: Given) -> Result<u8, Problem> {
         _ = terminate.recv() => vec!["all disks (a second signal came)".into()],
         _ = interrupt.recv() => vec!["all disks (a second signal came)".into()],
     };
-    let fleet = daemon.fleet.clone();
-    let stopped = tokio::task::spawn_blocking(move || fleet.stop());
-    let _ = tokio::time::timeout(Duration::from_secs(5), stopped).await;
+    daemon.fleet.stop(Duration::from_secs(5)).await;
     if unflushed.is_empty() {
         tracing::info!("stopped; every disk was flushed");
         return Ok(0);
@@ -164,8 +163,8 @@ async fn listen_metrics(
 ) -> Result<(), Problem> {
     let failed = |error: &dyn std::fmt::Display| {
         Problem::failed(format!(
-            "metrics cannot be served at {:?}: {error}; give another address with --metrics, or none",
-            settings.metrics
+            "metrics cannot be served at {}: {error}; give another address with --metrics, or none",
+            settings.metrics.as_ref().map_or_else(|| "the passed socket".into(), Listen::to_string)
         ))
     };
     let router = http::metrics_router(api);
@@ -229,13 +228,15 @@ fn refuse_answered(path: &std::path::Path, what: &str, option: &str) -> Result<(
     }
 }
 
-/// Each client and image takes descriptors: the soft limit is raised to the hard one.
-fn raise_descriptor_limit() {
+/// Each client and image takes descriptors: the soft limit is raised to the hard one. Returns the limit.
+fn raise_descriptor_limit() -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-        && let Err(errno) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-    {
-        tracing::warn!("the limit of open files stays at {soft}: {errno}");
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return u64::MAX };
+    match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(errno) => {
+            tracing::warn!("the limit of open files stays at {soft}: {errno}");
+            soft
+        }
     }
 }

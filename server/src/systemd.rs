@@ -40,6 +40,7 @@ pub async fn heartbeat(daemon: Arc<Daemon>) {
     let mut status = String::new();
     loop {
         daemon.fleet.shards().iter().for_each(|shard| shard.sample());
+        daemon.images.reap();
         let stalled: Vec<usize> = daemon
             .fleet
             .shards()

@@ -66,15 +66,15 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
             let events: Vec<Event> = connection.get(&path).await?;
             show(json, &events, |events| tables::events(events))?;
         }
+        CtlCommand::InjectPanic { name } => {
+            let path = disk_path(&name, "/inject-panic")?;
+            connection.change::<serde_json::Value>(Method::POST, &path, NO_BODY).await?;
+        }
         CtlCommand::Reload => {
             let report: Reload = connection.request(Method::POST, "/v1/reload", NO_BODY).await?;
             show(json, &report, tables::reload)?;
         }
         CtlCommand::Version => version(&connection, json).await?,
-        CtlCommand::InjectPanic { name } => {
-            let path = disk_path(&name, "/inject-panic")?;
-            changed(json, &connection.change(Method::POST, &path, NO_BODY).await?)?;
-        }
     }
     Ok(0)
 }

@@ -220,6 +220,11 @@ impl Daemon {
     pub async fn reload(self: &Arc<Self>) -> Result<Reload, Problem> {
         let old = self.settings();
         let mut new = Settings::load(&self.args)?;
+        if let Ok((descriptors, _)) =
+            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+        {
+            new.nbd_limits = new.nbd_limits.within(descriptors);
+        }
         let mut report = Reload::default();
         let mut note = |changed: bool, what: &str, restart: bool| {
             if changed {
@@ -235,7 +240,7 @@ impl Daemon {
         note(old.ram_dir != new.ram_dir, "ram.dir", true);
         note(old.nbd_listen != new.nbd_listen, "nbd.listen", true);
         note(old.log_format != new.log_format, "log_format", true);
-        note(old.log != new.log, "log", true);
+        note(old.log != new.log, "log", false);
         note(old.allowed_dirs != new.allowed_dirs, "images.allowed_dirs", false);
         note(old.open_timeout != new.open_timeout, "images.open_timeout_s", false);
         note((old.on_error, old.on_enospc) != (new.on_error, new.on_enospc), "disks", false);
@@ -250,6 +255,7 @@ impl Daemon {
         note(old.groups != new.groups, "groups", false);
         // Certificates and keys are read again even under their old names: that is how they are renewed.
         self.nbd.reload_tls(&new.tls)?;
+        crate::logging::set_filter(&new.log)?;
         self.images.reconfigure(&new)?;
         note(true, "TLS certificates and keys were read again", false);
         self.nbd.set_limits(new.nbd_limits);

@@ -60,7 +60,6 @@ impl IntoResponses for Errors {
             ("403", "The caller may not do this."),
             ("404", "No such disk, group or route."),
             ("405", "The method is not one of this route."),
-            ("408", "The request did not arrive in time."),
             ("409", "The thing is different, in use, or not in a state that allows this."),
             ("413", "The body is too large."),
             ("415", "The body is not application/json."),
@@ -118,7 +117,6 @@ pub fn openapi() -> OpenApi {
 pub fn control_router(api_state: Api) -> Router {
     let (mut router, _) = api().split_for_parts();
     if api_state.daemon.settings().fault_commands {
-        // Not part of the described API: an operator's daemon does not have it.
         router = router.route("/v1/disks/{name}/inject-panic", axum::routing::post(disks::inject_panic));
     }
     finish(router.with_state(api_state))

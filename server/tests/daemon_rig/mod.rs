@@ -33,7 +33,7 @@ pub enum Behaviour {
 
 #[derive(Default)]
 struct Script {
-    connected: Vec<Box<ring_bridge::nbd::Handoff>>,
+    connected: Vec<ring_bridge::nbd::Handoff>,
     behaviour: HashMap<&'static str, Behaviour>,
     disks: HashMap<DiskId, Box<DiskConfig>>,
     held: Vec<Envelope>,
@@ -70,8 +70,6 @@ impl ShardLink for FakeShard {
         }
         Ok(())
     }
-
-    fn join(self: Box<Self>) {}
 }
 
 fn kind_of(command: &Command) -> &'static str {
@@ -126,7 +124,7 @@ fn answer(script: &mut Script, command: Command) -> Result<Reply, ShardError> {
         }
         Command::Connect { disk, handoff } => {
             script.disks[&disk].counters.clients.add(1);
-            script.connected.push(handoff);
+            script.connected.push(*handoff);
         }
         _ => {}
     }

@@ -611,6 +611,10 @@ impl Disk {
     pub fn unhold(&mut self, ctx: &mut Ctx<'_>) {
         if let Some((state, reason)) = self.before_hold.take() {
             self.set_state(state, &reason);
+            if state == DiskState::StorageError {
+                // It may have failed meanwhile, when nobody was told.
+                ctx.out.push(Action::State);
+            }
             self.on_timer(ctx);
             self.pump(ctx);
         }

@@ -188,6 +188,8 @@ pub struct Conn {
     recv_message: Message,
     /// Operation of the reactor that receives; `None` when there is none.
     pub recv_op: Option<u64>,
+    /// The socket did not take everything at once: wait for it with the next message.
+    blocked: bool,
     /// Operation of the reactor that sends.
     pub send_op: Option<u64>,
     /// When the client last gave bytes.
@@ -280,6 +282,7 @@ impl Conn {
             send_message: Message::new(0),
             recv_message: Message::new(2),
             recv_op: None,
+            blocked: false,
             send_op: None,
             received_at: now,
             sent_at: now,
@@ -294,6 +297,26 @@ impl Conn {
     /// The socket.
     pub fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+
+    /// How it stands, in one line. For tests.
+    #[cfg(test)]
+    pub fn summary(&self) -> String {
+        format!(
+            "{}: {:?} requests {} held {} buffers {} out {} deferred {} streaming {:?} receives {} sends {} stopped {} closing {:?}",
+            self.peer,
+            self.rx,
+            self.requests,
+            self.held,
+            self.buffers,
+            self.out.len(),
+            self.deferred.len(),
+            self.streaming,
+            self.recv_op.is_some(),
+            self.send_op.is_some(),
+            self.stopped,
+            self.closing,
+        )
     }
 
     /// Who is at the other end.

@@ -194,7 +194,11 @@ impl Conn {
                 return None;
             }
         }
-        Some(Op::SendMsg { fd, header: self.send_message.prepare() })
+        let header = self.send_message.prepare();
+        // Sockets mostly take a message at once, and then the turn that its completion would cost is saved. Not when somebody
+        // waits for the end of it.
+        let at_once = !self.blocked && !self.stopped && !matches!(self.rx, Rx::Done);
+        Some(if at_once { Op::SendNow { fd, header } } else { Op::SendMsg { fd, header } })
     }
 
     /// Something is to be sent; at the end of a TLS session its goodbye.
@@ -270,9 +274,16 @@ impl Conn {
         self.send_message.push(tls.output.as_ptr() as usize, tls.output.len());
     }
 
+    /// A [`Op::SendNow`] has taken everything.
+    pub fn on_sent_all(&mut self, pool: &mut Pool, now: Nanos) {
+        let all = self.send_message.remaining() as i32;
+        self.on_sent(pool, all, now);
+    }
+
     /// The send operation is done: bytes or a negative errno.
     pub fn on_sent(&mut self, pool: &mut Pool, result: i32, now: Nanos) {
         self.send_op = None;
+        self.blocked = result != self.send_message.remaining() as i32;
         if result < 0 {
             match -result {
                 libc::ECANCELED | libc::EINTR | libc::EAGAIN => {}

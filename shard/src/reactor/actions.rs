@@ -192,23 +192,22 @@ impl<K: Kernel> Shard<K> {
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
     fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
-        let request = &mut self.requests[req];
+        let request = &self.requests[req];
         // The bytes of a read arrive in its payload in the end, also those that are bounced.
         let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
         if needs_payload && request.payload.is_none() {
-            let (len, offset) = (request.len, request.offset);
-            let conn = request.origin.and_then(|origin| {
-                let conn = self.conns.get_mut(origin.conn as usize)?;
-                (conn.generation == origin.generation).then_some((conn, origin.command))
-            });
-            let guaranteed =
-                conn.as_ref().is_none_or(|(conn, command)| conn.may_always_have(*command, offset));
-            let buf = self.pool.take(len as usize, guaranteed)?;
-            if let Some((conn, _)) = conn {
+            let (conn, guaranteed) = self.place_of(req);
+            let request = &mut self.requests[req];
+            let buf = self.pool.take(request.len as usize, guaranteed)?;
+            let generation = request.origin.map(|origin| origin.generation);
+            if let Some(conn) = conn.and_then(|conn| self.conns.get_mut(conn as usize))
+                && Some(conn.generation) == generation
+            {
                 conn.note_buffer(&buf);
             }
             request.payload = Some(buf);
         }
+        let request = &mut self.requests[req];
         match mem {
             Mem::Zeroes => Some(self.pool.zeroes()),
             Mem::Payload(at) => request.payload.as_ref().map(|buf| self.pool.address(buf) + at as usize),
@@ -227,6 +226,14 @@ impl<K: Kernel> Shard<K> {
                 request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
             }
         }
+    }
+
+    /// The connection of a request, and whether its payload may go beyond the budget.
+    fn place_of(&self, req: ReqKey) -> (Option<u32>, bool) {
+        let request = &self.requests[req];
+        let Some(origin) = request.origin else { return (None, true) };
+        let conn = self.conns.get(origin.conn as usize).filter(|conn| conn.generation == origin.generation);
+        (Some(origin.conn), conn.is_none_or(|conn| conn.may_always_have(origin.command, request.offset)))
     }
 
     /// Gives the bounce buffer of a request back, if it has one.
@@ -457,11 +464,11 @@ impl<K: Kernel> Shard<K> {
         let mut waiting = std::mem::take(&mut self.starving);
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
-            let conn = match action {
-                Action::Io { req, .. } => self.requests[req].origin.map(|origin| origin.conn),
-                _ => None,
+            let (conn, first) = match action {
+                Action::Io { req, .. } => self.place_of(req),
+                _ => (None, false),
             };
-            if waiting.contains(&(disk, conn)) {
+            if !first && waiting.contains(&(disk, conn)) {
                 self.starved.push_back((disk, action));
                 continue;
             }

@@ -95,6 +95,29 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
+    /// Sends that were to be done at once and of which the kernel has not complained are done.
+    pub(super) fn finish_sends(&mut self) {
+        if self.sent_now.is_empty() || !self.kernel.all_submitted() {
+            return;
+        }
+        let mut sent = std::mem::take(&mut self.sent_now);
+        for (slot, user_data) in sent.drain(..) {
+            if self.ops.remove(user_data).is_none() {
+                // Its completion came: it was not done.
+                continue;
+            }
+            if let Some(conn) = self.conns.get_mut(slot as usize)
+                && conn.send_op == Some(user_data)
+            {
+                conn.on_sent_all(&mut self.pool, self.now);
+                let disk = conn.disk;
+                self.dirty.push(slot);
+                self.wake_pending(disk);
+            }
+        }
+        self.sent_now = sent;
+    }
+
     fn wake_pending(&mut self, disk: u32) {
         if self.disks.get(disk as usize).is_some_and(|entry| entry.pending.is_some() || entry.zombie) {
             self.unsettled.push(disk);
@@ -130,6 +153,9 @@ impl<K: Kernel> Shard<K> {
         let Some(conn) = self.conns.get_mut(slot as usize) else { return };
         if let Some(op) = conn.send_op(&mut self.pool) {
             let user_data = self.ops.insert(OpKind::Send { conn: slot });
+            if matches!(op, Op::SendNow { .. }) {
+                self.sent_now.push((slot, user_data));
+            }
             conn.send_op = Some(user_data);
             self.kernel.push(user_data, op);
         }

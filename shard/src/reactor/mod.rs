@@ -155,6 +155,8 @@ pub struct Shard<K: Kernel> {
     starved: VecDeque<(u32, Action)>,
     /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
     starving: Vec<(u32, Option<u32>)>,
+    /// Sends that the next enter does or refuses: connection and operation.
+    sent_now: Vec<(u32, u64)>,
     /// Bounce buffers in use.
     bounces: u32,
     /// Buffer bytes in use when those that wait were last looked at.
@@ -216,6 +218,7 @@ impl<K: Kernel> Shard<K> {
             starved: VecDeque::new(),
             starving: Vec::new(),
             bounces: 0,
+            sent_now: Vec::new(),
             fed_at: 0,
             turn: 0,
             retry: Vec::new(),
@@ -243,6 +246,20 @@ impl<K: Kernel> Shard<K> {
         (self.requests.len(), self.ops.len() - 1, self.pool.used())
     }
 
+    /// Prints requests and disks. For tests.
+    #[cfg(test)]
+    pub fn describe(&self) {
+        for (key, request) in self.requests.iter() {
+            eprintln!("  {key:?}: {request:?}");
+        }
+        for (_, entry) in &self.disks {
+            eprintln!("  {entry:?}");
+        }
+        for (_, conn) in &self.conns {
+            eprintln!("  {}", conn.summary());
+        }
+    }
+
     /// One turn: waits for something to do, does it. False when the shard has ended.
     ///
     /// # Errors
@@ -264,6 +281,7 @@ impl<K: Kernel> Shard<K> {
                 self.run_actions();
             }
         }
+        self.finish_sends();
         self.run_timers();
         for (disk, action) in std::mem::take(&mut self.retry) {
             self.actions.push_back((disk, action));

@@ -45,7 +45,7 @@ impl Sim {
     }
 
     /// The disk learns of fdatasyncs that the kernel has failed.
-    fn note_failed_syncs(&mut self) {
+    pub fn note_failed_syncs(&mut self) {
         let mut world = self.world.borrow_mut();
         let failures = std::mem::take(&mut world.new_failures);
         for failure in failures {
@@ -61,12 +61,12 @@ impl Sim {
     fn judge_success(&mut self, number: usize, asked: &Asked) {
         let disk = self.clients[number].disk;
         let d = &self.disks[disk];
+        let own;
         let (since, range) = match &asked.ask {
             Ask::Flush { since } => (since, None),
-            Ask::Change { fua: true, trim: false, .. } => {
-                (&d.model.snapshot(self.world.borrow().instant, 0, d.size), {
-                    Some((asked.offset, asked.offset + asked.len))
-                })
+            Ask::Change { stamp, fua: true, trim: false, .. } => {
+                own = d.model.own(*stamp);
+                (&own, Some((asked.offset, asked.offset + asked.len)))
             }
             _ => return,
         };
@@ -120,29 +120,29 @@ impl Sim {
             Ask::Change { fua, .. } => fua || through,
             _ => false,
         };
-        if synced && d.sync_failed.is_some() && d.on_error == ErrorPolicy::Report {
+        let doubted = d.sync_failed.is_some() || d.doubts.iter().any(|&(_, end)| end >= asked.sent);
+        if synced && doubted && d.on_error == ErrorPolicy::Report {
             return Ok(());
         }
         let world = self.world.borrow();
         let align = 4096;
         let (start, end) = (asked.offset / align * align, (asked.offset + asked.len).next_multiple_of(align));
-        let cause =
-            world.failures.iter().rev().take_while(|failure| failure.at >= asked.sent).find(|failure| {
-                let kind = match (&asked.ask, failure.what) {
-                    (Ask::Read { .. }, What::Read) | (Ask::Status { .. }, What::Extents) => true,
-                    (Ask::Change { .. }, What::Read | What::Write | What::Space) => true,
-                    (_, What::Sync) => synced,
-                    _ => false,
-                };
-                let policy = match failure.errno {
-                    libc::ENOSPC => d.on_enospc,
-                    _ => d.on_error,
-                };
-                kind && failure.file == disk
-                    && (failure.what == What::Sync || (failure.start < end && start < failure.end))
-                    && NbdError::from_errno(failure.errno).code() == error
-                    && policy == ErrorPolicy::Report
-            });
+        let cause = world.failures.iter().filter(|failure| failure.at >= asked.sent).find(|failure| {
+            let kind = match (&asked.ask, failure.what) {
+                (Ask::Read { .. }, What::Read) | (Ask::Status { .. }, What::Extents) => true,
+                (Ask::Change { .. }, What::Read | What::Write | What::Space) => true,
+                (_, What::Sync) => synced,
+                _ => false,
+            };
+            let policy = match failure.errno {
+                libc::ENOSPC => d.on_enospc,
+                _ => d.on_error,
+            };
+            kind && failure.file == disk
+                && (failure.what == What::Sync || (failure.start < end && start < failure.end))
+                && NbdError::from_errno(failure.errno).code() == error
+                && policy == ErrorPolicy::Report
+        });
         if cause.is_none() {
             return Err("no operation of it failed, or the policy is to hold it".into());
         }

@@ -90,6 +90,7 @@ struct FileOp {
     /// Hash of the memory of a write or of the junk in the memory of a read.
     seal: u64,
     held: bool,
+    failure: Option<Failure>,
 }
 
 #[derive(Debug)]
@@ -336,6 +337,38 @@ impl World {
                 assert!(ranges.len() <= 1024, "more ranges than the kernel takes");
                 InFlight::Send { sock: self.socket(fd), ranges, done: 0, scheduled: false }
             }
+            Op::SendNow { fd, header } => {
+                let ranges = memory::ranges(header);
+                let total: usize = ranges.iter().map(|range| range.1).sum();
+                assert!(total > 0, "send of nothing");
+                let sock = self.socket(fd);
+                assert!(self.sockets[sock].send.is_none(), "two operations of one direction on one socket");
+                let socket = &mut self.sockets[sock];
+                let room = socket.room.saturating_sub(socket.to_client.len());
+                if socket.client_gone != Gone::No {
+                    self.lanes[shard].user_data.remove(&user_data);
+                    return self.complete(shard, Completion { user_data, result: -libc::EPIPE, more: false });
+                }
+                let client = socket.client;
+                let mut left = room.min(total);
+                let moved = left;
+                for (addr, len) in ranges {
+                    let step = left.min(len);
+                    let mut bytes = vec![0; step];
+                    memory::load(addr, &mut bytes);
+                    socket.to_client.extend(bytes);
+                    left -= step;
+                }
+                self.lanes[shard].user_data.remove(&user_data);
+                if moved > 0 {
+                    self.wake_client(client);
+                }
+                if moved < total {
+                    let result = if moved > 0 { moved as i32 } else { -libc::EAGAIN };
+                    self.complete(shard, Completion { user_data, result, more: false });
+                }
+                return;
+            }
             Op::PollMulti { .. } => {
                 self.lanes[shard].poll = Some(user_data);
                 if self.lanes[shard].wake {
@@ -455,19 +488,18 @@ impl World {
         };
         // Every rest of a short transfer is aligned here, so Linux's EINVAL would be a mistake of the shard.
         assert!(aligned, "misaligned for this file (align {align}): {op:?}");
-        let mut failed_sync = false;
-        if let Some((what, start, end, errno)) = failure {
-            result = -errno;
-            failed_sync = what == What::Sync;
-            self.new_failures.push(Failure { file, at: self.instant, what, start, end, errno });
+        let at = self.instant;
+        let failure = failure.map(|(what, start, end, errno)| Failure { file, at, what, start, end, errno });
+        if let Some(failure) = failure {
+            result = -failure.errno;
+        }
+        if failure.is_some_and(|failure| failure.what == What::Sync) {
+            // Linux marks the pages clean: the next fdatasync knows nothing of them.
+            writeback.clear();
         }
         f.busy += 1;
         let early = if moves > 0 { rng.between(0, moves / align) * align } else { 0 };
-        let mut op = FileOp { file, op, early, result, moves, writeback, seal: 0, held: f.hung };
-        if failed_sync {
-            // Linux marks the pages clean: the next fdatasync knows nothing of them.
-            op.writeback.clear();
-        }
+        let mut op = FileOp { file, op, early, result, moves, writeback, seal: 0, held: f.hung, failure };
         let delay = if rng.chance(faults.slow) {
             rng.between(5 * MILLISECOND, 300 * MILLISECOND)
         } else {
@@ -509,6 +541,7 @@ impl World {
 
     /// The part of an operation that happens at its end.
     fn conclude(&mut self, mut op: FileOp) -> i32 {
+        self.new_failures.extend(op.failure);
         let file = &mut self.files[op.file];
         file.busy -= 1;
         match op.op {
@@ -545,11 +578,13 @@ impl World {
 
     /// The store of a file stops answering.
     pub fn hang(&mut self, file: usize) {
+        self.say(format_args!("file {file} hangs"));
         self.files[file].hung = true;
     }
 
     /// It answers again, also to what it was asked before.
     pub fn release(&mut self, file: usize) {
+        self.say(format_args!("file {file} answers again"));
         self.files[file].hung = false;
         let mut ids = Vec::new();
         for (&id, running) in &mut self.running {
@@ -858,6 +893,10 @@ impl Kernel for SimKernel {
             return Err(std::io::ErrorKind::WouldBlock.into());
         }
         Ok(())
+    }
+
+    fn all_submitted(&mut self) -> bool {
+        true
     }
 
     fn next_completion(&mut self) -> Option<Completion> {

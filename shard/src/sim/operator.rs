@@ -73,6 +73,8 @@ pub struct SimDisk {
     pub attached_at: u64,
     /// An fdatasync failed at this instant, and nobody has accepted it.
     pub sync_failed: Option<u64>,
+    /// Earlier ones: from when to when.
+    pub doubts: Vec<(u64, u64)>,
     /// Changes of clients that have gone.
     pub orphans: Vec<Stamp>,
     /// In this round somebody went away without waiting for answers, or requests ran twice.
@@ -109,6 +111,7 @@ impl SimDisk {
             zombie: false,
             attached_at: 0,
             sync_failed: None,
+            doubts: Vec::new(),
             orphans: Vec::new(),
             lost_requests: false,
             panics: 0,
@@ -123,8 +126,15 @@ impl SimDisk {
         self.grouped = false;
         (self.paused, self.storage_error, self.failed, self.zombie) = (false, false, false, false);
         self.attached_at = now;
-        self.sync_failed = None;
+        self.accept_doubt(now);
         self.panics = 0;
+    }
+
+    /// A failed fdatasync is accepted, or forgotten with the disk.
+    pub fn accept_doubt(&mut self, now: u64) {
+        if let Some(at) = self.sync_failed.take() {
+            self.doubts.push((at, now));
+        }
     }
 
     pub fn config(&self, index: usize) -> DiskConfig {
@@ -316,8 +326,14 @@ impl Sim {
                 };
                 self.on_reply(shard, order, result);
             }
-            Event::State { disk, state, .. } => {
+            Event::State { disk, state, reason } => {
                 let Some(index) = self.disks.iter().position(|d| d.id == disk) else { return };
+                self.note_failed_syncs();
+                let d = &mut self.disks[index];
+                if reason.starts_with("fdatasync failed") && d.sync_failed.is_none() {
+                    // It came with the reply to a resume, and behind it.
+                    d.sync_failed = Some(d.model.doubt);
+                }
                 self.on_state(index, state);
             }
             Event::ZombieGone { config } => {
@@ -368,6 +384,7 @@ impl Sim {
     fn on_reply(&mut self, shard: usize, order: Order, result: Result<Reply, ShardError>) {
         let Order { disk, kind } = order;
         let busy = self.world.borrow().file_busy(disk);
+        self.note_failed_syncs();
         match (kind, result) {
             (Kind::Pause, Ok(Reply::Done)) => {
                 assert!(!busy, "paused with operations in flight");
@@ -379,12 +396,14 @@ impl Sim {
                 self.soon(disk, 10_000);
             }
             (Kind::Resume | Kind::ResumeInDoubt, Ok(Reply::Done)) => {
+                let now = self.instant();
                 let d = &mut self.disks[disk];
                 assert!(
                     kind == Kind::ResumeInDoubt || d.sync_failed.is_none(),
                     "resumed over a failed fdatasync"
                 );
-                (d.paused, d.storage_error, d.sync_failed) = (false, false, None);
+                (d.paused, d.storage_error) = (false, false);
+                d.accept_doubt(now);
             }
             (Kind::Resume, Err(error)) if error.kind == ShardErrorKind::DataInDoubt => {
                 assert!(self.disks[disk].sync_failed.is_some(), "no fdatasync failed: {error}");

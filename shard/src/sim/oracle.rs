@@ -142,6 +142,12 @@ impl Model {
         Snapshot { at: now, pieces }
     }
 
+    /// What may be durable when a change that asked for it is answered: itself, or what was in flight beside it.
+    pub fn own(&self, stamp: Stamp) -> Snapshot {
+        let Change { start, end, sent, .. } = self.changes[stamp as usize];
+        Snapshot { at: sent, pieces: vec![(start, end, vec![stamp])] }
+    }
+
     /// The candidates of each part of `[start, end)`: those of the snapshot, and of every change that was in flight since.
     fn candidates(&self, since: &Snapshot, start: u64, end: u64) -> Vec<(u64, u64, Vec<Stamp>)> {
         let later: Vec<Stamp> = (2..self.changes.len())
@@ -219,8 +225,9 @@ impl Model {
             }
             change.start <= at && at < change.end && expected[0] == byte
         };
-        let stamps: Vec<_> = (0..self.changes.len()).filter(wrote).collect();
-        format!("the byte looks like one of stamps {stamps:?}")
+        let wrote: Vec<_> =
+            (0..self.changes.len()).filter(wrote).map(|stamp| (stamp, self.changes[stamp])).collect();
+        format!("the byte looks like one of {wrote:?}")
     }
 
     /// Checks what a read (asked for at the snapshot) found at `start`.

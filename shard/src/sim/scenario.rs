@@ -565,6 +565,15 @@ impl Sim {
 
     /// What a person needs to see when a rule is broken.
     pub fn describe(&self) {
+        for (index, shard) in self.shards.iter().enumerate() {
+            eprintln!("shard {index}: {:?} requests, operations, bytes out", shard.outstanding());
+        }
+        if self.world.borrow().verbose {
+            for shard in &self.shards {
+                shard.describe();
+            }
+        }
+        eprintln!("commands without a reply: {:?}", self.orders);
         for (index, disk) in self.disks.iter().enumerate() {
             eprintln!(
                 "disk {index}: {:?} {:?} paused {} error {} failed {} zombie {} {:?} {:?} limits {:?} io {} throttled {}",

@@ -83,6 +83,14 @@ pub enum Op {
         /// Message header.
         header: usize,
     },
+    /// sendmsg of what the socket takes at once. When that is everything there is no completion: the operation has ended when
+    /// the [`Kernel::enter`] that submitted it returns. Else it completes with the bytes that were taken, or -EAGAIN.
+    SendNow {
+        /// Socket.
+        fd: RawFd,
+        /// Message header.
+        header: usize,
+    },
     /// Multishot poll for readability.
     PollMulti {
         /// File.
@@ -122,6 +130,9 @@ pub trait Kernel {
 
     /// Submits what is queued and collects completions; with `wait` blocks until there is at least one.
     fn enter(&mut self, wait: bool) -> std::io::Result<()>;
+
+    /// Everything that was pushed before the last [`Kernel::enter`] has reached the kernel.
+    fn all_submitted(&mut self) -> bool;
 
     /// The next collected completion.
     fn next_completion(&mut self) -> Option<Completion>;

@@ -187,6 +187,10 @@ impl Kernel for Uring {
             Op::SendMsg { fd, header } => opcode::SendMsg::new(Fd(fd), header as *const libc::msghdr)
                 .flags((libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32)
                 .build(),
+            Op::SendNow { fd, header } => opcode::SendMsg::new(Fd(fd), header as *const libc::msghdr)
+                .flags((libc::MSG_DONTWAIT | libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32)
+                .build()
+                .flags(squeue::Flags::SKIP_SUCCESS),
             Op::PollMulti { fd } => opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).multi(true).build(),
             Op::Cancel { target } => opcode::AsyncCancel2::new(CancelBuilder::user_data(target)).build(),
         };
@@ -223,6 +227,10 @@ impl Kernel for Uring {
         self.call_enter(u32::from(wait))?;
         self.collect();
         Ok(())
+    }
+
+    fn all_submitted(&mut self) -> bool {
+        self.ring.submission().is_empty()
     }
 
     fn next_completion(&mut self) -> Option<Completion> {
