@@ -45,7 +45,9 @@ fn run(seed: u64) -> Option<u64> {
     let verbose = std::env::var_os("SIM_VERBOSE").is_some();
     let hash = std::panic::catch_unwind(|| Sim::new(seed, plan(seed), verbose).run()).ok();
     if hash.is_none() {
-        eprintln!("seed {seed} broke a rule; again: SIM_SEED={seed} SIM_VERBOSE=1 cargo test -p shard sim::tests::seeds");
+        eprintln!(
+            "seed {seed} broke a rule; again: SIM_SEED={seed} SIM_VERBOSE=1 cargo test -p shard sim::tests::seeds"
+        );
     }
     hash
 }
