@@ -270,7 +270,11 @@ impl<K: Kernel> Shard<K> {
     pub fn turn(&mut self) -> std::io::Result<bool> {
         let freed =
             (!self.starved.is_empty() || !self.want_buffer.is_empty()) && self.pool.used() < self.fed_at;
-        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty() || freed;
+        let more = !self.ready.is_empty()
+            || !self.retry.is_empty()
+            || !self.unsettled.is_empty()
+            || freed
+            || self.sends_are_awaited();
         self.turn += 1;
         let deadline =
             self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
