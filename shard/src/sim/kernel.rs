@@ -278,6 +278,11 @@ impl World {
         }
     }
 
+    /// A shard that has ended asks for no more.
+    pub fn forget_timer(&mut self, shard: usize) {
+        self.lanes[shard].timer = None;
+    }
+
     /// Wakes a shard for a command.
     pub fn wake(&mut self, shard: usize) {
         self.lanes[shard].wake = true;

@@ -17,9 +17,10 @@ use super::operator::{Order, Place, SimDisk};
 use super::oracle::{INITIAL_DATA, Model, Outcome, pattern};
 use super::random::Random;
 use super::socket::{Gone, Socket};
-use crate::api::{CacheMode, Command, DiskId, Envelope, ErrorPolicy, Event, FileKind, ImageFile};
+use crate::api::{Backend, CacheMode, Command, DiskId, Envelope, ErrorPolicy, Event, FileKind, ImageFile};
 use crate::clock::{MICROSECOND, MILLISECOND, Nanos, SECOND};
 use crate::limits::Group;
+use crate::ram::{PageSize, RamBudget, RamDisk, RamOutcome, anonymous_backing};
 use crate::reactor::{EventSink, Shard, ShardParts};
 use crate::stats::{DiskCounters, ShardCounters};
 use crate::storage::pool::{CHUNK, Pool};
@@ -57,6 +58,10 @@ pub struct Sim {
     pub group: Arc<Group>,
     /// Work is being wound up: no more mischief.
     pub closing: bool,
+    /// Shards whose loop has ended.
+    pub stopped: [bool; 2],
+    /// How often what happened.
+    pub tally: BTreeMap<String, u64>,
 }
 
 fn eventfd() -> Arc<OwnedFd> {
@@ -107,6 +112,8 @@ impl Sim {
             next_id: 0,
             group: Arc::new(Group::new("tenant", crate::limits::Limits::default())),
             closing: false,
+            stopped: [false; 2],
+            tally: BTreeMap::new(),
         };
         for _ in 0..plan.disks {
             sim.make_disk();
@@ -180,8 +187,42 @@ impl Sim {
             world.register_file(tail.as_raw_fd(), index, false);
         }
         drop(world);
-        self.disks.push(SimDisk::new(image, size, model, on_error, on_enospc, read_only));
+        let mut disk = SimDisk::new(image, size, model, on_error, on_enospc, read_only);
+        if self.rng.chance(150) {
+            self.put_into_memory(&mut disk);
+        }
+        self.disks.push(disk);
         self.attach(index);
+    }
+
+    /// Makes a disk one of memory: a RAM disk, or one that forgets.
+    fn put_into_memory(&mut self, disk: &mut SimDisk) {
+        disk.model = Model::new(disk.size);
+        if self.rng.chance(300) {
+            disk.model.forgets = true;
+            disk.memory = Some(Backend::Null);
+            return;
+        }
+        let file = anonymous_backing("sim", disk.size, PageSize::Base).expect("a memfd");
+        let budget = Arc::new(RamBudget::new(1 << 40));
+        let ram = RamDisk::create(file, "sim", disk.size, PageSize::Base, budget).expect("a RAM disk");
+        disk.memory = Some(Backend::Ram(ram));
+    }
+
+    /// What a disk holds when nothing is in flight.
+    fn contents(&self, index: usize) -> Vec<u8> {
+        let disk = &self.disks[index];
+        match &disk.memory {
+            None => self.world.borrow().files[index].data.clone(),
+            Some(Backend::Ram(ram)) => {
+                let mut bytes = vec![0; disk.size as usize];
+                for (number, piece) in bytes.chunks_mut(64 << 10).enumerate() {
+                    assert_eq!(ram.read(number as u64 * (64 << 10), piece), RamOutcome::Done);
+                }
+                bytes
+            }
+            Some(_) => vec![0; disk.size as usize],
+        }
     }
 
     /// Attaches a disk to one of the shards.
@@ -195,6 +236,11 @@ impl Sim {
         d.counters = Arc::new(DiskCounters::default());
         let config = d.config(disk);
         self.command(disk, shard, Command::AddDisk(Box::new(config)), super::operator::Kind::Add);
+    }
+
+    /// Counts something, so that the tests can tell that it happens at all.
+    pub fn count(&mut self, what: impl Into<String>) {
+        *self.tally.entry(what.into()).or_default() += 1;
     }
 
     /// Sends a command of a disk to a shard.
@@ -226,7 +272,13 @@ impl Sim {
         let mut client = Client::new(disk, sock, agreed, habits, seed);
         client.budget = self.rng.between(1, self.plan.requests) as u32;
         // Some bytes may have come along with the negotiation.
-        let unread = Vec::new();
+        let mut unread = Vec::new();
+        if self.rng.chance(200) {
+            let now = self.instant();
+            client.ask(&mut self.disks[disk].model, now);
+            let step = client.outbox.len().min(self.rng.between(1, 4096) as usize);
+            unread.extend(client.outbox.drain(..step));
+        }
         let handoff =
             Handoff { fd, unread, transmission: agreed, tls: None, peer: format!("client {number}") };
         self.clients.push(client);
@@ -270,10 +322,21 @@ impl Sim {
             let mut turned = false;
             for index in 0..2 {
                 for count in 0.. {
+                    if self.stopped[index] {
+                        break;
+                    }
                     assert!(count < 5_000, "shard {index} turns without end");
                     match self.shards[index].turn() {
                         Ok(true) => {}
-                        Ok(false) => panic!("shard {index} ended unasked"),
+                        Ok(false) => {
+                            assert!(
+                                self.disks.iter().all(|disk| matches!(disk.place, Place::Absent)),
+                                "ended unasked"
+                            );
+                            self.stopped[index] = true;
+                            self.world.borrow_mut().forget_timer(index);
+                            break;
+                        }
                         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                         Err(error) => panic!("shard {index}: {error}"),
                     }
@@ -291,12 +354,16 @@ impl Sim {
 
     fn hear(&mut self) {
         let mut closed = false;
+        self.note_failed_syncs();
         while let Ok((shard, event)) = self.events.try_recv() {
             closed |= matches!(event, Event::ClientGone { .. } | Event::Reply { .. });
             self.on_event(shard, event);
         }
         if closed {
             self.world.borrow_mut().notice_closed();
+        }
+        for disk in &mut self.disks {
+            disk.sync_failed_now = false;
         }
     }
 
@@ -335,7 +402,7 @@ impl Sim {
         match event {
             Happening::Client(client) => self.act(client),
             Happening::Read(client) => {
-                self.clients[client].deaf = false;
+                (self.clients[client].deaf, self.clients[client].mute) = (false, false);
                 self.world.borrow_mut().wake_client(client);
             }
             Happening::Operator(disk) => self.operate(disk),
@@ -359,14 +426,19 @@ impl Sim {
             let gone = if self.rng.chance(500) { Gone::Eof } else { Gone::Reset };
             return self.vanish(number, gone);
         }
-        if self.plan.faults && !self.closing && !self.clients[number].deaf && self.rng.chance(3) {
-            self.clients[number].deaf = true;
-            let after = self.rng.between(MILLISECOND, 100 * MILLISECOND);
+        let client = &self.clients[number];
+        if self.plan.faults && !self.closing && !client.deaf && !client.mute && self.rng.chance(4) {
+            let client = &mut self.clients[number];
+            (client.deaf, client.mute) =
+                self.rng.pick(&[(true, false), (true, false), (false, true), (true, true)]);
+            // Long enough, at times, to be thrown out for keeping what others need.
+            let longest = if self.rng.chance(100) { 100 * SECOND } else { 100 * MILLISECOND };
+            let after = self.rng.between(MILLISECOND, longest);
             self.world.borrow_mut().schedule(after, Happening::Read(number));
         }
         for _ in 0..4 {
             let client = &self.clients[number];
-            if !client.wants() || client.outbox.len() > 256 << 10 {
+            if !client.wants() {
                 break;
             }
             let now = self.instant();
@@ -423,7 +495,7 @@ impl Sim {
         let client = &mut self.clients[number];
         let socket = &mut world.sockets[client.sock];
         let room = socket.room.saturating_sub(socket.to_server.len());
-        let step = room.min(client.habits.step).min(client.outbox.len());
+        let step = if client.mute { 0 } else { room.min(client.habits.step).min(client.outbox.len()) };
         socket.to_server.extend(client.outbox.drain(..step));
         let more_room = socket.room > socket.to_server.len();
         let readable = !client.deaf && !socket.to_client.is_empty();
@@ -431,7 +503,7 @@ impl Sim {
         if step > 0 {
             world.kick(sock);
         }
-        if readable || client.wants() || (more_room && !client.outbox.is_empty()) {
+        if readable || client.wants() || (more_room && !client.mute && !client.outbox.is_empty()) {
             world.wake_client(number);
         }
     }
@@ -541,10 +613,8 @@ impl Sim {
         self.settle_orphans();
         let now = self.instant();
         for (index, disk) in self.disks.iter().enumerate() {
-            let world = self.world.borrow();
             let everything = disk.model.snapshot(now, 0, disk.size);
-            if let Err(message) = disk.model.check_read(&everything, 0, &world.files[index].data) {
-                drop(world);
+            if let Err(message) = disk.model.check_read(&everything, 0, &self.contents(index)) {
                 self.describe();
                 panic!("the file of disk {index} in the end: {message}");
             }
@@ -560,6 +630,14 @@ impl Sim {
                 "shard {index} leaks (requests, operations, buffer bytes)"
             );
         }
+        for index in 0..2 {
+            self.inboxes[index]
+                .send(Envelope { tag: 0, command: Command::Stop })
+                .expect("the shard is there");
+            self.world.borrow_mut().wake(index);
+        }
+        self.run_to_rest();
+        assert_eq!(self.stopped, [true; 2], "the shards did not stop");
         assert!(self.orders.is_empty(), "commands without a reply: {:?}", self.orders);
     }
 
