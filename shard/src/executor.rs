@@ -129,7 +129,7 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
             // The data path has its own buffers: glommio's registered ones would only be locked memory.
             .io_memory(64 << 10)
             .ring_depth(128)
-            .preempt_timer(Duration::from_millis(1))
+            .preempt_timer(NEVER)
             .spawn(move || async move { run(seed) });
         let thread = match spawned {
             Ok(thread) => thread,
@@ -153,6 +153,11 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
     }
     Err(StartError(format!("shard {} cannot start: {failure}", options.index)))
 }
+
+/// The root task is alone and never yields, so glommio has nobody to preempt it for. A timer that goes off between glommio's
+/// set-up and the first poll of the root task (on a busy host a millisecond passes there) would make glommio park with the
+/// root task runnable, and nothing would ever wake it.
+const NEVER: Duration = Duration::from_secs(24 * 3600);
 
 fn warn_unpinned(shard: usize, cpu: Option<usize>, failure: &str) {
     if let Some(cpu) = cpu {

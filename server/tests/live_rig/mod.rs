@@ -8,8 +8,12 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test is what they are for")]
 
+pub mod load;
+pub mod model;
+pub mod nbd_client;
+
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -357,6 +361,12 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Says why a test cannot run on this host; it then passes without having shown anything.
+pub fn skip(test: &str, reason: &str) {
+    // Not by the macro, whose output is hidden when a test passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
 }
 
 /// `raw:PATH` for `ctl attach`.
