@@ -209,7 +209,7 @@ impl Sim {
     fn resume(&mut self, disk: usize, shard: usize) {
         let d = &self.disks[disk];
         // First without accepting a loss, at times.
-        let in_doubt = d.sync_failed.is_some() && self.rng.chance(700);
+        let in_doubt = d.sync_failed.is_some() && self.rng.chance(500);
         let kind = if in_doubt { Kind::ResumeInDoubt } else { Kind::Resume };
         let command = Command::Resume { disk: d.id, data_in_doubt: in_doubt };
         self.world.borrow_mut().files[disk].frozen = false;

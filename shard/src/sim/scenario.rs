@@ -466,7 +466,7 @@ impl Sim {
             short: some(&[0, 50, 200]),
             again: some(&[0, 10, 50]),
             slow: some(&[0, 10, 50]),
-            sync: some(&[0, 0, 0, 100]),
+            sync: some(&[0, 0, 100]),
             side: some(&[0, 0, 50]),
         }
     }

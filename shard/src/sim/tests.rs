@@ -106,14 +106,14 @@ const HAPPENS: [&str; 30] = [
 fn seeds() {
     let (first, count) = match number("SIM_SEED") {
         Some(seed) => (seed, 1),
-        None => (number("SIM_FIRST").unwrap_or(0), number("SIM_SEEDS").unwrap_or(60)),
+        None => (number("SIM_FIRST").unwrap_or(0), number("SIM_SEEDS").unwrap_or(150)),
     };
     let mut tally = Tally::new();
     // A few broken seeds are more telling than one.
     let broken: Vec<u64> =
         (first..first + count).filter(|&seed| run(seed, &mut tally).is_none()).take(10).collect();
     assert!(broken.is_empty(), "seeds that broke a rule: {broken:?}");
-    if count >= 60 {
+    if count >= 150 {
         let never: Vec<_> = HAPPENS.iter().filter(|what| !tally.contains_key(**what)).collect();
         assert!(never.is_empty(), "this never happened: {never:?}; what did: {tally:#?}");
     }
