@@ -44,7 +44,7 @@ fn make(dir: &Path, mode: u32, option: &str) -> Result<(), Problem> {
 }
 
 fn lock(dir: &Path, what: &str, option: &str) -> Result<Flock<File>, Problem> {
-    let path = dir.join("lock");
+    let path = dir.join(format!("{what}.lock"));
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(
         |error| {
             Problem::failed(format!(

@@ -87,6 +87,9 @@ fn attach_says_where_the_disk_is_and_may_be_repeated() {
     assert_eq!(run("nbdinfo", &["--size", uri]).expect_ok().trim(), (8 * MIB).to_string());
 }
 
+/// Disk name, image, further arguments, exit code, words of the message.
+type Refusal<'a> = (&'a str, &'a str, &'a [&'a str], i32, &'a [&'a str]);
+
 #[test]
 fn a_wrong_attach_names_the_thing_and_leaves_nothing_behind() {
     let rig = Rig::start();
@@ -98,7 +101,7 @@ fn a_wrong_attach_names_the_thing_and_leaves_nothing_behind() {
     let at = |name: &str| raw(&rig.path(name));
     let long = "n".repeat(65);
     let before = descriptors(rig.pid());
-    let cases: &[(&str, &str, &[&str], i32, &[&str])] = &[
+    let cases: &[Refusal] = &[
         ("d1", &file, &[], 2, &["disk d1 has no frontend", "--nbd", "d1.sock"]),
         ("a/b", &file, &["--nbd"], 2, &["\"a/b\"", "contains '/'", "1 to 64"]),
         ("", &file, &["--nbd"], 2, &["\"\"", "1 to 64"]),

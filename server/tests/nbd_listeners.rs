@@ -161,7 +161,7 @@ async fn the_bound_on_clients_is_told_to_the_one_too_many() {
     let daemon = rig.daemon.clone();
     let disk = rig.daemon.find("d1").unwrap();
     let detach = tokio::spawn(async move { daemon.detach("d1", false, soon(300)).await });
-    until("it is closing", || disk.inner().closing).await;
+    until("it is closing", || disk.inner().closing > 0).await;
     disk.counters.clients.set(1);
     let (_, message) = option(&mut client, GO, &go("")).await.unwrap().remove(0);
     assert!(String::from_utf8(message).unwrap().contains("is being detached"));

@@ -170,7 +170,13 @@ pub fn stats(stats: &[DiskStats]) -> String {
             rows.push(vec![
                 std::mem::take(&mut name),
                 operation.clone(),
-                totals.completed.to_string(),
+                // What waits is counted with its operation; its own row has only times.
+                if disk.ops.contains_key(operation) {
+                    totals.completed
+                } else {
+                    latency.map_or(0, |l| l.count)
+                }
+                .to_string(),
                 totals.bytes.to_string(),
                 totals.errors.to_string(),
                 totals.throttled.to_string(),

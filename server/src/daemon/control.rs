@@ -15,14 +15,15 @@ use crate::problem::{Problem, ProblemKind};
 impl Daemon {
     /// Holds a disk's requests; returns when nothing is in flight. A disk that cannot be quiet in time runs on.
     pub async fn pause(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
-        let disk = self.disk(name)?;
-        let (id, mut call) = {
+        let (disk, id, mut call) = {
             let _guard = self.lock_name(name, deadline).await?;
+            let disk = self.disk(name)?;
             let (id, shard) = live(&disk)?;
             if disk.state() == State::Paused {
                 return Ok(self.describe(&disk));
             }
-            (id, self.fleet.start(shard, Command::Pause { disk: id })?)
+            let call = self.fleet.start(shard, Command::Pause { disk: id })?;
+            (disk, id, call)
         };
         // Without the lock, so that `fail` and `detach --force` can end the wait.
         match tokio::time::timeout_at(deadline, call.answer()).await {
@@ -54,8 +55,8 @@ impl Daemon {
         request: ResumeRequest,
         deadline: Instant,
     ) -> Result<model::Disk, Problem> {
-        let disk = self.disk(name)?;
         let _guard = self.lock_name(name, deadline).await?;
+        let disk = self.disk(name)?;
         if disk.standing() == Standing::Down {
             self.try_again(&disk, deadline).await?;
             return Ok(self.describe(&disk));
@@ -96,9 +97,9 @@ impl Daemon {
 
     /// Gives a disk up: its requests are answered with errors.
     pub async fn fail(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
-        let disk = self.disk(name)?;
-        disk.interrupt.notify_waiters();
+        self.disk(name)?.interrupt.notify_waiters();
         let _guard = self.lock_name(name, deadline).await?;
+        let disk = self.disk(name)?;
         let (id, shard) = live(&disk)?;
         self.command(&disk, shard, Command::Fail { disk: id }, deadline).await?;
         disk.inner().reason = Some("given up by `ctl fail`; detach it, and attach it again to use it".into());
@@ -123,9 +124,9 @@ impl Daemon {
         if let Some(groups) = &request.groups {
             check_groups(groups)?;
         }
-        let disk = self.disk(name)?;
         let _guard = self.lock_name(name, deadline).await?;
-        if !self.has(&disk) || matches!(disk.standing(), Standing::Draining | Standing::Zombie) {
+        let disk = self.disk(name)?;
+        if matches!(disk.standing(), Standing::Draining | Standing::Zombie) {
             return Err(Problem::new(ProblemKind::Busy, format!("disk {name} is being detached")));
         }
         let before = disk.inner().attachment.clone();

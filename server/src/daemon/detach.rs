@@ -23,6 +23,22 @@ use crate::problem::{Problem, ProblemKind};
 /// Clients that a message names.
 const CLIENTS_NAMED: usize = 5;
 
+/// While this lives the disk takes no new clients, and nobody brings it up. Several detaches may wait at a time.
+struct Closing<'a>(&'a Disk);
+
+impl<'a> Closing<'a> {
+    fn new(disk: &'a Disk) -> Closing<'a> {
+        disk.inner().closing += 1;
+        Closing(disk)
+    }
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.inner().closing -= 1;
+    }
+}
+
 impl Daemon {
     /// Stops serving a disk and forgets it. Returns what is left of it: a zombie, or nothing.
     pub async fn detach(
@@ -32,21 +48,20 @@ impl Daemon {
         deadline: Instant,
     ) -> Result<Option<model::Disk>, Problem> {
         let disk = self.disk(name)?;
+        let _closing = Closing::new(&disk);
         if force {
             disk.interrupt.notify_waiters();
         } else {
             self.wait_for_clients(&disk, deadline).await?;
         }
         let done = {
-            let _guard = self.lock_name(name, deadline).await.inspect_err(|_| reopen(&disk))?;
+            let _guard = self.lock_name(name, deadline).await?;
             if !self.has(&disk) {
                 return Ok(None);
             }
             let done = disk.removed.subscribe();
             match disk.standing() {
-                Standing::Live => {
-                    self.start_removal(&disk, force).await.inspect_err(|_| reopen(&disk))?;
-                }
+                Standing::Live => self.start_removal(&disk, force, deadline).await?,
                 Standing::Draining if force => self.force_removal(&disk),
                 Standing::Draining => {}
                 Standing::Zombie => {
@@ -58,13 +73,9 @@ impl Daemon {
                         ),
                     ));
                 }
+                // An attempt to bring it up that is under way gives up when it sees that the disk is closing.
                 Standing::Down => {
-                    // An attempt to bring it up that is under way gives up when it sees this.
-                    disk.inner().closing = true;
-                    if let Err(problem) = self.forget(&disk).await {
-                        disk.inner().closing = false;
-                        return Err(problem);
-                    }
+                    self.forget(&disk).await?;
                     self.finish(&disk).await;
                     return Ok(None);
                 }
@@ -80,11 +91,9 @@ impl Daemon {
             disk.standing() == Standing::Live
                 && (disk.counters.clients.get() > 0 || disk.connecting.load(Ordering::Relaxed) > 0)
         };
-        disk.inner().closing = true;
         let mut pause = Duration::from_millis(5);
         while busy() {
             if Instant::now() >= deadline {
-                reopen(disk);
                 return Err(self.in_use(disk).await);
             }
             tokio::time::sleep_until((Instant::now() + pause).min(deadline)).await;
@@ -124,14 +133,18 @@ impl Daemon {
     }
 
     /// Forgets a live disk and tells its shard to remove it.
-    async fn start_removal(self: &Arc<Self>, disk: &Arc<Disk>, force: bool) -> Result<(), Problem> {
-        self.forget(disk).await?;
+    async fn start_removal(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        force: bool,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
         // A new client on its way is let in before, and one that comes later finds no disk.
-        let _place = disk.place.write().await;
+        let _place = disk.whole_place(deadline).await?;
+        self.forget(disk).await?;
         let Some((id, shard)) = disk.place() else { return Ok(()) };
         let listener = {
             let mut inner = disk.inner();
-            inner.closing = true;
             inner.standing = Standing::Draining;
             inner.live.as_mut().and_then(|live| live.listener.take())
         };
@@ -215,7 +228,6 @@ impl Daemon {
         }
         let mut inner = disk.inner();
         inner.standing = Standing::Live;
-        inner.closing = false;
         if let Some(live) = &mut inner.live {
             live.listener = listener;
         }
@@ -276,13 +288,5 @@ impl Daemon {
         if !used {
             self.images.forget_ram(&spec).await;
         }
-    }
-}
-
-/// A detach gave up before it changed anything: new clients are welcome again.
-fn reopen(disk: &Disk) {
-    let mut inner = disk.inner();
-    if inner.standing == Standing::Live {
-        inner.closing = false;
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use shard::api::{DiskConfig, DiskId};
 use shard::limits::Group;
 use shard::stats::DiskCounters;
-use tokio::sync::{Notify, RwLock, watch};
+use tokio::sync::{Notify, OwnedRwLockWriteGuard, RwLock, watch};
 use tokio::time::Instant;
 
 use super::lock;
@@ -14,7 +14,7 @@ use crate::fleet::Seat;
 use crate::images::OpenImage;
 use crate::model::State;
 use crate::nbd::ListenerHandle;
-use crate::problem::Problem;
+use crate::problem::{Problem, ProblemKind};
 use crate::state::Attachment;
 
 /// Whether a shard has the disk.
@@ -40,7 +40,7 @@ pub struct Disk {
     /// When it was attached or restored.
     pub since: Instant,
     /// Shared by those who send something to the disk's shard, exclusive to the one who changes the shard.
-    pub place: RwLock<()>,
+    pub place: Arc<RwLock<()>>,
     /// Connections that were handed over and are not counted by the shard yet.
     pub connecting: AtomicU32,
     /// Held by the one attempt to bring a disk up that is down.
@@ -74,8 +74,8 @@ pub struct Inner {
     pub reason: Option<String>,
     /// What it has while a shard has it.
     pub live: Option<Live>,
-    /// New clients are refused.
-    pub closing: bool,
+    /// Detaches that wait for it: new clients are refused.
+    pub closing: u32,
     /// When a disk that is down is tried again.
     pub retry_at: Option<Instant>,
     /// Bytes of its image in the store, as measured last.
@@ -102,7 +102,7 @@ impl Disk {
             name: name.into(),
             counters: Arc::default(),
             since: Instant::now(),
-            place: RwLock::default(),
+            place: Arc::default(),
             connecting: AtomicU32::new(0),
             attempt: tokio::sync::Mutex::default(),
             interrupt: Notify::new(),
@@ -112,7 +112,7 @@ impl Disk {
                 standing: Standing::Down,
                 reason: Some(reason.to_owned()),
                 live: None,
-                closing: false,
+                closing: 0,
                 retry_at: None,
                 allocated_bytes: None,
             }),
@@ -137,6 +137,18 @@ impl Disk {
     /// Its identity and its shard, while one has it.
     pub fn place(&self) -> Option<(DiskId, usize)> {
         self.inner().live.as_ref().map(|live| (live.id, live.seat.shard().index))
+    }
+
+    /// The right to change the disk's shard: nobody else sends it anything meanwhile.
+    pub async fn whole_place(&self, deadline: Instant) -> Result<OwnedRwLockWriteGuard<()>, Problem> {
+        let place = self.place.clone().write_owned();
+        tokio::time::timeout_at(deadline, place).await.map_err(|_| {
+            let message = format!(
+                "disk {}: its shard has not answered an earlier command: see `ctl shards`",
+                self.name
+            );
+            Problem::new(ProblemKind::TimedOut, message)
+        })
     }
 
     /// Its state, as `list` names it.
@@ -172,8 +184,13 @@ impl Disk {
         inner.standing = Standing::Live;
         inner.reason = live.image.note.clone();
         inner.retry_at = None;
-        inner.closing = false;
         inner.live = Some(live);
+    }
+
+    /// The shard that counted is gone: nothing is connected or in flight any more, whatever it counted last.
+    pub fn reset_gauges(&self) {
+        let counters = &self.counters;
+        [&counters.clients, &counters.io_now, &counters.throttled_now].iter().for_each(|gauge| gauge.set(0));
     }
 
     /// No shard has it any more; what it had comes back.

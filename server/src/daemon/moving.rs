@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use shard::api::{Command, Reply};
+use shard::api::{Command, DiskId, Reply};
+use shard::park::ParkedDisk;
+use tokio::sync::OwnedRwLockWriteGuard;
 use tokio::time::Instant;
 
 use super::control::live;
 use super::{Daemon, Disk};
-use crate::fleet::{Seat, Shard};
+use crate::fleet::Seat;
 use crate::model::{self, Level};
 use crate::placement;
 use crate::problem::{Problem, ProblemKind};
+use crate::state::Attachment;
 
 impl Daemon {
     /// Moves a disk with its clients to the shard `to`.
@@ -20,68 +23,66 @@ impl Daemon {
         to: u16,
         deadline: Instant,
     ) -> Result<model::Disk, Problem> {
-        let disk = self.disk(name)?;
         let _guard = self.lock_name(name, deadline).await?;
+        let disk = self.disk(name)?;
         let target = placement::named(&self.fleet, to)?.clone();
         let (id, from) = live(&disk)?;
+        // Kept first, so that nothing can fail behind the move.
         let before = disk.inner().attachment.clone();
-        // Kept first: a move that cannot be kept is not begun.
-        if before.shard != Some(to) {
-            let after = crate::state::Attachment { shard: Some(to), ..before.clone() };
-            self.state.set_disk(name, Some(after)).await?;
+        let after = Attachment { shard: Some(to), ..before.clone() };
+        if after != before {
+            self.state.set_disk(name, Some(after.clone())).await?;
         }
-        if from != target.index
-            && let Err(problem) = self.change_shard(&disk, from, &target, deadline).await
-        {
-            self.state.set_disk(name, Some(before)).await?;
-            return Err(problem);
+        if from != target.index {
+            let moved = async {
+                let place = disk.whole_place(deadline).await?;
+                let (parked, _place) = self.park(&disk, id, from, place, deadline).await?;
+                self.unpark(&disk, parked, from, target.index).await
+            };
+            let seat = Seat::take(&target);
+            if let Err(problem) = moved.await {
+                self.state.set_disk(name, Some(before)).await?;
+                return Err(problem);
+            }
+            if let Some(live) = &mut disk.inner().live {
+                live.seat = seat;
+            }
+            self.events.record(Level::Info, Some(name), format!("moved from shard {from} to shard {to}"));
         }
         disk.inner().attachment.shard = Some(to);
-        debug_assert_eq!(disk.id(), Some(id), "a move keeps the identity");
         Ok(self.describe(&disk))
     }
 
-    async fn change_shard(
+    /// Takes the disk off its shard. When that takes too long the disk goes on where it is; `place` is then given back as soon
+    /// as the shard has said so.
+    async fn park(
         self: &Arc<Self>,
         disk: &Arc<Disk>,
+        id: DiskId,
         from: usize,
-        target: &Arc<Shard>,
+        place: OwnedRwLockWriteGuard<()>,
         deadline: Instant,
-    ) -> Result<(), Problem> {
-        let seat = Seat::take(target);
-        // Nobody sends the disk anything while it is on no shard.
-        let _place = disk.place.write().await;
-        let parked = self.park(disk, from, deadline).await?;
-        self.unpark(disk, parked, from, target.index).await?;
-        if let Some(live) = &mut disk.inner().live {
-            live.seat = seat;
-        }
-        let message = format!("moved from shard {from} to shard {}", target.index);
-        self.events.record(Level::Info, Some(&disk.name), message);
-        Ok(())
-    }
-
-    async fn park(
-        &self,
-        disk: &Disk,
-        from: usize,
-        deadline: Instant,
-    ) -> Result<Box<shard::park::ParkedDisk>, Problem> {
-        let (id, _) = live(disk)?;
+    ) -> Result<(Box<ParkedDisk>, OwnedRwLockWriteGuard<()>), Problem> {
         let mut call = self.fleet.start(from, Command::Park { disk: id })?;
         let why = tokio::select! {
-            answer = call.answer() => return parked(disk, answer?),
+            answer = call.answer() => return Ok((parked(disk, answer?)?, place)),
             () = tokio::time::sleep_until(deadline) => "its requests were not answered in time",
             () = disk.interrupt.notified() => "another command gave the disk up",
         };
-        // It may have been answered just now: then the disk is parked, and goes on where it was.
-        let cancelled = self.fleet.call(from, Command::CancelPark { disk: id }).await;
-        match call.answer().await {
-            Ok(Reply::Parked(parked)) => {
-                self.fleet.call(from, Command::Unpark(parked)).await?;
+        let daemon = self.clone();
+        tokio::spawn(async move {
+            let cancelled = daemon.fleet.call(from, Command::CancelPark { disk: id }).await;
+            // It may have been answered just now: then the disk is parked, and goes on where it was.
+            if let Ok(Reply::Parked(parked)) = call.answer().await
+                && let Err(error) = daemon.fleet.call(from, Command::Unpark(parked)).await
+            {
+                tracing::error!(
+                    shard = from,
+                    "a disk did not come back from a move that was given up: {error}"
+                );
             }
-            Ok(_) | Err(_) => drop(cancelled),
-        }
+            drop((cancelled, place));
+        });
         Err(Problem::new(
             ProblemKind::TimedOut,
             format!("disk {} was not moved, and runs on shard {from}: {why}", disk.name),
@@ -92,7 +93,7 @@ impl Daemon {
     async fn unpark(
         self: &Arc<Self>,
         disk: &Arc<Disk>,
-        parked: Box<shard::park::ParkedDisk>,
+        parked: Box<ParkedDisk>,
         from: usize,
         to: usize,
     ) -> Result<(), Problem> {
@@ -102,6 +103,7 @@ impl Daemon {
         };
         // The shard did not take it, and the connections are lost with it. The image is still open here, so the disk itself
         // goes on where it was.
+        disk.reset_gauges();
         let config = {
             let groups = self.groups.resolve(&disk.inner().attachment.groups.clone());
             let inner = disk.inner();
@@ -145,7 +147,7 @@ impl Daemon {
     }
 }
 
-fn parked(disk: &Disk, reply: Reply) -> Result<Box<shard::park::ParkedDisk>, Problem> {
+fn parked(disk: &Disk, reply: Reply) -> Result<Box<ParkedDisk>, Problem> {
     match reply {
         Reply::Parked(parked) => Ok(parked),
         other => Err(Problem::failed(format!("disk {}: unexpected answer to Park: {other:?}", disk.name))),

@@ -79,6 +79,7 @@ impl Daemon {
             let message = format!("shard {shard}, which served it, has ended ({reason}): restart the daemon");
             let Some(live) = disk.go_down(&message) else { continue };
             drop(live.listener);
+            disk.reset_gauges();
             // Operations of the kernel may still be out, so the image is not opened again; closing it waits for them.
             self.images.release(live.image, &disk.name).await;
             if removed {

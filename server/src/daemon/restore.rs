@@ -116,7 +116,7 @@ impl Daemon {
             }
         };
         // No `await` between this look and what follows from it.
-        let wanted = self.has(disk) && !disk.inner().closing && !self.is_stopping();
+        let wanted = self.has(disk) && disk.inner().closing == 0 && !self.is_stopping();
         let result = if wanted {
             self.go_live(disk, live);
             self.events.record(Level::Info, Some(&disk.name), word);

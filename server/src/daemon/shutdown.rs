@@ -8,6 +8,7 @@ use shard::api::{Command, Reply};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::disk::{Removal, Standing};
 use super::{Daemon, Disk};
 use crate::model::Level;
 
@@ -45,6 +46,12 @@ impl Daemon {
 
     async fn drain_disk(self: &Arc<Self>, disk: &Arc<Disk>, deadline: Instant) -> bool {
         let Some((id, shard)) = disk.place() else { return true };
+        if disk.standing() != Standing::Live {
+            // A detach is under way, or a zombie is left of one.
+            let mut removed = disk.removed.subscribe();
+            let gone = removed.wait_for(|outcome| matches!(outcome, Some(Removal::Gone)));
+            return matches!(tokio::time::timeout_at(deadline, gone).await, Ok(Ok(_)));
+        }
         let listener = disk.inner().live.as_mut().and_then(|live| live.listener.take());
         drop(listener);
         let removal = self.fleet.call(shard, Command::RemoveDisk { disk: id, force: false });

@@ -34,9 +34,19 @@ impl Family {
         self.0.mut_metric().push(metric);
     }
 
-    /// Adds a histogram of durations.
-    pub fn histogram(&mut self, labels: &[(&str, &str)], counts: &BucketCounts) {
-        let (counts, sum_ns) = counts.read();
+    /// Adds a histogram of durations, the sum of some.
+    pub fn histogram<'a>(
+        &mut self,
+        labels: &[(&str, &str)],
+        parts: impl IntoIterator<Item = &'a BucketCounts>,
+    ) {
+        let mut counts = [0; BUCKETS_NS.len() + 1];
+        let mut sum_ns = 0;
+        for part in parts {
+            let (part_counts, part_sum_ns) = part.read();
+            counts.iter_mut().zip(part_counts).for_each(|(count, more)| *count += more);
+            sum_ns += part_sum_ns;
+        }
         let mut so_far = 0;
         let buckets = BUCKETS_NS.iter().zip(counts).map(|(bound, count)| {
             so_far += count;

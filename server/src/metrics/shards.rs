@@ -66,7 +66,7 @@ pub fn collect(daemon: &Arc<Daemon>) -> Vec<MetricFamily> {
         MetricType::GAUGE,
     );
     for (index, shard) in &shards {
-        turns.histogram(&[("shard", index)], &shard.counters.turns);
+        turns.histogram(&[("shard", index)], [&shard.counters.turns]);
         let cpu = shard.cpu.map(|cpu| cpu.to_string()).unwrap_or_default();
         info.value(&[("cpu", &cpu), ("shard", index)], 1.0);
     }

@@ -141,7 +141,7 @@ impl Daemon {
         if standing != crate::daemon::disk::Standing::Live {
             return refuse(ProblemKind::Busy, "is not served now".into());
         }
-        if closing {
+        if closing > 0 {
             return refuse(ProblemKind::Busy, "is being detached".into());
         }
         let limits = self.nbd.limits();

@@ -232,15 +232,21 @@ impl Rig {
         let state = StateStore::open(&settings.state_dir).unwrap();
         let images = Images::new(&settings).unwrap();
         let fakes: Vec<FakeShard> = (0..2).map(|index| FakeShard { index, script: Arc::default() }).collect();
-        let links = fakes.iter().map(|fake| {
-            let shard = Shard::new(fake.index, Some(fake.index), Arc::default(), Box::new(fake.clone()));
-            shard.counters.last_turn.set(monotonic_now());
-            shard
-        });
+        let links = fakes
+            .iter()
+            .map(|fake| Shard::new(fake.index, Some(fake.index), Arc::default(), Box::new(fake.clone())));
         let (fleet, notices) = Fleet::new(links.collect());
         for fake in &fakes {
             fake.script.lock().unwrap().fleet = Some(fleet.clone());
         }
+        // Scripted shards turn as well.
+        let turning = fleet.clone();
+        tokio::spawn(async move {
+            loop {
+                turning.shards().iter().for_each(|shard| shard.counters.last_turn.set(monotonic_now()));
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
         let daemon = Daemon::new(args, settings, fleet, images, state).unwrap();
         tokio::spawn(daemon.clone().handle_notices(notices));
         Rig { daemon, shards: fakes, dir, _owned: owned }

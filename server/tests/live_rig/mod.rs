@@ -8,8 +8,12 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed test is what they are for")]
 
+pub mod load;
+pub mod model;
+pub mod nbd_client;
+
 use std::fs::{self, File};
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -359,6 +363,12 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// Says why a test cannot run on this host; it then passes without having shown anything.
+pub fn skip(test: &str, reason: &str) {
+    // Not by the macro, whose output is hidden when a test passes.
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
+}
+
 /// `raw:PATH` for `ctl attach`.
 pub fn raw(path: &Path) -> String {
     format!("raw:{}", path.display())
@@ -395,4 +405,50 @@ impl Random {
         bytes.truncate(length);
         bytes
     }
+}
+
+/// Runs Python statements with `h` connected to `uri` by libnbd, and `nbd` its module.
+pub fn nbdsh(uri: &str, script: &str) -> Outcome {
+    nbdsh_after("", uri, script)
+}
+
+/// The same with statements that prepare `h` before it connects.
+pub fn nbdsh_after(prepare: &str, uri: &str, script: &str) -> Outcome {
+    let script =
+        format!("import nbd\nh = nbd.NBD()\n{prepare}\nh.connect_uri({uri:?})\n{script}\nh.shutdown()\n");
+    // Debian's own interpreter: another one on the PATH would not find the module.
+    run("/usr/bin/python3", &["-c", &script])
+}
+
+/// Random reads and writes by `jobs` jobs of fio at once, each with a connection and a part of the disk of its own
+/// (`--size`), and then everything that was written is read and its checksums are compared.
+pub fn fio_verified(uri: &str, jobs: u32, options: &[&str]) {
+    let size = options.iter().find_map(|option| option.strip_prefix("--size=")).expect("a size");
+    let fixed = [
+        "--name=verify",
+        "--ioengine=nbd",
+        &format!("--uri={uri}"),
+        &format!("--numjobs={jobs}"),
+        &format!("--offset_increment={size}"),
+        "--rw=randrw",
+        "--rwmixread=30",
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--randseed=7",
+        "--fsync=64",
+        "--group_reporting",
+        "--output-format=json",
+    ];
+    let Outcome { code, stdout, stderr, line } = run("fio", &[&fixed, options].concat());
+    let start = stdout.find('{').unwrap_or_default();
+    let end = stdout.rfind('}').map_or(stdout.len(), |end| end + 1);
+    let (said, json) = (format!("{}{stderr}", &stdout[..start]), &stdout[start..end]);
+    assert_eq!(code, Some(0), "{line}\n{said}");
+    let report: Value = serde_json::from_str(json).unwrap_or_else(|error| panic!("{error} in {json}"));
+    let job = &report["jobs"][0];
+    let [read, written] = ["read", "write"].map(|way| job[way]["io_bytes"].as_u64().expect("a number"));
+    assert_eq!(job["error"], 0, "{line}\n{said}");
+    // It read more than the load alone does: it verified what it wrote.
+    assert!(written > 0 && read >= written, "{read} bytes read, {written} written: {line}\n{said}");
 }

@@ -518,6 +518,15 @@ impl Disk {
         self.failed.push(key);
     }
 
+    /// Takes a started request back that has nothing in the kernel; it runs again when the disk serves.
+    pub fn unstart(&mut self, ctx: &mut Ctx<'_>, key: ReqKey) {
+        ctx.requests[key].pending = 0;
+        self.release_edges(ctx, key);
+        ctx.requests[key].rewind();
+        self.started -= 1;
+        self.held.push_back(key);
+    }
+
     /// Stops starting requests.
     pub fn pause(&mut self) -> Result<(), ShardError> {
         match self.state {
@@ -600,6 +609,11 @@ impl Disk {
         if self.state == DiskState::Running {
             self.set_state(DiskState::Draining, "being detached");
         }
+    }
+
+    /// Another state to return to than the one before [`Disk::hold`].
+    pub fn set_state_before_hold(&mut self, state: DiskState, reason: String) {
+        self.before_hold = Some((state, reason));
     }
 
     /// The state before [`Disk::hold`].

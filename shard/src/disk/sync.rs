@@ -55,10 +55,16 @@ impl Disk {
             && !matches!(self.state, DiskState::Failed | DiskState::Zombie)
     }
 
-    /// An fdatasync failed: no flush is answered with success from now on.
-    pub fn note_flush_failed(&mut self) {
+    /// An fdatasync has failed: no flush succeeds until an operator accepts it. Returns the reason to show.
+    pub fn note_failed_sync(&mut self, errno: i32) -> String {
         self.flush_failed = true;
         self.config.counters.flush_failures.add(1);
+        self.config.counters.storage_errors.add(1);
+        let what = nix::errno::Errno::from_raw(errno).desc();
+        format!(
+            "fdatasync failed: {what}; data that was acknowledged since the last flush may be lost: check the store, then \
+             `resume --data-in-doubt`, or `fail`"
+        )
     }
 
     /// fdatasync is done: 0 or an errno.
@@ -73,16 +79,10 @@ impl Disk {
             }
             return;
         }
-        self.note_flush_failed();
-        self.config.counters.storage_errors.add(1);
+        let reason = self.note_failed_sync(errno);
         waiters.append(&mut self.sync.next);
         let hold = self.holds_failed();
-        let what = nix::errno::Errno::from_raw(errno).desc();
         if !matches!(self.state, DiskState::Failed | DiskState::Zombie) {
-            let reason = format!(
-                "fdatasync failed: {what}; data that was acknowledged since the last flush may be lost: check the store, then \
-                 `resume --data-in-doubt`, or `fail`"
-            );
             self.enter_state(ctx, DiskState::StorageError, reason);
         }
         for key in waiters {

@@ -274,6 +274,11 @@ impl Conn {
         self.send_message.push(tls.output.as_ptr() as usize, tls.output.len());
     }
 
+    /// More replies or requests wait for the end of the send.
+    pub fn awaits_send(&self) -> bool {
+        !self.out.is_empty() || self.recv_op.is_none()
+    }
+
     /// A [`Op::SendNow`] has taken everything.
     pub fn on_sent_all(&mut self, pool: &mut Pool, now: Nanos) {
         let all = self.send_message.remaining() as i32;

@@ -148,6 +148,9 @@ impl<K: Kernel> Shard<K> {
         let Some(addr) = self.address(disk, req, mem) else {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((disk, action));
+            if self.disks[disk as usize].pending.is_some() && !self.feeding {
+                self.unsettled.push(disk);
+            }
             return;
         };
         let gated = match self.backend(disk) {
@@ -379,13 +382,8 @@ impl<K: Kernel> Shard<K> {
             OpKind::Io(op) => self.on_io(op, result),
             OpKind::Sync { disk } => {
                 self.op_gone(disk, true);
-                if result < 0
-                    && let Some(entry) = self.disks.get_mut(disk as usize)
-                    && entry.quarantined
-                    && let Some(d) = &mut entry.disk
-                {
-                    // The kernel says it once: the flush that runs again would succeed.
-                    d.note_flush_failed();
+                if result < 0 {
+                    self.keep_failed_sync(disk, -result);
                 }
                 self.deliver(disk, |disk, ctx| disk.on_sync(ctx, -result.min(0)));
             }
@@ -403,6 +401,18 @@ impl<K: Kernel> Shard<K> {
     fn deliver(&mut self, disk: u32, event: impl FnOnce(&mut Disk, &mut Ctx<'_>)) {
         if self.disks.get(disk as usize).is_some_and(|entry| !entry.quarantined) {
             self.with_disk(disk, event);
+        }
+    }
+
+    /// A disk in quarantine hears no results, but a failed fdatasync must not be forgotten: the next one would succeed.
+    fn keep_failed_sync(&mut self, slot: u32, errno: i32) {
+        let Some(entry) = self.disks.get_mut(slot as usize).filter(|entry| entry.quarantined) else { return };
+        let Some(disk) = &mut entry.disk else { return };
+        let reason = disk.note_failed_sync(errno);
+        match entry.before_quarantine.0 {
+            DiskState::Failed | DiskState::Zombie => {}
+            DiskState::Parked => disk.set_state_before_hold(DiskState::StorageError, reason),
+            _ => entry.before_quarantine = (DiskState::StorageError, reason),
         }
     }
 
@@ -462,6 +472,7 @@ impl<K: Kernel> Shard<K> {
         // Each is tried once, and goes to the back in the same order if there is still none. A connection that has to wait does
         // not stop the others; its own later actions are not tried before its first.
         let mut waiting = std::mem::take(&mut self.starving);
+        self.feeding = true;
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
             let (conn, first) = match action {
@@ -479,6 +490,7 @@ impl<K: Kernel> Shard<K> {
                 waiting.push((disk, conn));
             }
         }
+        self.feeding = false;
         waiting.clear();
         self.starving = waiting;
         for _ in 0..self.want_buffer.len() {

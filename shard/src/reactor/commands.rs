@@ -50,16 +50,16 @@ impl<K: Kernel> Shard<K> {
             Command::Resume { disk, data_in_doubt } => {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
-            Command::Fail { disk } => self.slot(disk).and_then(|slot| {
+            Command::Fail { disk } => self.slot(disk).map(|slot| {
                 self.with_disk(slot, |disk, ctx| {
                     disk.fail(ctx, DiskState::Failed, "given up by an operator")
                 });
                 self.unsettled.push(slot);
-                Ok(Some(Reply::Done))
+                Some(Reply::Done)
             }),
-            Command::SetLimits { disk, limits, groups } => self.slot(disk).and_then(|slot| {
+            Command::SetLimits { disk, limits, groups } => self.slot(disk).map(|slot| {
                 self.with_disk(slot, |disk, ctx| disk.set_limits(ctx, limits, groups));
-                Ok(Some(Reply::Done))
+                Some(Reply::Done)
             }),
             Command::Stats { disk } => self
                 .slot(disk)

@@ -95,6 +95,14 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
+    /// Somebody waits for the end of a send that has no completion when all goes well: then the shard must not sleep before it
+    /// has looked.
+    pub(super) fn sends_are_awaited(&self) -> bool {
+        let buffers = !self.starved.is_empty() || !self.want_buffer.is_empty();
+        let awaits = |slot: u32| self.conns.get(slot as usize).is_some_and(|conn| conn.awaits_send());
+        self.sent_now.iter().any(|&(slot, _)| buffers || awaits(slot))
+    }
+
     /// Sends that were to be done at once and of which the kernel has not complained are done.
     pub(super) fn finish_sends(&mut self) {
         if self.sent_now.is_empty() || !self.kernel.all_submitted() {

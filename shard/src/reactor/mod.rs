@@ -153,6 +153,8 @@ pub struct Shard<K: Kernel> {
     want_buffer: VecDeque<u32>,
     /// Actions that wait for a buffer.
     starved: VecDeque<(u32, Action)>,
+    /// Those that wait for a buffer are being tried.
+    feeding: bool,
     /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
     starving: Vec<(u32, Option<u32>)>,
     /// Sends that the next enter does or refuses: connection and operation.
@@ -216,6 +218,7 @@ impl<K: Kernel> Shard<K> {
             dirty: Vec::new(),
             want_buffer: VecDeque::new(),
             starved: VecDeque::new(),
+            feeding: false,
             starving: Vec::new(),
             bounces: 0,
             sent_now: Vec::new(),
@@ -267,7 +270,11 @@ impl<K: Kernel> Shard<K> {
     pub fn turn(&mut self) -> std::io::Result<bool> {
         let freed =
             (!self.starved.is_empty() || !self.want_buffer.is_empty()) && self.pool.used() < self.fed_at;
-        let more = !self.ready.is_empty() || !self.retry.is_empty() || !self.unsettled.is_empty() || freed;
+        let more = !self.ready.is_empty()
+            || !self.retry.is_empty()
+            || !self.unsettled.is_empty()
+            || freed
+            || self.sends_are_awaited();
         self.turn += 1;
         let deadline =
             self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));

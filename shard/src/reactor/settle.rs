@@ -33,6 +33,10 @@ impl<K: Kernel> Shard<K> {
         if entry.zombie {
             return self.settle_zombie(slot);
         }
+        if matches!(entry.pending, Some(Pending::Pause { .. } | Pending::Park { .. })) {
+            self.unstart_starved(slot);
+        }
+        let entry = &self.disks[slot as usize];
         let at_rest = entry.ops == 0 && entry.disk.as_ref().is_some_and(|disk| disk.started() == 0);
         match entry.pending {
             Some(Pending::Pause { tag }) if at_rest => {
@@ -47,6 +51,24 @@ impl<K: Kernel> Shard<K> {
             Some(Pending::Park { tag }) if at_rest => self.settle_park(slot, tag),
             Some(Pending::Remove { tag, flush }) => self.settle_remove(slot, tag, flush),
             _ => {}
+        }
+    }
+
+    /// Requests that wait for buffers and have nothing in the kernel go back to those that have not started: a client that keeps
+    /// the buffers, because it does not read, must not stop a pause or a move.
+    fn unstart_starved(&mut self, slot: u32) {
+        let ours = |&(disk, action): &(u32, Action)| match action {
+            Action::Io { req, .. } if disk == slot => Some(req),
+            _ => None,
+        };
+        let keys: Vec<ReqKey> = self.starved.iter().filter_map(ours).collect();
+        for key in keys {
+            let waiting = self.starved.iter().filter(|entry| ours(entry) == Some(key)).count();
+            if waiting > 0 && waiting == usize::from(self.requests[key].pending) {
+                self.starved.retain(|entry| ours(entry) != Some(key));
+                self.with_disk(slot, |disk, ctx| disk.unstart(ctx, key));
+                self.run_actions();
+            }
         }
     }
 

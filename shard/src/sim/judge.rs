@@ -38,6 +38,8 @@ impl Sim {
         if error == 0 {
             return self.judge_success(number, &asked);
         }
+        let (start, end) = (asked.offset, asked.offset + asked.len);
+        self.disks[disk].reported.push((asked.sent, start, end));
         if let Err(why) = self.justify(disk, &asked, error) {
             self.describe();
             panic!("client {number} of disk {disk}: error {error} for {asked:?}: {why}");
@@ -106,7 +108,7 @@ impl Sim {
     }
 
     /// Whether an error has a cause of its own.
-    fn justify(&mut self, disk: usize, asked: &Asked, error: u32) -> Result<(), String> {
+    fn justify(&self, disk: usize, asked: &Asked, error: u32) -> Result<(), String> {
         let d = &self.disks[disk];
         if error == NbdError::Eio.code() && (d.failed || asked.sent < d.attached_at) {
             return Ok(());
@@ -141,13 +143,11 @@ impl Sim {
             kind && failure.file == disk
                 && (failure.what == What::Sync || (failure.start < end && start < failure.end))
                 && NbdError::from_errno(failure.errno).code() == error
-                && policy == ErrorPolicy::Report
+                && (policy == ErrorPolicy::Report || d.failed)
         });
         if cause.is_none() {
             return Err("no operation of it failed, or the policy is to hold it".into());
         }
-        drop(world);
-        self.disks[disk].reported.push((asked.sent, asked.offset, asked.offset + asked.len));
         Ok(())
     }
 

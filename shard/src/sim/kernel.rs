@@ -895,7 +895,7 @@ impl Kernel for SimKernel {
         Ok(())
     }
 
-    fn all_submitted(&mut self) -> bool {
+    fn all_submitted(&self) -> bool {
         true
     }
 

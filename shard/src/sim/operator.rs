@@ -388,8 +388,10 @@ impl Sim {
         match (kind, result) {
             (Kind::Pause, Ok(Reply::Done)) => {
                 assert!(!busy, "paused with operations in flight");
+                // A resume may have been sent meanwhile.
+                let resumed = matches!(self.ordered(disk), Some(Kind::Resume | Kind::ResumeInDoubt));
                 let d = &mut self.disks[disk];
-                if !d.storage_error && !d.failed {
+                if !d.storage_error && !d.failed && !resumed {
                     d.paused = true;
                     self.world.borrow_mut().files[disk].frozen = true;
                 }

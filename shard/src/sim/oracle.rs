@@ -121,9 +121,11 @@ impl Model {
             if outcome == Outcome::Stored {
                 stamps.retain(|&other| changes[other as usize].ended > sent);
             } else {
-                // Of zeroes only the last counts.
-                let zero = changes[stamp as usize].zero;
-                stamps.retain(|&other| !(zero && changes[other as usize].zero));
+                // Zeroes look alike: of many the first (which an fdatasync may have lost) and the last count.
+                let zeroes: Vec<_> = stamps.iter().copied().filter(|&s| changes[s as usize].zero).collect();
+                if changes[stamp as usize].zero && zeroes.len() > 4 {
+                    stamps.retain(|other| zeroes[0] == *other || !zeroes.contains(other));
+                }
             }
             stamps.push(stamp);
         }

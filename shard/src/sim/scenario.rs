@@ -155,7 +155,7 @@ impl Sim {
             true => rng.pick(&[CacheMode::Writeback, CacheMode::Writethrough]),
         };
         let kind = if is_block { FileKind::Block { discard: rng.chance(500) } } else { FileKind::Regular };
-        let tail = (!buffered && !is_block && length % align.max(4096) != 0).then(token);
+        let tail = (!buffered && !is_block && !length.is_multiple_of(align.max(4096))).then(token);
         let image = Arc::new(ImageFile {
             fd: token(),
             tail,

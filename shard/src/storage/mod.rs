@@ -132,7 +132,7 @@ pub trait Kernel {
     fn enter(&mut self, wait: bool) -> std::io::Result<()>;
 
     /// Everything that was pushed before the last [`Kernel::enter`] has reached the kernel.
-    fn all_submitted(&mut self) -> bool;
+    fn all_submitted(&self) -> bool;
 
     /// The next collected completion.
     fn next_completion(&mut self) -> Option<Completion>;

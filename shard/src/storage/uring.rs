@@ -48,6 +48,8 @@ pub struct Uring {
     side_reply: SideReply,
     side_done: Receiver<SideDone>,
     enters: u64,
+    /// Nothing was left in the submission queue after the last enter.
+    all_submitted: bool,
     overflows: u64,
     completions: VecDeque<Completion>,
 }
@@ -102,6 +104,7 @@ impl Uring {
             side_reply: SideReply { tx, wake },
             side_done,
             enters: 0,
+            all_submitted: true,
             overflows: 0,
             completions: VecDeque::with_capacity(1024),
         })
@@ -225,12 +228,13 @@ impl Kernel for Uring {
         self.collect();
         let wait = wait && self.completions.is_empty();
         self.call_enter(u32::from(wait))?;
+        self.all_submitted = self.ring.submission().is_empty();
         self.collect();
         Ok(())
     }
 
-    fn all_submitted(&mut self) -> bool {
-        self.ring.submission().is_empty()
+    fn all_submitted(&self) -> bool {
+        self.all_submitted
     }
 
     fn next_completion(&mut self) -> Option<Completion> {

@@ -1,0 +1,195 @@
+//! Goal: whatever clients do at once, and whenever the daemon dies, a disk holds what was acknowledged.
+//! Method: seeded random requests on several connections against a byte model that knows which bytes are possible; in
+//! between the daemon gets kill -9 or SIGTERM with requests in flight and is started on the same directories.
+
+mod live_rig;
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use live_rig::load::Load;
+use live_rig::model::{Effect, Model};
+use live_rig::nbd_client::{STATE_HOLE, STATE_ZERO};
+use live_rig::{Random, Rig, raw, skip};
+
+/// How a round of requests ends.
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// All are answered.
+    Quiet,
+    /// kill -9 in the middle.
+    Kill,
+    /// SIGTERM in the middle.
+    Terminate,
+}
+
+const ROUNDS: [End; 8] =
+    [End::Quiet, End::Kill, End::Kill, End::Terminate, End::Kill, End::Quiet, End::Terminate, End::Kill];
+
+/// A disk under random requests, over several lives of the daemon.
+struct Disk {
+    rig: Rig,
+    name: &'static str,
+    /// The image of a disk that has one.
+    image: Option<PathBuf>,
+    random: Random,
+    seed: u64,
+    /// Changes that were in flight when the daemon died.
+    cut_off: usize,
+}
+
+impl Disk {
+    fn new(name: &'static str, seed: u64, rig: Rig, spec: &str, image: Option<PathBuf>) -> Disk {
+        rig.attach(name, spec, &[]);
+        Disk { rig, name, image, random: Random(seed), seed, cut_off: 0 }
+    }
+
+    /// Runs all rounds on a disk whose bytes are `start`.
+    fn run(&mut self, start: Vec<u8>) {
+        let mut model = Model::new(start);
+        for (number, end) in ROUNDS.into_iter().enumerate() {
+            eprintln!("{}: seed {:#x}, round {number}", self.name, self.seed);
+            model = self.round(model, end);
+        }
+        assert!(self.cut_off > 0, "nothing was in flight when the daemon died");
+    }
+
+    fn round(&mut self, model: Model, end: End) -> Model {
+        let connections = 1 + self.random.below(3) as usize;
+        let seed = self.random.next();
+        let mut load = Load::new(&self.rig.socket(self.name), connections, model, seed);
+        load.run(200 + self.random.below(200) as u32);
+        let mut model = match end {
+            End::Quiet => load.settle(),
+            End::Kill => {
+                std::thread::sleep(Duration::from_micros(self.random.below(3000)));
+                self.rig.kill();
+                load.abandon()
+            }
+            End::Terminate => {
+                load.errors_allowed = true;
+                let status = self.rig.terminate();
+                assert!(status.success(), "SIGTERM: {status}");
+                load.abandon()
+            }
+        };
+        if end != End::Quiet {
+            self.cut_off += model.unanswered();
+            self.rig.restart();
+            self.rig.wait_for_state(self.name, "running");
+            model = Load::new(&self.rig.socket(self.name), 1, model, 0).settle();
+        }
+        self.compare_with_the_file(&mut model);
+        model
+    }
+
+    /// What clients read is what the file holds; behind its end the disk reads as zero.
+    fn compare_with_the_file(&self, model: &mut Model) {
+        if let Some(image) = &self.image {
+            let mut bytes = fs::read(image).expect("reads");
+            assert!(bytes.len() as u64 <= model.size(), "the file has grown to {}", bytes.len());
+            bytes.resize(model.size() as usize, 0);
+            model.settle(bytes).unwrap_or_else(|why| panic!("the file: {why}"));
+        }
+    }
+}
+
+const MIB: usize = 1 << 20;
+
+/// A file of random bytes, whose length is no multiple of a sector, attached with these options.
+fn on_a_file(seed: u64, options: &str) {
+    let mut start = Random(!seed).bytes(MIB + 200);
+    let rig = Rig::with(2, &[]);
+    let image = rig.path("disk.img");
+    fs::write(&image, &start).expect("writes");
+    let mut disk = Disk::new("disk", seed, rig, &format!("{}{options}", raw(&image)), Some(image));
+    // The served size; behind the end of the file are zeroes.
+    start.resize(MIB + 512, 0);
+    disk.run(start);
+}
+
+#[test]
+fn a_raw_file_holds_what_was_acknowledged() {
+    on_a_file(0xb10c_0001, "");
+    on_a_file(0xb10c_0002, "");
+}
+
+#[test]
+fn a_file_with_cache_writeback_holds_what_was_acknowledged() {
+    on_a_file(0xb10c_0003, "?cache=writeback");
+}
+
+#[test]
+fn a_file_with_cache_writethrough_holds_what_was_acknowledged() {
+    on_a_file(0xb10c_0004, "?cache=writethrough");
+}
+
+/// The contents of a RAM disk are kept over a restart when its directory is on a tmpfs.
+#[test]
+fn a_ram_disk_outlives_the_daemon() {
+    let directory = match tempfile::tempdir_in("/dev/shm") {
+        Ok(directory) => directory,
+        Err(error) => return skip("a_ram_disk_outlives_the_daemon", &format!("/dev/shm: {error}")),
+    };
+    let rig = Rig::with(2, &["--ram-dir", &directory.path().to_string_lossy()]);
+    let mut disk = Disk::new("memory", 0xb10c_0005, rig, "ram:m?size=1M", None);
+    disk.run(vec![0; MIB]);
+}
+
+// The oracle itself: it accepts what may be and refuses what may not, case by case.
+
+fn write(value: u8) -> Effect {
+    Effect::Bytes(vec![value; 4])
+}
+
+#[test]
+fn an_answered_write_replaces_what_was_there() {
+    let mut model = Model::new(vec![0; 8]);
+    let first = model.sent(2..6, write(1));
+    let looked = model.tick();
+    assert!(model.check(0, &[0, 0, 1, 0, 1, 1, 0, 0], looked).is_ok(), "in flight: old or new");
+    model.answered(first);
+    let looked_later = model.tick();
+    assert!(model.check(2, &[0; 4], looked).is_ok(), "a look that began before the answer");
+    assert!(model.check(2, &[0; 4], looked_later).is_err(), "lost");
+    assert!(model.check(2, &[1; 4], looked_later).is_ok());
+    assert!(model.check(1, &[1; 4], looked_later).is_err(), "at the wrong place");
+    let second = model.sent(2..6, write(2));
+    model.answered(second);
+    let now = model.tick();
+    assert!(model.check(2, &[1; 4], now).is_err(), "the first came back");
+}
+
+#[test]
+// The oracle itself: it accepts what may be and refuses what may not, case by case.
+
+fn writes_in_flight_together_may_end_in_either_order() {
+    let mut model = Model::new(vec![0; 8]);
+    let first = model.sent(0..4, write(1));
+    let second = model.sent(0..4, write(2));
+    model.answered(second);
+    model.answered(first);
+    let now = model.tick();
+    assert!(model.check(0, &[1, 2, 1, 2], now).is_ok());
+    assert!(model.check(0, &[0, 2, 1, 2], now).is_err());
+    let trim = model.sent(0..4, Effect::Trim);
+    model.answered(trim);
+    let now = model.tick();
+    assert!(model.check(0, &[0, 2, 1, 0], now).is_ok(), "a trim may do nothing");
+    let zeroes = model.sent(0..4, Effect::Zeroes);
+    assert!(model.settle(vec![0, 0, 1, 0, 0, 0, 0, 0]).is_ok(), "never answered");
+    assert_eq!(zeroes, 3);
+    let now = model.tick();
+    assert!(model.check(0, &[0, 0, 2, 0], now).is_err(), "known since");
+}
+
+#[test]
+fn what_is_said_to_be_zero_may_be_zero() {
+    let mut model = Model::new(vec![0, 0, 7, 7]);
+    let now = model.tick();
+    assert!(model.check_extents(0..4, &[(2, STATE_ZERO | STATE_HOLE), (2, 0)], now).is_ok());
+    assert!(model.check_extents(0..4, &[(3, STATE_ZERO), (1, 0)], now).is_err());
+    assert!(model.check_extents(0..4, &[(2, STATE_HOLE), (2, 0)], now).is_err());
+    assert!(model.check_extents(0..4, &[(2, 0), (3, 0)], now).is_err(), "behind the end");
+}
