@@ -148,11 +148,16 @@ impl Rig {
         path
     }
 
-    /// Runs `blktapd ctl`.
-    pub fn ctl(&self, arguments: &[&str]) -> Outcome {
+    /// `blktapd ctl` with these arguments.
+    pub fn ctl_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BLKTAPD);
         command.arg("ctl").arg("--ctl").arg(self.run_dir().join("ctl.sock")).args(arguments);
-        run_command(&mut command, PATIENCE)
+        command
+    }
+
+    /// Runs `blktapd ctl`.
+    pub fn ctl(&self, arguments: &[&str]) -> Outcome {
+        run_command(&mut self.ctl_command(arguments), PATIENCE)
     }
 
     /// Runs `blktapd ctl`, which must succeed; returns what it printed.
