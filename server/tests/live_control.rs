@@ -342,4 +342,9 @@ fn a_paused_disk_holds_its_requests_and_a_failed_one_answers_errors() {
     neighbour.read(0, 512).unwrap();
     client.disconnect().unwrap();
     rig.ctl_ok(&["detach", "d1"]);
+    // Nobody uses a paused disk that has no clients.
+    neighbour.disconnect().unwrap();
+    rig.ctl_ok(&["pause", "d2"]);
+    rig.ctl_ok(&["detach", "d2"]);
+    assert_eq!(names(&rig), [""; 0]);
 }

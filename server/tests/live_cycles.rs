@@ -18,6 +18,12 @@ use live_rig::{Rig, Running, raw, run, wait_until};
 
 const MIB: u64 = 1 << 20;
 
+/// Descriptors and KiB of memory, when the daemon has closed the connections of clients that have just gone.
+fn uses(rig: &Rig) -> (usize, u64) {
+    std::thread::sleep(Duration::from_millis(500));
+    (descriptors(rig.pid()), memory_kib(rig.pid()))
+}
+
 #[test]
 fn two_hundred_cycles_of_attach_move_and_detach_leave_nothing() {
     const CYCLES: u64 = 200;
@@ -42,10 +48,10 @@ fn two_hundred_cycles_of_attach_move_and_detach_leave_nothing() {
         loads.iter().for_each(|load| load.wait_for(8));
         if cycle == CYCLES / 4 {
             // By now everything that is made once and kept has been made.
-            before = (descriptors(rig.pid()), memory_kib(rig.pid()));
+            before = uses(&rig);
         }
     }
-    let after = (descriptors(rig.pid()), memory_kib(rig.pid()));
+    let after = uses(&rig);
     println!("after a quarter and after all of {CYCLES} cycles: descriptors and KiB {before:?}, {after:?}");
     assert!(after.0 <= before.0, "{before:?}, {after:?}: {:#?}", descriptor_list(rig.pid()));
     // 150 cycles that lose 8 KiB each would be seen.
