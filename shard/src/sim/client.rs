@@ -7,6 +7,9 @@ use ring_bridge::nbd::{BlockSizes, ExportInfo, Features, Transmission, proto};
 use super::oracle::{Model, Outcome, Snapshot, Stamp, pattern};
 use super::random::Random;
 
+/// Bytes that a client has ready to send before it makes the next request.
+const OUTBOX_MAX: usize = 256 << 10;
+
 /// How a client behaves.
 #[derive(Debug, Clone, Copy)]
 pub struct Habits {
@@ -108,6 +111,8 @@ pub struct Client {
     pub budget: u32,
     /// Does not take replies for now.
     pub deaf: bool,
+    /// Does not send for now, be it in the middle of a request.
+    pub mute: bool,
     pub asked: BTreeMap<u64, Asked>,
     cookie: u64,
     pub outbox: VecDeque<u8>,
@@ -145,6 +150,7 @@ impl Client {
             life: Life::Talks,
             budget: 0,
             deaf: false,
+            mute: false,
             asked: BTreeMap::new(),
             cookie: 0,
             outbox: VecDeque::new(),
@@ -155,7 +161,8 @@ impl Client {
 
     /// Whether it wants to send another request now.
     pub fn wants(&self) -> bool {
-        self.life == Life::Talks && self.budget > 0 && self.asked.len() < self.habits.depth
+        let room = self.asked.len() < self.habits.depth && self.outbox.len() <= OUTBOX_MAX;
+        self.life == Life::Talks && !self.mute && self.budget > 0 && room
     }
 
     fn range(&mut self) -> (u64, u64) {

@@ -26,7 +26,7 @@ impl Sim {
                 asked.len
             ));
         }
-        self.note_failed_syncs();
+        self.count(format!("{} {}", name(&asked.ask), if error == 0 { "done" } else { "failed" }));
         if let Ask::Change { stamp, .. } = asked.ask {
             let outcome = asked.outcome(error);
             self.disks[disk].model.end(now, stamp, outcome);
@@ -46,14 +46,18 @@ impl Sim {
         }
     }
 
-    /// The disk learns of fdatasyncs that the kernel has failed.
+    /// The disks learn of the fdatasyncs that failed in the turn that was just made.
     pub fn note_failed_syncs(&mut self) {
         let mut world = self.world.borrow_mut();
         let failures = std::mem::take(&mut world.new_failures);
         for failure in failures {
+            drop(world);
+            self.count(format!("kernel {:?} errno {}", failure.what, failure.errno));
+            world = self.world.borrow_mut();
             if failure.what == What::Sync {
                 let disk = &mut self.disks[failure.file];
                 disk.sync_failed = Some(failure.at);
+                disk.sync_failed_now = true;
                 disk.model.doubt = failure.at;
             }
             world.failures.push(failure);
@@ -77,7 +81,7 @@ impl Sim {
                 && !self.orders.values().any(|o| o.disk == disk && o.kind == Kind::ResumeInDoubt);
             assert!(!refused, "client {number} of disk {disk}: success after a failed fdatasync: {asked:?}");
         }
-        if d.read_only {
+        if d.read_only || d.memory.is_some() {
             return;
         }
         let (from, to) = range.unwrap_or((0, d.size));
@@ -96,7 +100,6 @@ impl Sim {
 
     /// After a detach everything is durable.
     pub fn check_durable_all(&mut self, disk: usize) {
-        self.note_failed_syncs();
         let now = self.instant();
         let d = &self.disks[disk];
         let since = d.model.snapshot(now, 0, d.size);
@@ -153,11 +156,10 @@ impl Sim {
 
     /// Nothing happens by itself any more: who waits must have a reason.
     pub fn check_quiet(&mut self) {
-        self.note_failed_syncs();
         self.settle_orphans();
         for number in 0..self.clients.len() {
             let client = &self.clients[number];
-            if client.life == Life::Gone || client.deaf || client.asked.is_empty() {
+            if client.life == Life::Gone || client.deaf || client.mute || client.asked.is_empty() {
                 continue;
             }
             if !self.is_excused(client.disk, number) {
@@ -227,7 +229,9 @@ impl Sim {
     fn is_excused(&self, disk: usize, client: usize) -> bool {
         let d = &self.disks[disk];
         let holds = d.on_error == ErrorPolicy::Pause || d.on_enospc == ErrorPolicy::Pause;
-        if !matches!(d.place, Place::Shard(_)) || d.paused || (d.storage_error && holds) {
+        // A detach reads no more requests, and may wait for a limit.
+        let going = self.orders.values().any(|order| order.disk == disk && order.kind == Kind::Remove);
+        if !matches!(d.place, Place::Shard(_)) || going || d.paused || (d.storage_error && holds) {
             return true;
         }
         if self.shares_hung_store(disk) {

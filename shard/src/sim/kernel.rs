@@ -11,12 +11,12 @@ use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet, VecDeque};
 use std::os::fd::RawFd;
 use std::rc::Rc;
 
-use super::file::{BLOCK, File, Writeback};
+use super::file::{File, Writeback};
 use super::memory;
 use super::random::{Random, mix};
 use super::socket::{Gone, Socket};
-use crate::clock::{MICROSECOND, MILLISECOND, Nanos, SECOND};
-use crate::storage::side::{Extent, SideCall, SideDone, SideJob};
+use crate::clock::{MICROSECOND, Nanos, SECOND};
+use crate::storage::side::{SideCall, SideDone, SideJob};
 use crate::storage::{Completion, Kernel, Op, TIMER};
 
 /// Something that happens at a time.
@@ -69,7 +69,7 @@ pub enum What {
 }
 
 #[derive(Debug)]
-enum InFlight {
+pub(super) enum InFlight {
     File(FileOp),
     Recv { sock: usize, ranges: Vec<(usize, usize)>, scheduled: bool },
     Send { sock: usize, ranges: Vec<(usize, usize)>, done: usize, scheduled: bool },
@@ -78,48 +78,48 @@ enum InFlight {
 }
 
 #[derive(Debug)]
-struct FileOp {
-    file: usize,
-    op: Op,
+pub(super) struct FileOp {
+    pub(super) file: usize,
+    pub(super) op: Op,
     /// Bytes moved when the operation was started; the rest when it ends.
-    early: u64,
-    result: i32,
+    pub(super) early: u64,
+    pub(super) result: i32,
     /// Bytes that the operation moves: of a failed write some may have landed.
-    moves: u64,
-    writeback: Writeback,
+    pub(super) moves: u64,
+    pub(super) writeback: Writeback,
     /// Hash of the memory of a write or of the junk in the memory of a read.
-    seal: u64,
-    held: bool,
-    failure: Option<Failure>,
+    pub(super) seal: u64,
+    pub(super) held: bool,
+    pub(super) failure: Option<Failure>,
 }
 
 #[derive(Debug)]
-struct Running {
-    shard: usize,
-    user_data: u64,
-    what: InFlight,
+pub(super) struct Running {
+    pub(super) shard: usize,
+    pub(super) user_data: u64,
+    pub(super) what: InFlight,
 }
 
 #[derive(Debug)]
-struct Side {
-    shard: usize,
-    user_data: u64,
-    file: usize,
-    call: SideCall,
-    held: bool,
+pub(super) struct Side {
+    pub(super) shard: usize,
+    pub(super) user_data: u64,
+    pub(super) file: usize,
+    pub(super) call: SideCall,
+    pub(super) held: bool,
 }
 
 #[derive(Debug, Default)]
-struct Lane {
-    completions: VecDeque<Completion>,
-    side_done: VecDeque<SideDone>,
-    timer: Option<Nanos>,
-    poll: Option<u64>,
-    wake: bool,
+pub(super) struct Lane {
+    pub(super) completions: VecDeque<Completion>,
+    pub(super) side_done: VecDeque<SideDone>,
+    pub(super) timer: Option<Nanos>,
+    pub(super) poll: Option<u64>,
+    pub(super) wake: bool,
     /// Address ranges of the shard's buffers, and of its zeroes.
-    memory: Vec<(usize, usize)>,
-    user_data: HashSet<u64>,
-    enters: u64,
+    pub(super) memory: Vec<(usize, usize)>,
+    pub(super) user_data: HashSet<u64>,
+    pub(super) enters: u64,
 }
 
 /// Clock, files, sockets and everything in flight.
@@ -129,14 +129,14 @@ pub struct World {
     pub rng: Random,
     heap: BinaryHeap<Reverse<(Nanos, u64, Event)>>,
     active: usize,
-    sequence: u64,
+    pub(super) sequence: u64,
     pub files: Vec<File>,
     pub sockets: Vec<Socket>,
-    descriptors: HashMap<RawFd, Target>,
-    running: BTreeMap<u64, Running>,
-    sides: BTreeMap<u64, Side>,
-    lanes: [Lane; 2],
-    clients_due: HashSet<usize>,
+    pub(super) descriptors: HashMap<RawFd, Target>,
+    pub(super) running: BTreeMap<u64, Running>,
+    pub(super) sides: BTreeMap<u64, Side>,
+    pub(super) lanes: [Lane; 2],
+    pub(super) clients_due: HashSet<usize>,
     /// Failed operations: those that the judge has noted, and new ones.
     pub failures: Vec<Failure>,
     pub new_failures: Vec<Failure>,
@@ -148,7 +148,7 @@ pub struct World {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Target {
+pub(super) enum Target {
     /// A file, and whether by O_DIRECT.
     File(usize, bool),
     Socket(usize),
@@ -278,6 +278,11 @@ impl World {
         }
     }
 
+    /// A shard that has ended asks for no more.
+    pub fn forget_timer(&mut self, shard: usize) {
+        self.lanes[shard].timer = None;
+    }
+
     /// Wakes a shard for a command.
     pub fn wake(&mut self, shard: usize) {
         self.lanes[shard].wake = true;
@@ -297,12 +302,12 @@ impl World {
         })
     }
 
-    fn complete(&mut self, shard: usize, completion: Completion) {
+    pub(super) fn complete(&mut self, shard: usize, completion: Completion) {
         self.trace([1, shard as u64, completion.result as u64]);
         self.lanes[shard].completions.push_back(completion);
     }
 
-    fn finish(&mut self, id: u64, result: i32) {
+    pub(super) fn finish(&mut self, id: u64, result: i32) {
         let Some(running) = self.running.remove(&id) else { panic!("operation {id} ends twice") };
         self.lanes[running.shard].user_data.remove(&running.user_data);
         self.complete(running.shard, Completion { user_data: running.user_data, result, more: false });
@@ -398,211 +403,13 @@ impl World {
         }
     }
 
-    fn socket(&self, fd: RawFd) -> usize {
+    pub(super) fn socket(&self, fd: RawFd) -> usize {
         match self.descriptors.get(&fd) {
             Some(&Target::Socket(id)) => {
                 assert!(!self.sockets[id].server_gone, "socket operation on a closed descriptor");
                 id
             }
             _ => panic!("socket operation on a descriptor that is no socket"),
-        }
-    }
-
-    // ---- files ----
-
-    fn start_file(&mut self, shard: usize, id: u64, file: usize, direct: bool, op: Op) -> FileOp {
-        assert!(!self.files[file].frozen, "operation on a disk that was reported as at rest: {op:?}");
-        let memory = self.lanes[shard].memory.clone();
-        let inside = |addr: usize, len: u32, write: bool| {
-            // The last range is of zeroes, which only writes may use.
-            let ranges = if write { &memory[..] } else { &memory[..memory.len() - 1] };
-            let end = addr + len as usize;
-            assert!(
-                ranges.iter().any(|r| r.0 <= addr && end <= r.0 + r.1),
-                "memory outside of the buffers: {op:?}"
-            );
-        };
-        let f = &mut self.files[file];
-        let rng = &mut self.rng;
-        let faults = f.faults;
-        let align = if direct { f.align } else { 1 };
-        let step = if direct { f.align.max(f.memory_align) } else { 1 };
-        let mut aligned = true;
-        let (mut result, mut moves) = (0i32, 0u64);
-        let mut writeback = Vec::new();
-        let failure = match op {
-            Op::Read { addr, len, offset, .. } | Op::Write { addr, len, offset, .. } => {
-                let write = matches!(op, Op::Write { .. });
-                inside(addr, len, write);
-                assert!(len > 0, "I/O of nothing");
-                if direct {
-                    let memory_align = f.memory_align as usize;
-                    aligned = offset % align == 0 && u64::from(len) % align == 0 && addr % memory_align == 0;
-                }
-                let reach =
-                    if write { u64::from(len) } else { f.length.saturating_sub(offset).min(u64::from(len)) };
-                result = reach as i32;
-                moves = reach;
-                let what = if write { What::Write } else { What::Read };
-                if rng.chance(faults.again) {
-                    (result, moves) = (if rng.chance(500) { -libc::EAGAIN } else { -libc::EINTR }, 0);
-                    None
-                } else if rng.chance(faults.eio) || (write && rng.chance(faults.enospc)) {
-                    let errno =
-                        if write && faults.enospc > 0 && rng.chance(500) { libc::ENOSPC } else { libc::EIO };
-                    result = -errno;
-                    // Some of it may have landed.
-                    moves = rng.between(0, reach / align) * align;
-                    Some((what, offset, offset + u64::from(len), errno))
-                } else {
-                    if reach > step && rng.chance(faults.short) {
-                        moves = rng.between(1, (reach - 1) / step) * step;
-                        result = moves as i32;
-                    }
-                    None
-                }
-            }
-            Op::Fdatasync { .. } => {
-                f.syncs += 1;
-                assert!(f.syncs <= 1, "two fdatasyncs of one file in flight");
-                writeback = f.begin_sync();
-                let errno = if faults.enospc > 0 && rng.chance(300) { libc::ENOSPC } else { libc::EIO };
-                rng.chance(faults.sync).then_some((What::Sync, 0, u64::MAX, errno))
-            }
-            Op::Fallocate { mode, offset, len, .. } => {
-                f.fallocates += 1;
-                assert!(f.fallocates <= 2, "more than two fallocates of one file in flight");
-                assert!(len > 0, "fallocate of nothing");
-                let able = if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 { f.can_punch } else { f.can_zero };
-                assert!(mode & libc::FALLOC_FL_KEEP_SIZE != 0, "fallocate must not change the length");
-                aligned = !f.is_block || (offset % 512 == 0 && len % 512 == 0);
-                if !able {
-                    result = -libc::EOPNOTSUPP;
-                    None
-                } else {
-                    let errno = if faults.enospc > 0 && rng.chance(500) { libc::ENOSPC } else { libc::EIO };
-                    rng.chance(faults.eio).then_some((What::Space, offset, offset + len, errno))
-                }
-            }
-            _ => None,
-        };
-        // Every rest of a short transfer is aligned here, so Linux's EINVAL would be a mistake of the shard.
-        assert!(aligned, "misaligned for this file (align {align}): {op:?}");
-        let at = self.instant;
-        let failure = failure.map(|(what, start, end, errno)| Failure { file, at, what, start, end, errno });
-        if let Some(failure) = failure {
-            result = -failure.errno;
-        }
-        if failure.is_some_and(|failure| failure.what == What::Sync) {
-            // Linux marks the pages clean: the next fdatasync knows nothing of them.
-            writeback.clear();
-        }
-        f.busy += 1;
-        let early = if moves > 0 { rng.between(0, moves / align) * align } else { 0 };
-        let mut op = FileOp { file, op, early, result, moves, writeback, seal: 0, held: f.hung, failure };
-        let delay = if rng.chance(faults.slow) {
-            rng.between(5 * MILLISECOND, 300 * MILLISECOND)
-        } else {
-            rng.between(5 * MICROSECOND, 1500 * MICROSECOND)
-        };
-        self.trace([2 | (file as u64) << 4, op.result as u64, op.moves]);
-        self.say(format_args!(
-            "shard {shard} file {file} {:?} -> {} in {}us",
-            op.op,
-            op.result,
-            delay / 1000
-        ));
-        self.prepare(&mut op);
-        if !op.held {
-            self.schedule(delay, Event::Op(id));
-        }
-        op
-    }
-
-    /// The part of an operation that happens at its start.
-    fn prepare(&mut self, op: &mut FileOp) {
-        let file = &mut self.files[op.file];
-        match op.op {
-            Op::Write { addr, len, offset, .. } => {
-                let mut bytes = vec![0; len as usize];
-                memory::load(addr, &mut bytes);
-                op.seal = hash(&bytes);
-                file.write(offset, &bytes[..op.early as usize]);
-            }
-            Op::Read { addr, len, offset, .. } => {
-                let junk = vec![0xd5; len as usize];
-                memory::store(addr, &junk);
-                memory::store(addr, &file.data[offset as usize..(offset + op.early) as usize]);
-                op.seal = self.sequence;
-            }
-            _ => {}
-        }
-    }
-
-    /// The part of an operation that happens at its end.
-    fn conclude(&mut self, mut op: FileOp) -> i32 {
-        self.new_failures.extend(op.failure);
-        let file = &mut self.files[op.file];
-        file.busy -= 1;
-        match op.op {
-            Op::Write { addr, len, offset, .. } => {
-                let mut bytes = vec![0; len as usize];
-                memory::load(addr, &mut bytes);
-                assert_eq!(op.seal, hash(&bytes), "the buffer of a write changed while the kernel used it");
-                file.write(offset + op.early, &bytes[op.early as usize..op.moves as usize]);
-            }
-            Op::Read { addr, len, offset, .. } => {
-                let mut bytes = vec![0; len as usize];
-                memory::load(addr, &mut bytes);
-                let untouched = bytes[op.early as usize..].iter().all(|&byte| byte == 0xd5);
-                assert!(untouched, "the buffer of a read was used by others while the kernel had it");
-                let (from, to) = (offset + op.early, offset + op.moves);
-                memory::store(addr + op.early as usize, &file.data[from as usize..to as usize]);
-            }
-            Op::Fdatasync { .. } => {
-                file.syncs -= 1;
-                if op.result == 0 {
-                    file.end_sync(std::mem::take(&mut op.writeback));
-                }
-            }
-            Op::Fallocate { mode, offset, len, .. } => {
-                file.fallocates -= 1;
-                if op.result == 0 {
-                    file.erase(offset, len, mode & libc::FALLOC_FL_PUNCH_HOLE != 0);
-                }
-            }
-            _ => {}
-        }
-        op.result
-    }
-
-    /// The store of a file stops answering.
-    pub fn hang(&mut self, file: usize) {
-        self.say(format_args!("file {file} hangs"));
-        self.files[file].hung = true;
-    }
-
-    /// It answers again, also to what it was asked before.
-    pub fn release(&mut self, file: usize) {
-        self.say(format_args!("file {file} answers again"));
-        self.files[file].hung = false;
-        let mut ids = Vec::new();
-        for (&id, running) in &mut self.running {
-            if let InFlight::File(op) = &mut running.what
-                && op.file == file
-                && std::mem::take(&mut op.held)
-            {
-                ids.push(Event::Op(id));
-            }
-        }
-        for (&id, side) in &mut self.sides {
-            if side.file == file && std::mem::take(&mut side.held) {
-                ids.push(Event::Side(id));
-            }
-        }
-        for event in ids {
-            let after = self.rng.between(0, MILLISECOND);
-            self.schedule(after, event);
         }
     }
 
@@ -663,196 +470,6 @@ impl World {
         self.finish(victim, if done > 0 { done as i32 } else { -libc::ECANCELED });
         self.finish(id, 0);
     }
-
-    // ---- side jobs ----
-
-    fn start_side(&mut self, shard: usize, job: &SideJob) {
-        use std::os::fd::AsRawFd;
-        let fd = job.file.fd.as_raw_fd();
-        let Some(&Target::File(file, _)) = self.descriptors.get(&fd) else { panic!("side job on no file") };
-        assert!(!self.files[file].frozen, "side job on a disk that was reported as at rest");
-        self.sequence += 1;
-        let id = self.sequence;
-        let held = self.files[file].hung;
-        self.sides.insert(id, Side { shard, user_data: job.user_data, file, call: job.call, held });
-        if !held {
-            let after = self.rng.between(10 * MICROSECOND, 2 * MILLISECOND);
-            self.schedule(after, Event::Side(id));
-        }
-    }
-
-    fn side_event(&mut self, id: u64) {
-        let Some(side) = self.sides.remove(&id) else { return };
-        let file = &mut self.files[side.file];
-        let rng = &mut self.rng;
-        let (what, start, len) = match side.call {
-            SideCall::Extents { offset, len, .. } => (What::Extents, offset, len),
-            SideCall::DiscardDevice { offset, len } => (What::Space, offset, len),
-        };
-        let result = if rng.chance(file.faults.side) {
-            let errno = libc::EIO;
-            self.new_failures.push(Failure {
-                file: side.file,
-                at: self.instant,
-                what,
-                start,
-                end: start + len,
-                errno,
-            });
-            Err(errno)
-        } else {
-            match side.call {
-                SideCall::Extents { offset, len, max } => {
-                    let extents = file.extents(offset, len, max);
-                    Ok(extents.into_iter().map(|(len, hole)| Extent { len, hole }).collect())
-                }
-                SideCall::DiscardDevice { offset, len } => {
-                    assert!(offset % 512 == 0 && len % 512 == 0, "misaligned discard");
-                    // A device may forget all, a part, or nothing.
-                    for block in offset / BLOCK..(offset + len) / BLOCK {
-                        let start = (block * BLOCK).max(offset);
-                        if rng.chance(500) {
-                            file.erase(start, (offset + len - start).min(BLOCK), true);
-                        }
-                    }
-                    Ok(Vec::new())
-                }
-            }
-        };
-        self.trace([3, side.file as u64, u64::from(result.is_ok())]);
-        let lane = &mut self.lanes[side.shard];
-        lane.side_done.push_back(SideDone { user_data: side.user_data, result });
-        self.wake(side.shard);
-    }
-
-    // ---- sockets ----
-
-    /// Lets the operations of a socket go on if they can.
-    pub fn kick(&mut self, sock: usize) {
-        let socket = &self.sockets[sock];
-        let gone = socket.client_gone != Gone::No;
-        let receive = socket.recv.filter(|_| gone || !socket.to_server.is_empty());
-        let send = socket.send.filter(|_| gone || socket.to_client.len() < socket.room);
-        for id in [receive, send].into_iter().flatten() {
-            if let Some(running) = self.running.get_mut(&id)
-                && let InFlight::Recv { scheduled, .. } | InFlight::Send { scheduled, .. } = &mut running.what
-                && !std::mem::replace(scheduled, true)
-            {
-                let after = self.rng.between(MICROSECOND, 60 * MICROSECOND);
-                self.schedule(after, Event::Op(id));
-            }
-        }
-    }
-
-    fn try_receive(&mut self, id: u64) {
-        let Some(Running { what: InFlight::Recv { sock, ranges, scheduled }, .. }) =
-            self.running.get_mut(&id)
-        else {
-            return;
-        };
-        *scheduled = false;
-        let sock = *sock;
-        let socket = &mut self.sockets[sock];
-        let total: usize = ranges.iter().map(|range| range.1).sum();
-        let mut count = total.min(socket.to_server.len());
-        let result = if self.rng.chance(socket.faults) {
-            if self.rng.chance(500) { -libc::EINTR } else { -libc::EAGAIN }
-        } else if count == 0 {
-            match socket.client_gone {
-                Gone::No => return,
-                Gone::Eof => 0,
-                Gone::Reset => -libc::ECONNRESET,
-            }
-        } else {
-            if self.rng.chance(200) {
-                count = self.rng.between(1, count as u64) as usize;
-            }
-            let bytes: Vec<u8> = socket.to_server.drain(..count).collect();
-            let mut rest = &bytes[..];
-            for &(addr, len) in ranges.iter() {
-                let (now, later) = rest.split_at(len.min(rest.len()));
-                memory::store(addr, now);
-                rest = later;
-            }
-            count as i32
-        };
-        socket.recv = None;
-        let client = socket.client;
-        if result > 0 {
-            self.wake_client(client);
-        }
-        self.finish(id, result);
-    }
-
-    fn try_send(&mut self, id: u64) {
-        let Some(Running { what: InFlight::Send { sock, ranges, done, scheduled }, .. }) =
-            self.running.get_mut(&id)
-        else {
-            return;
-        };
-        *scheduled = false;
-        let sock = *sock;
-        let socket = &mut self.sockets[sock];
-        let total: usize = ranges.iter().map(|range| range.1).sum();
-        let client = socket.client;
-        if socket.client_gone != Gone::No {
-            let errno = if socket.client_gone == Gone::Eof { -libc::EPIPE } else { -libc::ECONNRESET };
-            let result = if *done > 0 { *done as i32 } else { errno };
-            socket.send = None;
-            return self.finish(id, result);
-        }
-        let mut moved = 0;
-        let room = socket.room.saturating_sub(socket.to_client.len());
-        let (mut skip, mut left) = (*done, room.min(total - *done));
-        for &(addr, len) in ranges.iter() {
-            let start = skip.min(len);
-            skip -= start;
-            let step = left.min(len - start);
-            if step > 0 {
-                let mut bytes = vec![0; step];
-                memory::load(addr + start, &mut bytes);
-                socket.to_client.extend(bytes);
-                left -= step;
-                moved += step;
-            }
-        }
-        *done += moved;
-        let done = *done;
-        // A signal may end it early.
-        let ends = done == total || (done > 0 && self.rng.chance(30));
-        if moved > 0 {
-            self.wake_client(client);
-        }
-        if ends {
-            self.sockets[sock].send = None;
-            self.finish(id, done as i32);
-        } else {
-            self.kick(sock);
-        }
-    }
-
-    /// Lets a client act soon; one event at a time.
-    pub fn wake_client(&mut self, client: usize) {
-        if !self.clients_due.insert(client) {
-            return;
-        }
-        let after = self.rng.between(MICROSECOND, 80 * MICROSECOND);
-        self.schedule(after, Event::Client(client));
-    }
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    let mut hash = bytes.len() as u64;
-    let mut chunks = bytes.chunks_exact(8);
-    for chunk in &mut chunks {
-        let mut word = [0; 8];
-        word.copy_from_slice(chunk);
-        hash = (hash ^ u64::from_le_bytes(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-    }
-    for &byte in chunks.remainder() {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-    }
-    hash
 }
 
 /// One shard's view of the [`World`].

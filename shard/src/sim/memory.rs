@@ -24,7 +24,7 @@ pub fn ranges(header: usize) -> Vec<(usize, usize)> {
     // ranges likewise.
     unsafe {
         let header = &*(header as *const libc::msghdr);
-        let list = std::slice::from_raw_parts(header.msg_iov, header.msg_iovlen as usize);
+        let list = std::slice::from_raw_parts(header.msg_iov, header.msg_iovlen);
         list.iter().map(|range| (range.iov_base as usize, range.iov_len)).collect()
     }
 }

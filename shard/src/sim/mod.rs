@@ -2,9 +2,9 @@
 //! misbehaves, under a virtual clock.
 //!
 //! ```text
-//!  client.rs ── socket.rs ──▶ ┌────────────┐ ──▶ kernel.rs ── file.rs
-//!   (asks, checks)            │ Shard (×2) │      (delays, faults, cancels)
-//!  operator.rs ── commands ─▶ └────────────┘
+//!  acts.rs, client.rs ── socket.rs ──▶ ┌────────────┐ ──▶ kernel.rs ── store.rs, file.rs
+//!   (ask, check, leave)                │ Shard (×2) │      (delays, faults, cancels; net.rs)
+//!  operator.rs ─────────── commands ─▶ └────────────┘
 //!        judge.rs, oracle.rs: is every answer allowed, has every silence an excuse?
 //! ```
 //! The code of the shard is the one that runs on Linux; only [`crate::storage::Kernel`] is replaced. The driver
@@ -16,14 +16,17 @@
 //! `SIM_SEEDS=10000 cargo test --release -p shard sim::` runs many seeds, `SIM_SEED=n` one, and `SIM_VERBOSE=1` tells what
 //! happens in it.
 
+mod acts;
 mod client;
 mod file;
 mod judge;
 mod kernel;
 mod memory;
+mod net;
 mod operator;
 mod oracle;
 mod random;
 mod scenario;
 mod socket;
+mod store;
 mod tests;

@@ -54,6 +54,8 @@ pub struct Order {
 #[derive(Debug)]
 pub struct SimDisk {
     pub image: Arc<ImageFile>,
+    /// The disk is in memory; the image is of no use then.
+    pub memory: Option<Backend>,
     pub id: DiskId,
     pub size: u64,
     pub model: Model,
@@ -73,6 +75,8 @@ pub struct SimDisk {
     pub attached_at: u64,
     /// An fdatasync failed at this instant, and nobody has accepted it.
     pub sync_failed: Option<u64>,
+    /// It failed in the turn that is being looked at.
+    pub sync_failed_now: bool,
     /// Earlier ones: from when to when.
     pub doubts: Vec<(u64, u64)>,
     /// Changes of clients that have gone.
@@ -95,6 +99,7 @@ impl SimDisk {
     ) -> SimDisk {
         SimDisk {
             image,
+            memory: None,
             id: DiskId(0),
             size,
             model,
@@ -111,6 +116,7 @@ impl SimDisk {
             zombie: false,
             attached_at: 0,
             sync_failed: None,
+            sync_failed_now: false,
             doubts: Vec::new(),
             orphans: Vec::new(),
             lost_requests: false,
@@ -141,7 +147,7 @@ impl SimDisk {
         DiskConfig {
             id: self.id,
             name: format!("disk{index}").into(),
-            backend: Backend::File(self.image.clone()),
+            backend: self.memory.clone().unwrap_or_else(|| Backend::File(self.image.clone())),
             size_bytes: self.size,
             read_only: self.read_only,
             on_error: self.on_error,
@@ -203,7 +209,7 @@ impl Sim {
     fn resume(&mut self, disk: usize, shard: usize) {
         let d = &self.disks[disk];
         // First without accepting a loss, at times.
-        let in_doubt = d.sync_failed.is_some() && self.rng.chance(700);
+        let in_doubt = d.sync_failed.is_some() && self.rng.chance(500);
         let kind = if in_doubt { Kind::ResumeInDoubt } else { Kind::Resume };
         let command = Command::Resume { disk: d.id, data_in_doubt: in_doubt };
         self.world.borrow_mut().files[disk].frozen = false;
@@ -271,7 +277,7 @@ impl Sim {
                 self.command(disk, shard, Command::InjectPanic { disk: id }, Kind::Panic);
             }
             9 => self.connect(disk),
-            10 => {
+            10 if self.disks[disk].memory.is_none() => {
                 self.world.borrow_mut().hang(disk);
                 let after = self.rng.between(100 * MILLISECOND, 40 * SECOND);
                 self.world.borrow_mut().schedule(after, Happening::Release(disk));
@@ -320,6 +326,7 @@ impl Sim {
     pub fn on_event(&mut self, shard: usize, event: Event) {
         self.world.borrow().say(format_args!("shard {shard}: {event:?}"));
         match event {
+            Event::Reply { tag: 0, .. } => {}
             Event::Reply { tag, result } => {
                 let Some(order) = self.orders.remove(&tag) else {
                     panic!("a reply to {tag}, twice or unasked")
@@ -328,10 +335,10 @@ impl Sim {
             }
             Event::State { disk, state, reason } => {
                 let Some(index) = self.disks.iter().position(|d| d.id == disk) else { return };
-                self.note_failed_syncs();
+                self.count(format!("state {state:?}"));
                 let d = &mut self.disks[index];
                 if reason.starts_with("fdatasync failed") && d.sync_failed.is_none() {
-                    // It came with the reply to a resume, and behind it.
+                    // In the same turn as a resume, and after it.
                     d.sync_failed = Some(d.model.doubt);
                 }
                 self.on_state(index, state);
@@ -384,7 +391,11 @@ impl Sim {
     fn on_reply(&mut self, shard: usize, order: Order, result: Result<Reply, ShardError>) {
         let Order { disk, kind } = order;
         let busy = self.world.borrow().file_busy(disk);
-        self.note_failed_syncs();
+        self.count(match &result {
+            Ok(Reply::Zombie { .. }) => "Zombie".to_owned(),
+            Ok(_) => format!("{kind:?}"),
+            Err(error) => format!("{kind:?} refused: {:?}", error.kind),
+        });
         match (kind, result) {
             (Kind::Pause, Ok(Reply::Done)) => {
                 assert!(!busy, "paused with operations in flight");
@@ -400,10 +411,9 @@ impl Sim {
             (Kind::Resume | Kind::ResumeInDoubt, Ok(Reply::Done)) => {
                 let now = self.instant();
                 let d = &mut self.disks[disk];
-                assert!(
-                    kind == Kind::ResumeInDoubt || d.sync_failed.is_none(),
-                    "resumed over a failed fdatasync"
-                );
+                // In the same turn the resume came first; an event says so after this reply.
+                let before = d.sync_failed.is_some() && !d.sync_failed_now;
+                assert!(kind == Kind::ResumeInDoubt || !before, "resumed over a failed fdatasync");
                 (d.paused, d.storage_error) = (false, false);
                 d.accept_doubt(now);
             }
@@ -428,7 +438,8 @@ impl Sim {
             }
             (Kind::Remove, Ok(Reply::Removed(config))) => {
                 drop(config);
-                if !self.disks[disk].read_only && !self.disks[disk].failed {
+                let d = &self.disks[disk];
+                if !d.read_only && !d.failed && d.memory.is_none() {
                     self.check_durable_all(disk);
                 }
                 self.gone(disk);

@@ -47,6 +47,8 @@ pub struct Model {
     open: Vec<Stamp>,
     /// When an fdatasync last failed: what was sent before may be lost.
     pub doubt: u64,
+    /// Whatever is written reads as zeroes.
+    pub forgets: bool,
 }
 
 /// Stamp of zeroes that were there from the start, and of the other initial contents.
@@ -78,6 +80,7 @@ impl Model {
             pieces: BTreeMap::from([(0, vec![INITIAL_ZERO])]),
             open: Vec::new(),
             doubt: 0,
+            forgets: false,
         }
     }
 
@@ -103,6 +106,7 @@ impl Model {
     /// A change is sent.
     pub fn begin(&mut self, now: u64, start: u64, end: u64, zero: bool) -> Stamp {
         let stamp = self.changes.len() as Stamp;
+        let zero = zero || self.forgets;
         self.changes.push(Change { start, end, zero, sent: now, ended: OPEN });
         self.open.push(stamp);
         stamp

@@ -14,12 +14,13 @@ use super::client::{Client, Habits, Life, agree};
 use super::file::{BLOCK, Faults, File};
 use super::kernel::{Event as Happening, SimKernel, World};
 use super::operator::{Order, Place, SimDisk};
-use super::oracle::{INITIAL_DATA, Model, Outcome, pattern};
+use super::oracle::{INITIAL_DATA, Model, pattern};
 use super::random::Random;
-use super::socket::{Gone, Socket};
-use crate::api::{CacheMode, Command, DiskId, Envelope, ErrorPolicy, Event, FileKind, ImageFile};
+use super::socket::Socket;
+use crate::api::{Backend, CacheMode, Command, DiskId, Envelope, ErrorPolicy, Event, FileKind, ImageFile};
 use crate::clock::{MICROSECOND, MILLISECOND, Nanos, SECOND};
 use crate::limits::Group;
+use crate::ram::{PageSize, RamBudget, RamDisk, RamOutcome, anonymous_backing};
 use crate::reactor::{EventSink, Shard, ShardParts};
 use crate::stats::{DiskCounters, ShardCounters};
 use crate::storage::pool::{CHUNK, Pool};
@@ -57,6 +58,10 @@ pub struct Sim {
     pub group: Arc<Group>,
     /// Work is being wound up: no more mischief.
     pub closing: bool,
+    /// Shards whose loop has ended.
+    pub stopped: [bool; 2],
+    /// How often what happened.
+    pub tally: BTreeMap<String, u64>,
 }
 
 fn eventfd() -> Arc<OwnedFd> {
@@ -107,6 +112,8 @@ impl Sim {
             next_id: 0,
             group: Arc::new(Group::new("tenant", crate::limits::Limits::default())),
             closing: false,
+            stopped: [false; 2],
+            tally: BTreeMap::new(),
         };
         for _ in 0..plan.disks {
             sim.make_disk();
@@ -155,7 +162,7 @@ impl Sim {
             true => rng.pick(&[CacheMode::Writeback, CacheMode::Writethrough]),
         };
         let kind = if is_block { FileKind::Block { discard: rng.chance(500) } } else { FileKind::Regular };
-        let tail = (!buffered && !is_block && length % align.max(4096) != 0).then(token);
+        let tail = (!buffered && !is_block && !length.is_multiple_of(align.max(4096))).then(token);
         let image = Arc::new(ImageFile {
             fd: token(),
             tail,
@@ -180,8 +187,42 @@ impl Sim {
             world.register_file(tail.as_raw_fd(), index, false);
         }
         drop(world);
-        self.disks.push(SimDisk::new(image, size, model, on_error, on_enospc, read_only));
+        let mut disk = SimDisk::new(image, size, model, on_error, on_enospc, read_only);
+        if self.rng.chance(150) {
+            self.put_into_memory(&mut disk);
+        }
+        self.disks.push(disk);
         self.attach(index);
+    }
+
+    /// Makes a disk one of memory: a RAM disk, or one that forgets.
+    fn put_into_memory(&mut self, disk: &mut SimDisk) {
+        disk.model = Model::new(disk.size);
+        if self.rng.chance(300) {
+            disk.model.forgets = true;
+            disk.memory = Some(Backend::Null);
+            return;
+        }
+        let file = anonymous_backing("sim", disk.size, PageSize::Base).expect("a memfd");
+        let budget = Arc::new(RamBudget::new(1 << 40));
+        let ram = RamDisk::create(file, "sim", disk.size, PageSize::Base, budget).expect("a RAM disk");
+        disk.memory = Some(Backend::Ram(ram));
+    }
+
+    /// What a disk holds when nothing is in flight.
+    fn contents(&self, index: usize) -> Vec<u8> {
+        let disk = &self.disks[index];
+        match &disk.memory {
+            None => self.world.borrow().files[index].data.clone(),
+            Some(Backend::Ram(ram)) => {
+                let mut bytes = vec![0; disk.size as usize];
+                for (number, piece) in bytes.chunks_mut(64 << 10).enumerate() {
+                    assert_eq!(ram.read(number as u64 * (64 << 10), piece), RamOutcome::Done);
+                }
+                bytes
+            }
+            Some(_) => vec![0; disk.size as usize],
+        }
     }
 
     /// Attaches a disk to one of the shards.
@@ -195,6 +236,11 @@ impl Sim {
         d.counters = Arc::new(DiskCounters::default());
         let config = d.config(disk);
         self.command(disk, shard, Command::AddDisk(Box::new(config)), super::operator::Kind::Add);
+    }
+
+    /// Counts something, so that the tests can tell that it happens at all.
+    pub fn count(&mut self, what: impl Into<String>) {
+        *self.tally.entry(what.into()).or_default() += 1;
     }
 
     /// Sends a command of a disk to a shard.
@@ -226,7 +272,13 @@ impl Sim {
         let mut client = Client::new(disk, sock, agreed, habits, seed);
         client.budget = self.rng.between(1, self.plan.requests) as u32;
         // Some bytes may have come along with the negotiation.
-        let unread = Vec::new();
+        let mut unread = Vec::new();
+        if self.rng.chance(200) {
+            let now = self.instant();
+            client.ask(&mut self.disks[disk].model, now);
+            let step = client.outbox.len().min(self.rng.between(1, 4096) as usize);
+            unread.extend(client.outbox.drain(..step));
+        }
         let handoff =
             Handoff { fd, unread, transmission: agreed, tls: None, peer: format!("client {number}") };
         self.clients.push(client);
@@ -270,10 +322,21 @@ impl Sim {
             let mut turned = false;
             for index in 0..2 {
                 for count in 0.. {
+                    if self.stopped[index] {
+                        break;
+                    }
                     assert!(count < 5_000, "shard {index} turns without end");
                     match self.shards[index].turn() {
                         Ok(true) => {}
-                        Ok(false) => panic!("shard {index} ended unasked"),
+                        Ok(false) => {
+                            assert!(
+                                self.disks.iter().all(|disk| matches!(disk.place, Place::Absent)),
+                                "ended unasked"
+                            );
+                            self.stopped[index] = true;
+                            self.world.borrow_mut().forget_timer(index);
+                            break;
+                        }
                         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                         Err(error) => panic!("shard {index}: {error}"),
                     }
@@ -291,12 +354,16 @@ impl Sim {
 
     fn hear(&mut self) {
         let mut closed = false;
+        self.note_failed_syncs();
         while let Ok((shard, event)) = self.events.try_recv() {
             closed |= matches!(event, Event::ClientGone { .. } | Event::Reply { .. });
             self.on_event(shard, event);
         }
         if closed {
             self.world.borrow_mut().notice_closed();
+        }
+        for disk in &mut self.disks {
+            disk.sync_failed_now = false;
         }
     }
 
@@ -335,140 +402,13 @@ impl Sim {
         match event {
             Happening::Client(client) => self.act(client),
             Happening::Read(client) => {
-                self.clients[client].deaf = false;
+                (self.clients[client].deaf, self.clients[client].mute) = (false, false);
                 self.world.borrow_mut().wake_client(client);
             }
             Happening::Operator(disk) => self.operate(disk),
             _ => {}
         }
     }
-
-    // ---- clients ----
-
-    /// A client reads, asks and writes as far as it can and likes.
-    fn act(&mut self, number: usize) {
-        if self.clients[number].life == Life::Gone {
-            return;
-        }
-        self.listen(number);
-        if self.clients[number].life == Life::Gone {
-            return;
-        }
-        let rude = self.plan.faults && !self.closing && self.rng.chance(2);
-        if rude {
-            let gone = if self.rng.chance(500) { Gone::Eof } else { Gone::Reset };
-            return self.vanish(number, gone);
-        }
-        if self.plan.faults && !self.closing && !self.clients[number].deaf && self.rng.chance(3) {
-            self.clients[number].deaf = true;
-            let after = self.rng.between(MILLISECOND, 100 * MILLISECOND);
-            self.world.borrow_mut().schedule(after, Happening::Read(number));
-        }
-        for _ in 0..4 {
-            let client = &self.clients[number];
-            if !client.wants() || client.outbox.len() > 256 << 10 {
-                break;
-            }
-            let now = self.instant();
-            let client = &mut self.clients[number];
-            client.ask(&mut self.disks[client.disk].model, now);
-        }
-        if self.plan.faults && self.rng.chance(3) && self.clients[number].life == Life::Talks && !self.closing
-        {
-            self.clients[number].leave();
-        }
-        self.speak(number);
-    }
-
-    /// Takes what the server sent and judges it.
-    fn listen(&mut self, number: usize) {
-        let mut world = self.world.borrow_mut();
-        let client = &mut self.clients[number];
-        let socket = &mut world.sockets[client.sock];
-        if !client.deaf {
-            let step = client.habits.step.min(socket.to_client.len());
-            client.inbox.extend(socket.to_client.drain(..step));
-            let sock = client.sock;
-            if step > 0 {
-                world.kick(sock);
-            }
-        }
-        drop(world);
-        loop {
-            let now = self.instant();
-            let client = &mut self.clients[number];
-            let disk = client.disk;
-            match client.next_answer(&self.disks[disk].model) {
-                Ok(Some(answer)) => self.judge(number, answer, now),
-                Ok(None) => break,
-                Err(message) => {
-                    self.describe();
-                    panic!("client {number} of disk {disk}: {message}");
-                }
-            }
-        }
-        let client = &self.clients[number];
-        let over = {
-            let world = self.world.borrow();
-            let socket = &world.sockets[client.sock];
-            socket.server_gone && (socket.to_client.is_empty() || client.deaf)
-        };
-        if over {
-            self.vanish(number, Gone::Eof);
-        }
-    }
-
-    fn speak(&mut self, number: usize) {
-        let mut world = self.world.borrow_mut();
-        let client = &mut self.clients[number];
-        let socket = &mut world.sockets[client.sock];
-        let room = socket.room.saturating_sub(socket.to_server.len());
-        let step = room.min(client.habits.step).min(client.outbox.len());
-        socket.to_server.extend(client.outbox.drain(..step));
-        let more_room = socket.room > socket.to_server.len();
-        let readable = !client.deaf && !socket.to_client.is_empty();
-        let sock = client.sock;
-        if step > 0 {
-            world.kick(sock);
-        }
-        if readable || client.wants() || (more_room && !client.outbox.is_empty()) {
-            world.wake_client(number);
-        }
-    }
-
-    /// A client is gone; what it asked for may still happen.
-    fn vanish(&mut self, number: usize, gone: Gone) {
-        let mut world = self.world.borrow_mut();
-        let client = &mut self.clients[number];
-        world.say(format_args!("client {number} of disk {} is gone", client.disk));
-        world.trace([5, number as u64, client.asked.len() as u64]);
-        client.life = Life::Gone;
-        world.sockets[client.sock].client_gone = gone;
-        world.kick(client.sock);
-        let disk = &mut self.disks[client.disk];
-        for (_, asked) in std::mem::take(&mut client.asked) {
-            if let super::client::Ask::Change { stamp, .. } = asked.ask {
-                disk.orphans.push(stamp);
-            }
-            disk.lost_requests = true;
-        }
-    }
-
-    /// Changes of clients that have gone are over when nothing of the disk is in flight.
-    pub fn settle_orphans(&mut self) {
-        let now = self.instant();
-        for index in 0..self.disks.len() {
-            let idle = !self.world.borrow().file_busy(index);
-            let disk = &mut self.disks[index];
-            if idle && disk.counters.io_now.get() == 0 && !matches!(disk.place, Place::Moving(..)) {
-                for stamp in std::mem::take(&mut disk.orphans) {
-                    disk.model.end(now, stamp, Outcome::Unknown);
-                }
-            }
-        }
-    }
-
-    // ---- a run ----
 
     /// Runs everything. Panics when a rule is broken.
     pub fn run(&mut self) -> u64 {
@@ -526,7 +466,7 @@ impl Sim {
             short: some(&[0, 50, 200]),
             again: some(&[0, 10, 50]),
             slow: some(&[0, 10, 50]),
-            sync: some(&[0, 0, 0, 100]),
+            sync: some(&[0, 0, 100]),
             side: some(&[0, 0, 50]),
         }
     }
@@ -541,10 +481,8 @@ impl Sim {
         self.settle_orphans();
         let now = self.instant();
         for (index, disk) in self.disks.iter().enumerate() {
-            let world = self.world.borrow();
             let everything = disk.model.snapshot(now, 0, disk.size);
-            if let Err(message) = disk.model.check_read(&everything, 0, &world.files[index].data) {
-                drop(world);
+            if let Err(message) = disk.model.check_read(&everything, 0, &self.contents(index)) {
                 self.describe();
                 panic!("the file of disk {index} in the end: {message}");
             }
@@ -560,6 +498,14 @@ impl Sim {
                 "shard {index} leaks (requests, operations, buffer bytes)"
             );
         }
+        for index in 0..2 {
+            self.inboxes[index]
+                .send(Envelope { tag: 0, command: Command::Stop })
+                .expect("the shard is there");
+            self.world.borrow_mut().wake(index);
+        }
+        self.run_to_rest();
+        assert_eq!(self.stopped, [true; 2], "the shards did not stop");
         assert!(self.orders.is_empty(), "commands without a reply: {:?}", self.orders);
     }
 
