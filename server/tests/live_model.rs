@@ -153,6 +153,34 @@ fn a_ram_disk_outlives_the_daemon() {
     }
 }
 
+/// A stop finds the disk wherever a move under way takes it: it is flushed, and the daemon says so.
+#[test]
+fn a_stop_in_the_middle_of_a_move_flushes_the_disk() {
+    let mut rig = Rig::with(2, &[]);
+    let image = rig.image("disk.img", MIB as u64);
+    rig.attach("disk", &raw(&image), &[]);
+    let shards = rig.ctl_json(&["shards"]).as_array().expect("a list").len();
+    if shards < 2 {
+        return skip("a_stop_in_the_middle_of_a_move_flushes_the_disk", "there is one CPU");
+    }
+    let mut model = Model::new(vec![0; MIB]);
+    for round in 0..12 {
+        let mut load = Load::new(&rig.socket("disk"), 2, model, round);
+        load.run(100);
+        let from = rig.ctl_json(&["show", "disk"])["shard"].as_u64().expect("a number");
+        let _moving = Running::start(&mut rig.ctl_command(&["move", "disk", &(1 - from).to_string()]));
+        load.run(40);
+        std::thread::sleep(Duration::from_micros(round * 700));
+        load.errors_allowed = true;
+        let status = rig.terminate();
+        assert!(status.success(), "round {round}: {status}");
+        model = load.abandon();
+        rig.restart();
+        rig.wait_for_state("disk", "running");
+        model = Load::new(&rig.socket("disk"), 1, model, 0).settle();
+    }
+}
+
 // The oracle itself: it accepts what may be and refuses what may not, case by case.
 
 fn write(value: u8) -> Effect {
@@ -178,8 +206,6 @@ fn an_answered_write_replaces_what_was_there() {
 }
 
 #[test]
-// The oracle itself: it accepts what may be and refuses what may not, case by case.
-
 fn writes_in_flight_together_may_end_in_either_order() {
     let mut model = Model::new(vec![0; 8]);
     let first = model.sent(0..4, write(1));
