@@ -145,6 +145,10 @@ pub struct Shard<K: Kernel> {
     new_requests: Vec<Request>,
     timers: BinaryHeap<Reverse<(Nanos, u32)>>,
     next_tick: Nanos,
+    /// Something other than the tick has happened since the last one.
+    worked: bool,
+    /// Ticks since then.
+    quiet_ticks: u32,
     /// Connections with more to do in the next turn.
     ready: VecDeque<u32>,
     /// Connections that may have replies to send or input to receive.
@@ -214,6 +218,8 @@ impl<K: Kernel> Shard<K> {
             new_requests: Vec::new(),
             timers: BinaryHeap::new(),
             next_tick: now + TICK,
+            worked: false,
+            quiet_ticks: 0,
             ready: VecDeque::new(),
             dirty: Vec::new(),
             want_buffer: VecDeque::new(),
@@ -284,6 +290,7 @@ impl<K: Kernel> Shard<K> {
         self.now = start;
         while let Some(completion) = self.kernel.next_completion() {
             if completion.user_data != TIMER {
+                self.worked = true;
                 self.complete(completion);
                 self.run_actions();
             }
@@ -345,8 +352,14 @@ impl<K: Kernel> Shard<K> {
     /// Once a second.
     fn tick(&mut self) {
         self.next_tick = self.now + TICK;
-        self.pool.trim();
+        // A shard at rest has given everything back after two looks; then one a minute is enough (histograms, patience).
+        self.quiet_ticks =
+            if std::mem::take(&mut self.worked) { 0 } else { self.quiet_ticks.wrapping_add(1) };
         let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty();
+        if self.quiet_ticks > 2 && !self.quiet_ticks.is_multiple_of(60) && !pressed {
+            return;
+        }
+        self.pool.trim();
         for (_, conn) in &mut self.conns {
             if pressed && conn.is_stalled(self.now, STALL) {
                 conn.close(
