@@ -193,7 +193,13 @@ impl Sim {
         let running = self.ordered(disk);
         let d = &self.disks[disk];
         match running {
-            Some(kind) => self.interrupt(disk, shard, kind),
+            Some(kind) => {
+                let waits = d.storage_error || d.paused || d.failed;
+                self.interrupt(disk, shard, kind);
+                if waits {
+                    self.soon(disk, 10_000);
+                }
+            }
             None if d.zombie => {}
             None if d.failed => {
                 let force = self.rng.chance(500);
@@ -350,7 +356,10 @@ impl Sim {
                 drop(config);
                 self.gone(index);
             }
-            Event::ClientGone { .. } => {}
+            Event::ClientGone { peer, reason, .. } => {
+                let number: usize = peer.trim_start_matches("client ").parse().expect("a client of the simulator");
+                self.clients[number].ended_well = reason.is_empty() || reason == "the disk was detached";
+            }
             Event::Stopped { error } => panic!("shard {shard} stopped: {error:?}"),
         }
     }
