@@ -87,6 +87,9 @@ fn attach_says_where_the_disk_is_and_may_be_repeated() {
     assert_eq!(run("nbdinfo", &["--size", uri]).expect_ok().trim(), (8 * MIB).to_string());
 }
 
+/// Disk name, image, further arguments, exit code, words of the message.
+type Refusal<'a> = (&'a str, &'a str, &'a [&'a str], i32, &'a [&'a str]);
+
 #[test]
 fn a_wrong_attach_names_the_thing_and_leaves_nothing_behind() {
     let rig = Rig::start();
@@ -98,7 +101,7 @@ fn a_wrong_attach_names_the_thing_and_leaves_nothing_behind() {
     let at = |name: &str| raw(&rig.path(name));
     let long = "n".repeat(65);
     let before = descriptors(rig.pid());
-    let cases: &[(&str, &str, &[&str], i32, &[&str])] = &[
+    let cases: &[Refusal] = &[
         ("d1", &file, &[], 2, &["disk d1 has no frontend", "--nbd", "d1.sock"]),
         ("a/b", &file, &["--nbd"], 2, &["\"a/b\"", "contains '/'", "1 to 64"]),
         ("", &file, &["--nbd"], 2, &["\"\"", "1 to 64"]),
@@ -339,4 +342,9 @@ fn a_paused_disk_holds_its_requests_and_a_failed_one_answers_errors() {
     neighbour.read(0, 512).unwrap();
     client.disconnect().unwrap();
     rig.ctl_ok(&["detach", "d1"]);
+    // Nobody uses a paused disk that has no clients.
+    neighbour.disconnect().unwrap();
+    rig.ctl_ok(&["pause", "d2"]);
+    rig.ctl_ok(&["detach", "d2"]);
+    assert_eq!(names(&rig), [""; 0]);
 }

@@ -384,6 +384,12 @@ fn a_daemon_that_is_told_to_stop_drains_flushes_and_leaves_no_socket() {
     let mut rig = Rig::with(2, &[]);
     let blocks = 50_000;
     let image = rig.image("d1.img", blocks * BLOCK as u64);
+    // A paused disk is flushed, too; what it holds is dropped with its connection, unanswered.
+    rig.attach("d3", &raw(&rig.image("d3.img", MIB)), &[]);
+    let mut paused = Client::connect(&rig.socket("d3"), "").unwrap();
+    paused.write(0, &[1; 512]).unwrap();
+    rig.ctl_ok(&["pause", "d3"]);
+    paused.send(WRITE, 0, 512, &[2; 512]).unwrap();
     // A limit, so that requests wait when the signal comes.
     rig.attach("d1", &raw(&image), &["--iops", "4000"]);
     rig.attach("d2", "ram:r?size=1M", &[]);
@@ -409,6 +415,8 @@ fn a_daemon_that_is_told_to_stop_drains_flushes_and_leaves_no_socket() {
     }
     assert_eq!(rig.ctl(&["list"]).code, Some(5));
     assert!(silent.speaks_within(Duration::from_secs(5)), "the end of its connection");
+    assert!(paused.receive().is_err(), "the held write is not acknowledged");
+    assert_eq!(fs::read(rig.path("d3.img")).unwrap()[..512], [1; 512], "and was not done");
     rig.restart();
     rig.wait_for_state("d1", "running");
 }

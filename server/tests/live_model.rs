@@ -1,6 +1,7 @@
 //! Goal: whatever clients do at once, and whenever the daemon dies, a disk holds what was acknowledged.
-//! Method: seeded random requests on several connections against a byte model that knows which bytes are possible; in
-//! between the daemon gets kill -9 or SIGTERM with requests in flight and is started on the same directories.
+//! Method: seeded random requests on several connections against a byte model that knows which bytes are possible,
+//! while the disk moves from shard to shard; in between the daemon gets kill -9 or SIGTERM with requests in flight and is
+//! started on the same directories. `BLKTAPD_MODEL_SEEDS=N` tries N seeds of each kind instead of a few.
 
 mod live_rig;
 
@@ -11,7 +12,7 @@ use std::time::Duration;
 use live_rig::load::Load;
 use live_rig::model::{Effect, Model};
 use live_rig::nbd_client::{STATE_HOLE, STATE_ZERO};
-use live_rig::{Random, Rig, raw, skip};
+use live_rig::{PATIENCE, Random, Rig, Running, raw, skip};
 
 /// How a round of requests ends.
 #[derive(Clone, Copy, PartialEq)]
@@ -33,6 +34,7 @@ struct Disk {
     name: &'static str,
     /// The image of a disk that has one.
     image: Option<PathBuf>,
+    shards: u64,
     random: Random,
     seed: u64,
     /// Changes that were in flight when the daemon died.
@@ -42,7 +44,8 @@ struct Disk {
 impl Disk {
     fn new(name: &'static str, seed: u64, rig: Rig, spec: &str, image: Option<PathBuf>) -> Disk {
         rig.attach(name, spec, &[]);
-        Disk { rig, name, image, random: Random(seed), seed, cut_off: 0 }
+        let shards = rig.ctl_json(&["shards"]).as_array().expect("a list").len() as u64;
+        Disk { rig, name, image, shards, random: Random(seed), seed, cut_off: 0 }
     }
 
     /// Runs all rounds on a disk whose bytes are `start`.
@@ -59,7 +62,13 @@ impl Disk {
         let connections = 1 + self.random.below(3) as usize;
         let seed = self.random.next();
         let mut load = Load::new(&self.rig.socket(self.name), connections, model, seed);
+        load.run(self.random.below(100) as u32);
+        let shard = self.random.below(self.shards).to_string();
+        let moving = Running::start(&mut self.rig.ctl_command(&["move", self.name, &shard]));
         load.run(200 + self.random.below(200) as u32);
+        if end == End::Quiet {
+            moving.finish(PATIENCE).expect_ok();
+        }
         let mut model = match end {
             End::Quiet => load.settle(),
             End::Kill => {
@@ -97,6 +106,12 @@ impl Disk {
 
 const MIB: usize = 1 << 20;
 
+/// The seeds to try: `few`, or as many as the environment says.
+fn seeds(kind: u64, few: u64) -> impl Iterator<Item = u64> {
+    let wanted = std::env::var("BLKTAPD_MODEL_SEEDS").ok().and_then(|number| number.parse().ok());
+    (0..wanted.unwrap_or(few)).map(move |number| kind << 32 | number)
+}
+
 /// A file of random bytes, whose length is no multiple of a sector, attached with these options.
 fn on_a_file(seed: u64, options: &str) {
     let mut start = Random(!seed).bytes(MIB + 200);
@@ -111,30 +126,59 @@ fn on_a_file(seed: u64, options: &str) {
 
 #[test]
 fn a_raw_file_holds_what_was_acknowledged() {
-    on_a_file(0xb10c_0001, "");
-    on_a_file(0xb10c_0002, "");
+    seeds(1, 3).for_each(|seed| on_a_file(seed, ""));
 }
 
 #[test]
 fn a_file_with_cache_writeback_holds_what_was_acknowledged() {
-    on_a_file(0xb10c_0003, "?cache=writeback");
+    seeds(2, 2).for_each(|seed| on_a_file(seed, "?cache=writeback"));
 }
 
 #[test]
 fn a_file_with_cache_writethrough_holds_what_was_acknowledged() {
-    on_a_file(0xb10c_0004, "?cache=writethrough");
+    seeds(3, 2).for_each(|seed| on_a_file(seed, "?cache=writethrough"));
 }
 
 /// The contents of a RAM disk are kept over a restart when its directory is on a tmpfs.
 #[test]
 fn a_ram_disk_outlives_the_daemon() {
-    let directory = match tempfile::tempdir_in("/dev/shm") {
-        Ok(directory) => directory,
-        Err(error) => return skip("a_ram_disk_outlives_the_daemon", &format!("/dev/shm: {error}")),
-    };
-    let rig = Rig::with(2, &["--ram-dir", &directory.path().to_string_lossy()]);
-    let mut disk = Disk::new("memory", 0xb10c_0005, rig, "ram:m?size=1M", None);
-    disk.run(vec![0; MIB]);
+    for seed in seeds(4, 3) {
+        let directory = match tempfile::tempdir_in("/dev/shm") {
+            Ok(directory) => directory,
+            Err(error) => return skip("a_ram_disk_outlives_the_daemon", &format!("/dev/shm: {error}")),
+        };
+        let rig = Rig::with(2, &["--ram-dir", &directory.path().to_string_lossy()]);
+        let mut disk = Disk::new("memory", seed, rig, "ram:m?size=1M", None);
+        disk.run(vec![0; MIB]);
+    }
+}
+
+/// A stop finds the disk wherever a move under way takes it: it is flushed, and the daemon says so.
+#[test]
+fn a_stop_in_the_middle_of_a_move_flushes_the_disk() {
+    let mut rig = Rig::with(2, &[]);
+    let image = rig.image("disk.img", MIB as u64);
+    rig.attach("disk", &raw(&image), &[]);
+    let shards = rig.ctl_json(&["shards"]).as_array().expect("a list").len();
+    if shards < 2 {
+        return skip("a_stop_in_the_middle_of_a_move_flushes_the_disk", "there is one CPU");
+    }
+    let mut model = Model::new(vec![0; MIB]);
+    for round in 0..12 {
+        let mut load = Load::new(&rig.socket("disk"), 2, model, round);
+        load.run(100);
+        let from = rig.ctl_json(&["show", "disk"])["shard"].as_u64().expect("a number");
+        let _moving = Running::start(&mut rig.ctl_command(&["move", "disk", &(1 - from).to_string()]));
+        load.run(40);
+        std::thread::sleep(Duration::from_micros(round * 700));
+        load.errors_allowed = true;
+        let status = rig.terminate();
+        assert!(status.success(), "round {round}: {status}");
+        model = load.abandon();
+        rig.restart();
+        rig.wait_for_state("disk", "running");
+        model = Load::new(&rig.socket("disk"), 1, model, 0).settle();
+    }
 }
 
 // The oracle itself: it accepts what may be and refuses what may not, case by case.
@@ -162,8 +206,6 @@ fn an_answered_write_replaces_what_was_there() {
 }
 
 #[test]
-// The oracle itself: it accepts what may be and refuses what may not, case by case.
-
 fn writes_in_flight_together_may_end_in_either_order() {
     let mut model = Model::new(vec![0; 8]);
     let first = model.sent(0..4, write(1));

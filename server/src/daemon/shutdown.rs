@@ -45,6 +45,8 @@ impl Daemon {
     }
 
     async fn drain_disk(self: &Arc<Self>, disk: &Arc<Disk>, deadline: Instant) -> bool {
+        // A move that is under way ends first, or the wrong shard is told. One that does not end leaves the disk where it was.
+        let _place = disk.whole_place(deadline).await;
         let Some((id, shard)) = disk.place() else { return true };
         if disk.standing() != Standing::Live {
             // A detach is under way, or a zombie is left of one.

@@ -173,16 +173,25 @@ async fn run(listener: AnyListener, tls: bool, daemon: Arc<Daemon>, scope: Scope
     let mut pause = ACCEPT_PAUSE.0;
     loop {
         let accepted = match &listener {
-            AnyListener::Unix(listener) => listener.accept().await.map(|(socket, _)| {
-                let peer = peer::of_unix(&socket);
-                spawn(&daemon, number, &scope, tls, socket, peer);
-            }),
-            AnyListener::Tcp(listener) => listener.accept().await.map(|(socket, address)| {
-                // Small replies wait for nobody; a client whose host vanished is noticed.
-                let _ = socket.set_nodelay(true);
-                let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::KeepAlive, &true);
-                spawn(&daemon, number, &scope, tls, socket, peer::of_tcp(address));
-            }),
+            AnyListener::Unix(listener) => match listener.accept().await {
+                Ok((socket, _)) => {
+                    let peer = peer::of_unix(&socket);
+                    spawn(&daemon, number, &scope, tls, socket, peer).await;
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
+            AnyListener::Tcp(listener) => match listener.accept().await {
+                Ok((socket, address)) => {
+                    // Small replies wait for nobody; a client whose host vanished is noticed.
+                    let _ = socket.set_nodelay(true);
+                    let _ =
+                        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::KeepAlive, &true);
+                    spawn(&daemon, number, &scope, tls, socket, peer::of_tcp(address)).await;
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            },
         };
         match accepted {
             Ok(()) => pause = ACCEPT_PAUSE.0,
@@ -201,8 +210,8 @@ async fn run(listener: AnyListener, tls: bool, daemon: Arc<Daemon>, scope: Scope
     }
 }
 
-/// Serves one client in a task of its own, bounded in time.
-fn spawn<S: Socket + 'static>(
+/// Serves one client in a task of its own, bounded in time. Returns when the client has a place.
+async fn spawn<S: Socket + 'static>(
     daemon: &Arc<Daemon>,
     listener: u64,
     scope: &Scope,
@@ -211,7 +220,7 @@ fn spawn<S: Socket + 'static>(
     peer: String,
 ) {
     let limits = daemon.nbd.limits();
-    let ticket = daemon.nbd.places.take(listener, limits.negotiations);
+    let ticket = daemon.nbd.places.take(listener, limits.negotiations).await;
     let number = ticket.number();
     let (owner, scope) = (daemon.clone(), scope.clone());
     let task = tokio::spawn(async move {

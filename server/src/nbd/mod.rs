@@ -1,7 +1,7 @@
 //! NBD on the control side: listeners, negotiation, and the hand-over of a connection to its disk's shard.
 //!
 //! ```text
-//! listener ─▶ Negotiations (bounded, oldest silent one goes first) ─▶ negotiate ─▶ Daemon::connect ─▶ shard
+//! listener ─▶ Negotiations (bounded, who was silent longest goes first) ─▶ negotiate ─▶ Daemon::connect ─▶ shard
 //! ```
 //! A client costs a task and some KiB until it has chosen an export, at most for the negotiation's time, and never keeps
 //! another one out: when the places are taken, the one that has been silent longest loses its own.

@@ -81,17 +81,16 @@ impl Load {
         while !open.is_empty() {
             let mut select = Select::new();
             for &connection in &open {
-                select.recv(&self.clients[connection].0.replies);
+                select.recv(self.clients[connection].0.replies());
             }
-            let ready = select.select_timeout(PATIENCE).expect("an answer before the deadline");
-            let index = ready.index();
+            let index = select.ready_timeout(PATIENCE).expect("an answer before the deadline");
             let connection = open[index];
-            match ready.recv(&self.clients[connection].0.replies) {
-                Ok(reply) => {
+            match self.clients[connection].0.receive() {
+                Some(reply) => {
                     self.answered(connection, reply);
                     return Some(());
                 }
-                Err(_) => _ = open.swap_remove(index),
+                None => _ = open.swap_remove(index),
             }
         }
         None

@@ -148,11 +148,16 @@ impl Rig {
         path
     }
 
-    /// Runs `blktapd ctl`.
-    pub fn ctl(&self, arguments: &[&str]) -> Outcome {
+    /// `blktapd ctl` with these arguments.
+    pub fn ctl_command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(BLKTAPD);
         command.arg("ctl").arg("--ctl").arg(self.run_dir().join("ctl.sock")).args(arguments);
-        run_command(&mut command, PATIENCE)
+        command
+    }
+
+    /// Runs `blktapd ctl`.
+    pub fn ctl(&self, arguments: &[&str]) -> Outcome {
+        run_command(&mut self.ctl_command(arguments), PATIENCE)
     }
 
     /// Runs `blktapd ctl`, which must succeed; returns what it printed.
@@ -174,11 +179,16 @@ impl Rig {
 
     /// Waits until a disk is in this state, after a restart for example.
     pub fn wait_for_state(&self, name: &str, state: &str) {
-        wait_until(&format!("{name} is {state}"), || {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
             let outcome = self.ctl(&["--json", "show", name]);
             let shown: Option<Value> = serde_json::from_str(&outcome.stdout).ok();
-            shown.is_some_and(|disk| disk["state"] == state)
-        });
+            if shown.is_some_and(|disk| disk["state"] == state) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{name} is not {state}: {outcome:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// The socket of one disk.
@@ -202,6 +212,7 @@ impl Drop for Rig {
         let failed = std::thread::panicking();
         let status = match self.daemon.take() {
             Some(mut daemon) if failed => {
+                eprintln!("--- threads of the daemon ---\n{}", threads(daemon.id()));
                 let _ = daemon.kill();
                 daemon.wait().ok()
             }
@@ -219,6 +230,17 @@ impl Drop for Rig {
         assert!(status.is_none_or(|status| status.success()), "the daemon ended with {status:?}:\n{log}");
         assert!(self.panics_expected || !log.contains("panicked"), "the daemon panicked:\n{log}");
     }
+}
+
+/// Where the threads of a process are in the kernel, if anywhere: for one that hangs.
+fn threads(pid: u32) -> String {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let line = |task: fs::DirEntry| {
+        let read = |file: &str| fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let (name, waits, call) = (read("comm"), read("wchan"), read("syscall"));
+        format!("{}: {waits}, system call {}", name.trim(), call.trim())
+    };
+    tasks.map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// How a program ended.

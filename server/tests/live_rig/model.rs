@@ -57,6 +57,12 @@ impl Model {
         Model { base, changes: Vec::new(), now: 0 }
     }
 
+    /// The bytes, which [`Model::settle`] has made certain.
+    pub fn into_bytes(self) -> Vec<u8> {
+        assert!(self.changes.is_empty(), "settled");
+        self.base
+    }
+
     pub fn size(&self) -> u64 {
         self.base.len() as u64
     }

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use crossbeam::channel::{Receiver, Sender, unbounded};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::PATIENCE;
 
@@ -58,10 +58,11 @@ pub struct Reply {
 pub struct Client {
     /// Size of the disk in bytes.
     pub size_bytes: u64,
-    /// Answers in the order in which they came; it ends with the connection.
-    pub replies: Receiver<Reply>,
+    replies: Receiver<Reply>,
     requests: Option<Sender<(Partial, Vec<u8>)>>,
     next_cookie: u64,
+    /// Answers that have been taken.
+    answered: u64,
     socket: UnixStream,
     threads: Vec<JoinHandle<()>>,
 }
@@ -82,7 +83,15 @@ impl Client {
             std::thread::spawn(move || send_all(writer, &to_send, &sent)),
             std::thread::spawn(move || receive_all(reader, &expected, &answer)),
         ];
-        Ok(Client { size_bytes, replies, requests: Some(requests), next_cookie: 0, socket: stream, threads })
+        Ok(Client {
+            size_bytes,
+            replies,
+            requests: Some(requests),
+            next_cookie: 0,
+            answered: 0,
+            socket: stream,
+            threads,
+        })
     }
 
     /// Sends a request; `data` is the payload of a write. Returns its number.
@@ -106,12 +115,33 @@ impl Client {
         self.next_cookie
     }
 
+    /// Where answers arrive, to wait for on several connections at once.
+    pub fn replies(&self) -> &Receiver<Reply> {
+        &self.replies
+    }
+
+    /// The next answer; `None` when the connection has ended.
+    pub fn receive(&mut self) -> Option<Reply> {
+        match self.replies.recv_timeout(PATIENCE) {
+            Ok(reply) => {
+                self.answered += 1;
+                Some(reply)
+            }
+            Err(RecvTimeoutError::Timeout) => panic!("no answer within {PATIENCE:?}"),
+            Err(RecvTimeoutError::Disconnected) => None,
+        }
+    }
+
+    /// Takes the answers to everything that was sent and has none yet.
+    pub fn finish_all(&mut self) -> Vec<Reply> {
+        (self.answered..self.next_cookie).map(|_| self.receive().expect("the connection lives")).collect()
+    }
+
     /// One request alone: sends it and waits for its answer.
     pub fn call(&mut self, op: Op, flags: u16, offset: u64, length: u32, data: &[u8]) -> Reply {
-        let cookie = self.send(op, flags, offset, length, data);
-        let reply = self.replies.recv_timeout(PATIENCE).expect("an answer");
-        assert_eq!(reply.cookie, cookie, "nothing else was asked");
-        reply
+        assert!(self.finish_all().is_empty(), "alone");
+        self.send(op, flags, offset, length, data);
+        self.finish_all().remove(0)
     }
 
     /// Reads bytes; fails the test on an error.

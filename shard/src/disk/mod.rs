@@ -616,6 +616,13 @@ impl Disk {
         self.before_hold = Some((state, reason));
     }
 
+    /// Nothing is held any more: a paused disk may do its last flush.
+    pub fn drain_rest(&mut self) {
+        if self.state == DiskState::Paused {
+            self.set_state(DiskState::Draining, "being detached");
+        }
+    }
+
     /// The state before [`Disk::hold`].
     pub fn state_before_hold(&mut self) -> (DiskState, String) {
         self.before_hold.take().unwrap_or((self.state, self.reason.clone()))

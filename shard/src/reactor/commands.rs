@@ -222,6 +222,16 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
+    /// Closes the connections of a disk.
+    fn close_conns(&mut self, slot: u32, why: &str) {
+        for conn in self.disks[slot as usize].conns.clone() {
+            if let Some(c) = self.conns.get_mut(conn as usize) {
+                c.close(why);
+                self.dirty.push(conn);
+            }
+        }
+    }
+
     /// Connections read and send again.
     pub(super) fn restart_conns(&mut self, slot: u32) {
         for conn in self.disks[slot as usize].conns.clone() {
@@ -310,7 +320,7 @@ impl<K: Kernel> Shard<K> {
         let state =
             self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
         match state {
-            Some((DiskState::Running | DiskState::Failed, _)) => {}
+            Some((DiskState::Running | DiskState::Paused | DiskState::Failed, _)) => {}
             Some((state, reason)) => {
                 let message =
                     format!("the disk is {state:?} ({reason}): resume it first, or detach it with --force");
@@ -318,9 +328,14 @@ impl<K: Kernel> Shard<K> {
             }
             None => return Err(failure(ShardErrorKind::WrongState, "the disk is being rebuilt")),
         }
+        let paused = matches!(state, Some((DiskState::Paused, _)));
         self.set_pending(slot, Pending::Remove { tag, flush: Flush::NotYet })?;
         self.with_disk(slot, |disk, _| disk.drain());
         self.stop_conns(slot);
+        if paused {
+            // What a paused disk holds was not acknowledged and must not run: it goes with its connections.
+            self.close_conns(slot, "the disk was detached while it was paused");
+        }
         Ok(None)
     }
 
@@ -334,12 +349,7 @@ impl<K: Kernel> Shard<K> {
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
         self.unqueue(slot);
         self.run_actions();
-        for conn in self.disks[slot as usize].conns.clone() {
-            if let Some(c) = self.conns.get_mut(conn as usize) {
-                c.close("the disk was detached by force");
-                self.dirty.push(conn);
-            }
-        }
+        self.close_conns(slot, "the disk was detached by force");
         if let Some(earlier) = self.disks[slot as usize].zombie_tag.replace(tag) {
             self.reply(
                 earlier,

@@ -252,7 +252,10 @@ impl<K: Kernel> Shard<K> {
                 disk.config().counters.io_now.add(1);
                 let key = self.requests.insert(Request::new(slot, Kind::Flush, 0, 0, None, self.now));
                 entry.pending = Some(Pending::Remove { tag, flush: Flush::Asked(key) });
-                self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
+                self.with_disk(slot, |disk, ctx| {
+                    disk.drain_rest();
+                    disk.submit(ctx, key);
+                });
             }
             Flush::Done => {
                 let mut left = 0;
