@@ -408,9 +408,13 @@ impl Conn {
 
     /// Every reply has been sent.
     pub fn is_sent(&self) -> bool {
-        // A stopped connection may sit in the middle of an ordered reply, which holds the others back for ever.
         let sending = self.send_op.is_some() || self.send_message.remaining() > 0;
-        self.out.is_empty() && !sending
+        self.out.is_empty() && self.deferred.is_empty() && !sending
+    }
+
+    /// A large read was taken, and not all of it is at the disk yet.
+    pub fn is_reading(&self) -> bool {
+        matches!(self.rx, Rx::Reading { .. }) && self.closing.is_none()
     }
 
     fn rx_done(&mut self) {

@@ -50,7 +50,8 @@ impl Conn {
             if self.closing.is_some() || matches!(self.rx, Rx::Done) {
                 return Stop::End;
             }
-            if self.stopped {
+            // A read that was taken is answered to its end.
+            if self.stopped && !self.is_reading() {
                 return Stop::Room;
             }
             if requests == 0 || bytes == 0 {

@@ -241,8 +241,10 @@ impl<K: Kernel> Shard<K> {
             self.restart_conns(slot);
             return self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message }));
         }
+        let reading =
+            entry.conns.iter().any(|&c| self.conns.get(c as usize).is_some_and(|conn| conn.is_reading()));
         match flush {
-            Flush::NotYet if entry.requests == 0 => {
+            Flush::NotYet if entry.requests == 0 && !reading => {
                 let failed = disk.state() == DiskState::Failed;
                 if failed || disk.config().read_only {
                     entry.pending = Some(Pending::Remove { tag, flush: Flush::Done });

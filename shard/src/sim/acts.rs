@@ -83,6 +83,8 @@ impl Sim {
             socket.server_gone && (socket.to_client.is_empty() || client.deaf)
         };
         if over {
+            let cut = client.ended_well && !client.deaf && !client.inbox.is_empty();
+            assert!(!cut, "client {number}: the connection ended in the middle of a reply");
             self.vanish(number, Gone::Eof);
         }
     }

@@ -113,6 +113,8 @@ pub struct Client {
     pub deaf: bool,
     /// Does not send for now, be it in the middle of a request.
     pub mute: bool,
+    /// The server ended the connection in order: no reply is cut.
+    pub ended_well: bool,
     pub asked: BTreeMap<u64, Asked>,
     cookie: u64,
     pub outbox: VecDeque<u8>,
@@ -151,6 +153,7 @@ impl Client {
             budget: 0,
             deaf: false,
             mute: false,
+            ended_well: false,
             asked: BTreeMap::new(),
             cookie: 0,
             outbox: VecDeque::new(),

@@ -68,6 +68,8 @@ pub struct SimDisk {
     pub grouped: bool,
     pub paused: bool,
     pub storage_error: bool,
+    /// `fail` was sent.
+    pub given_up: bool,
     /// Given up or detached by force; EIO is a proper answer to what was asked before it is attached anew.
     pub failed: bool,
     pub zombie: bool,
@@ -112,6 +114,7 @@ impl SimDisk {
             grouped: false,
             paused: false,
             storage_error: false,
+            given_up: false,
             failed: false,
             zombie: false,
             attached_at: 0,
@@ -130,7 +133,8 @@ impl SimDisk {
         self.place = Place::Shard(shard);
         self.limits = Limits::default();
         self.grouped = false;
-        (self.paused, self.storage_error, self.failed, self.zombie) = (false, false, false, false);
+        (self.paused, self.storage_error) = (false, false);
+        (self.given_up, self.failed, self.zombie) = (false, false, false);
         self.attached_at = now;
         self.accept_doubt(now);
         self.panics = 0;
@@ -193,7 +197,13 @@ impl Sim {
         let running = self.ordered(disk);
         let d = &self.disks[disk];
         match running {
-            Some(kind) => self.interrupt(disk, shard, kind),
+            Some(kind) => {
+                let waits = d.storage_error || d.paused || d.failed;
+                self.interrupt(disk, shard, kind);
+                if waits {
+                    self.soon(disk, 10_000);
+                }
+            }
             None if d.zombie => {}
             None if d.failed => {
                 let force = self.rng.chance(500);
@@ -218,7 +228,7 @@ impl Sim {
 
     fn give_up(&mut self, disk: usize, shard: usize) {
         let d = &mut self.disks[disk];
-        d.failed = true;
+        (d.given_up, d.failed) = (true, true);
         let command = Command::Fail { disk: d.id };
         self.command(disk, shard, command, Kind::Fail);
     }
@@ -350,7 +360,11 @@ impl Sim {
                 drop(config);
                 self.gone(index);
             }
-            Event::ClientGone { .. } => {}
+            Event::ClientGone { peer, reason, .. } => {
+                let number: usize =
+                    peer.trim_start_matches("client ").parse().expect("a client of the simulator");
+                self.clients[number].ended_well = reason.is_empty() || reason == "the disk was detached";
+            }
             Event::Stopped { error } => panic!("shard {shard} stopped: {error:?}"),
         }
     }
@@ -486,6 +500,10 @@ impl Sim {
             kind != Kind::RemoveForce || error.kind != ShardErrorKind::WrongState,
             "force was refused: {error}"
         );
+        if kind == Kind::RemoveForce {
+            let d = &mut self.disks[disk];
+            (d.failed, d.zombie) = (d.given_up, false);
+        }
         // Look again: it may wait for a resume.
         self.soon(disk, 10_000);
     }

@@ -390,6 +390,9 @@ impl Sim {
                 }
             }
             let spent = self.world.borrow().now - start;
+            if spent >= 4_000 * SECOND {
+                self.describe();
+            }
             assert!(spent < 4_000 * SECOND, "no rest after {} virtual seconds", spent / SECOND);
         }
     }
