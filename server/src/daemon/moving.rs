@@ -64,10 +64,12 @@ impl Daemon {
         deadline: Instant,
     ) -> Result<(Box<ParkedDisk>, OwnedRwLockWriteGuard<()>), Problem> {
         let mut call = self.fleet.start(from, Command::Park { disk: id })?;
-        let why = tokio::select! {
+        let (kind, why) = tokio::select! {
             answer = call.answer() => return Ok((parked(disk, answer?)?, place)),
-            () = tokio::time::sleep_until(deadline) => "its requests were not answered in time",
-            () = disk.interrupt.notified() => "another command gave the disk up",
+            () = tokio::time::sleep_until(deadline) => {
+                (ProblemKind::TimedOut, "its requests were not answered in time")
+            }
+            () = disk.interrupt.notified() => (ProblemKind::Busy, "another command gives the disk up"),
         };
         let daemon = self.clone();
         tokio::spawn(async move {
@@ -83,10 +85,7 @@ impl Daemon {
             }
             drop((cancelled, place));
         });
-        Err(Problem::new(
-            ProblemKind::TimedOut,
-            format!("disk {} was not moved, and runs on shard {from}: {why}", disk.name),
-        ))
+        Err(Problem::new(kind, format!("disk {} was not moved, and runs on shard {from}: {why}", disk.name)))
     }
 
     /// Puts a parked disk on shard `to`, or back on `from`.
