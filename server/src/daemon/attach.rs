@@ -94,7 +94,7 @@ impl Daemon {
         match disk.standing() {
             Standing::Live => Ok(()),
             Standing::Down => self.try_again(disk, deadline).await,
-            Standing::Draining => Err(Problem::new(
+            Standing::Draining | Standing::Gone => Err(Problem::new(
                 ProblemKind::Busy,
                 format!("disk {} is being detached: attach it when that has ended", disk.name),
             )),

@@ -126,7 +126,7 @@ impl Daemon {
         }
         let _guard = self.lock_name(name, deadline).await?;
         let disk = self.disk(name)?;
-        if matches!(disk.standing(), Standing::Draining | Standing::Zombie) {
+        if matches!(disk.standing(), Standing::Draining | Standing::Zombie | Standing::Gone) {
             return Err(Problem::new(ProblemKind::Busy, format!("disk {name} is being detached")));
         }
         let before = disk.inner().attachment.clone();
@@ -248,7 +248,7 @@ pub(super) fn live(disk: &Disk) -> Result<(shard::api::DiskId, usize), Problem> 
             Some(place) => return Ok(place),
             None => "is on no shard".to_owned(),
         },
-        Standing::Draining => "is being detached".to_owned(),
+        Standing::Draining | Standing::Gone => "is being detached".to_owned(),
         Standing::Zombie => "was detached by force".to_owned(),
         Standing::Down => format!("is not served: {}", reason.unwrap_or_default()),
     };

@@ -63,7 +63,7 @@ impl Daemon {
             match disk.standing() {
                 Standing::Live => self.start_removal(&disk, force, deadline).await?,
                 Standing::Draining if force => self.force_removal(&disk),
-                Standing::Draining => {}
+                Standing::Draining | Standing::Gone => {}
                 Standing::Zombie => {
                     return Err(Problem::new(
                         ProblemKind::Busy,
@@ -264,7 +264,7 @@ impl Daemon {
 
     /// The shard has nothing of the disk any more: closes its image and takes it off the table.
     pub(super) async fn finish(self: &Arc<Self>, disk: &Arc<Disk>) {
-        let live = disk.go_down("it was detached");
+        let live = disk.leave();
         match live {
             Some(live) => {
                 drop(live.listener);

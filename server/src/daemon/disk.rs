@@ -28,6 +28,8 @@ pub enum Standing {
     Zombie,
     /// No shard has it: its image could not be opened, or its shard ended.
     Down,
+    /// It was detached and its image is being closed: it never comes back.
+    Gone,
 }
 
 /// A disk.
@@ -155,7 +157,7 @@ impl Disk {
     pub fn state(&self) -> State {
         match self.standing() {
             Standing::Live => State::from_counter(self.counters.state.get()),
-            Standing::Draining => State::Draining,
+            Standing::Draining | Standing::Gone => State::Draining,
             Standing::Zombie => State::Zombie,
             Standing::Down => State::Failed,
         }
@@ -193,11 +195,21 @@ impl Disk {
         [&counters.clients, &counters.io_now, &counters.throttled_now].iter().for_each(|gauge| gauge.set(0));
     }
 
-    /// No shard has it any more; what it had comes back.
+    /// No shard has it any more; what it had comes back. A disk that was being detached is gone with that.
     pub fn go_down(&self, reason: &str) -> Option<Live> {
         let mut inner = self.inner();
-        inner.standing = Standing::Down;
+        inner.standing = match inner.standing {
+            Standing::Live | Standing::Down => Standing::Down,
+            Standing::Draining | Standing::Zombie | Standing::Gone => Standing::Gone,
+        };
         inner.reason = Some(reason.to_owned());
+        inner.live.take()
+    }
+
+    /// It was detached, and nobody brings it up or changes it any more; what it had comes back.
+    pub fn leave(&self) -> Option<Live> {
+        let mut inner = self.inner();
+        inner.standing = Standing::Gone;
         inner.live.take()
     }
 }

@@ -75,7 +75,7 @@ impl Daemon {
             if disk.place().is_none_or(|(_, place)| place != shard) {
                 continue;
             }
-            let removed = disk.standing() != Standing::Live;
+            let removed = !matches!(disk.standing(), Standing::Live | Standing::Down);
             let message = format!("shard {shard}, which served it, has ended ({reason}): restart the daemon");
             let Some(live) = disk.go_down(&message) else { continue };
             drop(live.listener);
