@@ -4,6 +4,8 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 
+pub mod error;
+pub mod file;
 pub mod raw;
 pub mod size;
 pub mod spec;

@@ -1,0 +1,110 @@
+//! A file of an image as a driver sees it: positions, whole answers, explicit order. The seam at which tests record, delay,
+//! tear and refuse single operations.
+//!
+//! Contract of every implementation:
+//! 1. Any offset and length will do. Where the store wants whole blocks the implementation reads, merges and writes them,
+//!    serialised with all other I/O of that block, the guest's payload included.
+//! 2. An operation begins when its future is *made*, not when it is first polled, and goes on when the future is dropped: the
+//!    kernel may have it already. It owns its memory until it has ended.
+//! 3. Operations in flight are not ordered. What was answered before [`ImageFile::flush`] began is durable when that flush has
+//!    succeeded. A flush that failed is never turned into a success later: every later flush of this object fails too.
+//! 4. Bytes behind the end of the file read as zero. [`ImageFile::write`] extends a regular file.
+
+use std::ops::{Deref, DerefMut, Range};
+use std::pin::Pin;
+
+use crate::error::Error;
+
+/// Alignment of a [`Buf`] in memory, in bytes: enough for O_DIRECT on every store.
+pub const BUF_ALIGN: usize = 4096;
+
+/// The answer of an operation that takes its time. Not `Send`: one core owns everything.
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + 'a>>;
+
+/// Memory of metadata I/O: owned by whoever works on it, aligned to [`BUF_ALIGN`], and it stays in place when it is moved.
+pub struct Buf {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Buf {
+    /// `len` zeroes.
+    pub fn zeroed(len: usize) -> Buf {
+        let memory = vec![0u8; len + BUF_ALIGN];
+        let start = memory.as_ptr().align_offset(BUF_ALIGN);
+        // A Vec that is not resized does not move its bytes. (align_offset may give up in const evaluation only.)
+        Buf { start: start.min(BUF_ALIGN), memory, len }
+    }
+
+    /// A copy of some bytes.
+    pub fn copy_of(bytes: &[u8]) -> Buf {
+        let mut buf = Buf::zeroed(bytes.len());
+        buf.copy_from_slice(bytes);
+        buf
+    }
+
+    /// Keeps the first `len` bytes.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+impl Deref for Buf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl DerefMut for Buf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
+impl Clone for Buf {
+    fn clone(&self) -> Buf {
+        Buf::copy_of(self)
+    }
+}
+
+impl std::fmt::Debug for Buf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Buf({} bytes)", self.len)
+    }
+}
+
+/// A file of an image, opened. See the module for the contract.
+pub trait ImageFile: std::fmt::Debug {
+    /// Its path, for messages.
+    fn name(&self) -> &str;
+
+    /// Length in bytes now, counting what [`ImageFile::extend`] and writes have added.
+    fn length(&self) -> u64;
+
+    /// A block device: its length is given, and nothing is known of what it holds.
+    fn is_device(&self) -> bool;
+
+    /// Changes are allowed.
+    fn is_writable(&self) -> bool;
+
+    /// Reads exactly `len` bytes.
+    fn read(&self, offset: u64, len: usize) -> Pending<'static, Buf>;
+
+    /// Writes all of `data`.
+    fn write(&self, offset: u64, data: Buf) -> Pending<'static, ()>;
+
+    /// Makes everything durable that was answered before this call, length included.
+    fn flush(&self) -> Pending<'static, ()>;
+
+    /// Makes the file at least `length` bytes long; what is new reads as zero. Does nothing if it is that long. Fails on a device
+    /// that is too short.
+    fn extend(&self, length: u64) -> Pending<'static, ()>;
+
+    /// Cuts the file to `length` bytes. Does nothing on a device.
+    fn truncate(&self, length: u64) -> Pending<'static, ()>;
+
+    /// Makes a range read as zero, giving its space back where the store can do that.
+    fn zero(&self, range: Range<u64>) -> Pending<'static, ()>;
+}
