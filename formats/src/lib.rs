@@ -4,8 +4,10 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 
+pub mod driver;
 pub mod error;
 pub mod file;
+pub mod metadata;
 pub mod raw;
 pub mod size;
 pub mod spec;

@@ -1,0 +1,379 @@
+//! The driver interface: a format is a map.
+//!
+//! A driver answers *where the bytes of a disk are* and *what must happen so that a range may be written*. It moves no payload:
+//! [`crate::volume`] carries plans out, in the daemon and in the offline tools alike.
+//!
+//! ```text
+//!            map ──────────────▶ extents ─────────────▶ payload is read, or written in place
+//!   request ─┤ (cached metadata)
+//!            ├ load ───────────▶ map again                                (metadata was not in memory)
+//!            └ plan_write ─▶ fills ─▶ payload is written ─▶ commit ─▶ answer  (no place yet)
+//!                                           └─ failed ────▶ abort
+//! ```
+//!
+//! # Who guarantees what
+//! The caller (`volume`):
+//! - asks only for ranges inside [`Driver::size`], in bytes; plans, discards and zeroes are rounded to [`Driver::granule`] by the
+//!   driver (plans: outwards) and by the caller (discards and zeroes: inwards, the rest is written as data);
+//! - never has two plans, or a plan and a discard, zero or resize, out whose granules overlap; discards, zeroes and resizes
+//!   also wait for reads and in-place writes of their range, and keep new ones away. So a driver never frees a place that
+//!   somebody still reads or writes, and needs no locks for ranges;
+//! - writes all fills of a plan before it commits it, and ends every plan by commit or abort exactly once. A dropped plan
+//!   (its disk was forgotten) leaks space at most.
+//!
+//! The driver:
+//! - checks every byte that it read from the file before it believes it. A place that a map returns lies inside the file's data,
+//!   on no metadata, and belongs to this range alone; else the answer is [`ErrorKind::Corrupt`](crate::error::ErrorKind) for
+//!   that range, and other ranges work on;
+//! - keeps the promise of durability (below) for its metadata;
+//! - changes nothing in a file that was opened read-only, and nothing before the first change that a guest asks for, except
+//!   where its format's specification demands it (dirty and autoclear bits);
+//! - bounds its memory by [`Open::budget`] and its loops by sizes that it has checked.
+//!
+//! # The promise
+//! 1. What [`Driver::flush`] plus the file's flush acknowledged survives power loss.
+//! 2. What [`Driver::commit`] acknowledged survives the death of the process.
+//! 3. After power loss a byte that was not flushed is old or new, never another block's or a former owner's; the image opens,
+//!    and a check finds leaks at most.
+//! 4. One failed operation fails its caller only; the driver goes on. After ENOSPC everything that was there is there.
+//!
+//! How ([`crate::metadata`] does this for all drivers): places come from a reserve that is known to read as zero and whose
+//! bookkeeping was made durable before; a mapping over *zero or nothing* may be written at any time ([`Order::Anytime`]); one
+//! that hides *other bytes* (of the layer below, or of a cluster that was shared) is written only when the payload is
+//! durable ([`Order::AfterData`]); a place that was freed is given out again only when the removal of its mapping is durable.
+//!
+//! # On paper
+//! *64 KiB qcow2 copy-on-write, 4 KiB written*: map says `Absent`; plan gives one fill of the cluster, `Under::Below`; the caller
+//! reads 60 KiB from the layer below around the payload, writes 64 KiB at once, commits: L2 entry, `AfterData`.
+//! *qcow2 without backing*: fill of the cluster, `Under::Zero`: 4 KiB are written, nothing around; commit `Anytime`.
+//! *VHD differencing disk, sectors of a present block*: granule 512; fill of the written sectors only, `Under::Below` which has
+//! nothing to copy; commit sets bits of the sector bitmap, `AfterData`. *Its absent block*: the same fill; plan reserves a block
+//! and remembers it in memory, a second plan for other sectors of that block joins the same reservation; each commit sets
+//! its bits, the first one the entry of the block table, too.
+//! *VMDK grain*: as qcow2, with two tables to keep equal.
+
+use std::ops::Range;
+use std::rc::Rc;
+
+use crate::error::Error;
+use crate::file::{ImageFile, Pending};
+
+pub use crate::metadata::{AllocationLog, Budget, Order};
+
+/// A file of a driver: index into [`Open::files`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileIndex(pub u16);
+
+/// A stretch of a disk and where its bytes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte of the disk.
+    pub start: u64,
+    /// Bytes; never 0.
+    pub len: u64,
+    /// Where they are.
+    pub place: Place,
+}
+
+/// Where the bytes of an extent are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In a file, from this offset on.
+    Data {
+        /// Which.
+        file: FileIndex,
+        /// Byte offset.
+        offset: u64,
+        /// They may be overwritten where they are: no other range refers to them, and no metadata has to change.
+        in_place: bool,
+    },
+    /// They read as zero, whatever the layer below has.
+    Zero {
+        /// The image holds space for them.
+        allocated: bool,
+    },
+    /// This image does not have them: the layer below does; without one they are zero.
+    Absent,
+    /// They have to be decoded: [`Driver::decode`] gives them. Never written in place.
+    Encoded,
+}
+
+/// What is to be done so that a range can be written.
+#[derive(Debug)]
+pub struct Plan {
+    /// The driver's own number of this plan.
+    pub id: u64,
+    /// Where to write, ascending and without gaps over the range; the first may begin before it, the last end behind it.
+    pub fills: Vec<Fill>,
+}
+
+/// A stretch of a plan: bytes of the disk that get a place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fill {
+    /// Bytes of the disk, whole granules; more than what the request covers when the place is larger.
+    pub range: Range<u64>,
+    /// Where `range.start` goes.
+    pub file: FileIndex,
+    /// Byte offset of `range.start`.
+    pub offset: u64,
+    /// What becomes of the bytes of `range` that the request does not write.
+    pub under: Under,
+}
+
+/// The bytes of a fill around the payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Under {
+    /// Right as they are in the file (they read as zero already and shall, or hold this range's own data): only the payload is written.
+    Kept,
+    /// The layer below has them: the caller reads them there and writes them with the payload. The place reads as zero, so
+    /// what is zero below need not be written.
+    Below,
+    /// This image has them at another place: the caller reads them there (`offset` is of `range.start`) and writes the whole range.
+    Copied {
+        /// Which file.
+        file: FileIndex,
+        /// Byte offset of `range.start`.
+        offset: u64,
+    },
+    /// They shall be zero and may not be yet: the caller writes the whole range.
+    Zeroes,
+    /// This image has them encoded: the caller takes them from [`Driver::decode`] and writes the whole range.
+    Decoded,
+}
+
+/// What a zeroed range shall leave behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Erase {
+    /// A discard: the range reads as zero afterwards where the format can say so, else as before; space is given back.
+    Discard,
+    /// It reads as zero; space is given back.
+    Zero,
+    /// It reads as zero and keeps (or gets) its space, so that a later write needs no allocation.
+    ZeroKeep,
+}
+
+/// How far a driver could serve an erase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Erased {
+    /// Done.
+    Done,
+    /// The format cannot say that without writing: the caller writes zeroes (or, for a discard, does nothing).
+    WriteZeroes,
+}
+
+/// How an image is to be opened.
+#[derive(Debug, Clone)]
+pub struct Open {
+    /// The image's file, then the further files that its [`Description`] asked for, in that order.
+    pub files: Vec<Rc<dyn ImageFile>>,
+    /// Changes are wanted. Every file that the driver writes is writable.
+    pub writable: bool,
+    /// Bytes of the layer below; `None` when there is none.
+    pub below_size: Option<u64>,
+    /// Memory for tables, shared with others.
+    pub budget: Rc<Budget>,
+    /// Where mappings are noted that are not in the file yet; without one [`Driver::commit`] waits for the file.
+    pub log: Option<Rc<dyn AllocationLog>>,
+    /// A snapshot inside the image to serve instead of its active state (by name or identifier), read-only.
+    pub snapshot: Option<String>,
+}
+
+/// What a running driver looks like from outside.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Table look-ups that were in memory.
+    pub cache_hits: u64,
+    /// Table look-ups that had to be read.
+    pub cache_misses: u64,
+    /// Bytes of tables in memory.
+    pub cache_bytes: u64,
+    /// Mappings that are acknowledged and not yet in the file.
+    pub pending_mappings: u64,
+}
+
+/// One opened image. Single-threaded; shared by `Rc`; several calls may be out at a time, and a future that is dropped leaves the
+/// driver usable.
+pub trait Driver {
+    /// Bytes of the disk, a multiple of 512.
+    fn size(&self) -> u64;
+
+    /// The unit in which ranges get places, in bytes: a power of two, at least 512.
+    fn granule(&self) -> u64;
+
+    /// Appends to `out` where the bytes from `offset` on are, using only what is in memory, and returns how many bytes that
+    /// covers: at most `len`, fewer when something has to be read, 0 when [`Driver::load`] must come first. Neighbouring
+    /// extents that continue each other are merged as far as that is cheap.
+    ///
+    /// # Errors
+    /// The tables for `offset` are damaged. (Damage further on ends the answer before it.)
+    fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<u64, Error>;
+
+    /// Reads what [`Driver::map`] needs at `offset`, so that it then covers at least a part of `len` bytes.
+    fn load(&self, offset: u64, len: u64) -> Pending<'_, ()>;
+
+    /// Finds places for a range that map did not call in place. Loads what it needs. Nothing of it is visible to `map` before
+    /// the commit.
+    fn plan_write(&self, offset: u64, len: u64) -> Pending<'_, Plan>;
+
+    /// The payload of a plan is written: makes it visible to `map` at once, and safe against the death of the process when the
+    /// future is done. After an error the range holds old or new bytes.
+    fn commit(&self, plan: Plan) -> Pending<'_, ()>;
+
+    /// The payload of a plan could not be written: what was reserved goes back.
+    fn abort(&self, plan: Plan);
+
+    /// Unmaps or zeroes whole granules.
+    fn erase(&self, range: Range<u64>, how: Erase) -> Pending<'_, Erased>;
+
+    /// Writes what is in memory only, in an order that keeps the promise, so that the flushes of all files *that follow* make
+    /// everything durable that was committed before this call. Flushes files itself where order demands it.
+    fn flush(&self) -> Pending<'_, ()>;
+
+    /// Writes mappings back that only the log and the memory have: called now and then while there are some
+    /// ([`Usage::pending_mappings`]), also when no guest flushes.
+    fn tidy(&self) -> Pending<'_, ()>;
+
+    /// Changes the size of the disk, in bytes. Growing reads as zero, whatever the layer below has there.
+    fn resize(&self, size: u64) -> Pending<'_, ()>;
+
+    /// Ends the use of the image: everything is flushed, what was reserved goes back, marks of use are removed. The driver is not
+    /// used afterwards. Dropping a driver without this is what a crash does.
+    fn close(&self) -> Pending<'_, ()>;
+
+    /// Decodes the bytes of a range that `map` called [`Place::Encoded`], into memory of exactly its length.
+    fn decode(&self, range: Range<u64>) -> Pending<'_, crate::file::Buf> {
+        let message = format!("nothing at {} is encoded", range.start);
+        Box::pin(std::future::ready(Err(Error::invalid(message))))
+    }
+
+    /// Figures.
+    fn usage(&self) -> Usage;
+}
+
+/// What an image refers to besides itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Paths as the image names them, best first; relative ones are relative to the folder of the image. Not yet checked against
+    /// anything: the opener has its gate.
+    pub paths: Vec<String>,
+    /// Type that the image says it has (`raw`, `qcow2`, `vhd`); `None` when it does not say, which the opener must not guess raw.
+    pub format: Option<String>,
+    /// The identity that the image expects; `None` when the format has none.
+    pub identity: Option<Identity>,
+}
+
+/// How a format recognises that a parent is the one it was made over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// UUID, as 16 bytes in the order of the file.
+    pub uuid: [u8; 16],
+    /// Time of modification that the image remembers, seconds since 1970; `None` when not recorded. A difference is a warning.
+    pub modified: Option<u64>,
+}
+
+/// What an image says of itself: enough to open it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Bytes of the disk.
+    pub size: u64,
+    /// The layer below.
+    pub backing: Option<Link>,
+    /// Further files that hold data of this image.
+    pub data_files: Vec<Link>,
+    /// Its own identity, for children that remember it.
+    pub identity: Option<Identity>,
+    /// The image can be written by this program; else why not.
+    pub writable: Result<(), String>,
+    /// Properties for people and `--json`, in order: name, value (cluster size, version, features, creator…).
+    pub properties: Vec<(&'static str, String)>,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Damage: data may be lost or wrong. One line each, bounded by [`Findings::LINES_MAX`].
+    pub corruptions: Vec<String>,
+    /// Number of corruptions, also those without a line.
+    pub corruptions_total: u64,
+    /// Space that nothing refers to. One line each, bounded.
+    pub leaks: Vec<String>,
+    /// Number of leaks.
+    pub leaks_total: u64,
+    /// Odd, harmless.
+    pub remarks: Vec<String>,
+    /// Corruptions and leaks that were repaired.
+    pub repaired_total: u64,
+    /// Bytes of the disk that have a place in this image.
+    pub allocated_bytes: u64,
+    /// First byte behind everything that the image uses in its file.
+    pub end: u64,
+}
+
+impl Findings {
+    /// Lines that are kept of each kind.
+    pub const LINES_MAX: usize = 1000;
+
+    /// Notes damage.
+    pub fn corruption(&mut self, line: impl Into<String>) {
+        self.corruptions_total += 1;
+        if self.corruptions.len() < Self::LINES_MAX {
+            self.corruptions.push(line.into());
+        }
+    }
+
+    /// Notes `count` lost pieces of space.
+    pub fn leak(&mut self, count: u64, line: impl Into<String>) {
+        self.leaks_total += count;
+        if self.leaks.len() < Self::LINES_MAX {
+            self.leaks.push(line.into());
+        }
+    }
+}
+
+/// What a repair may touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Repair {
+    /// Space that nothing refers to is given back; nothing else is changed.
+    Leaks,
+    /// Everything that can be repaired without guessing what data is right.
+    All,
+}
+
+/// Options of a new image, as `image create -o name=value` gives them, and what every format has.
+#[derive(Debug, Clone)]
+pub struct Create {
+    /// Bytes of the disk; `None` takes the size of the layer below.
+    pub size: Option<u64>,
+    /// The layer below: how the new image shall name it (path as it will be stored, format), its identity and size.
+    pub backing: Option<(Link, u64)>,
+    /// Format's own options, as typed by the user; unknown ones are refused by name with the known ones listed.
+    pub options: Vec<(String, String)>,
+}
+
+/// A format: the one line of [`crate::registry`] that makes it known.
+pub trait Format: Sync {
+    /// Its type in specifications: `vhd`, `qcow2`.
+    fn name(&self) -> &'static str;
+
+    /// Whether a file is of this format, from its first (at most) 64 KiB and its last 512 bytes. Never true for anything a guest
+    /// could have written into a raw disk *and* an operator called raw: the answer is used for messages and for backing files
+    /// whose type the image names, not to guess.
+    fn recognises(&self, head: &[u8], tail: &[u8]) -> bool;
+
+    /// Reads what an image says of itself. Changes nothing.
+    fn describe(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Description>;
+
+    /// Opens an image.
+    fn open(&self, open: Open) -> Pending<'_, Rc<dyn Driver>>;
+
+    /// Makes an empty image in an empty file. `data_files` are the further files, if the options ask for some.
+    fn create<'a>(
+        &'a self,
+        file: Rc<dyn ImageFile>,
+        data_files: Vec<Rc<dyn ImageFile>>,
+        create: &'a Create,
+    ) -> Pending<'a, ()>;
+
+    /// Finds everything that is wrong with an image, and repairs what `repair` allows. `below_size` as in [`Open`].
+    fn check(&self, open: Open, repair: Option<Repair>) -> Pending<'_, Findings>;
+}
