@@ -7,6 +7,7 @@
 pub mod driver;
 pub mod error;
 pub mod file;
+pub mod locks;
 pub mod metadata;
 pub mod raw;
 pub mod size;
