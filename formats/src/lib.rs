@@ -12,3 +12,4 @@ pub mod metadata;
 pub mod raw;
 pub mod size;
 pub mod spec;
+pub mod volume;
