@@ -82,11 +82,11 @@ pub trait Payload {
     /// Stores `len` bytes at `at` in a file.
     fn write(&self, file: FileId, offset: u64, at: usize, len: usize) -> Pending<'_, ()>;
 
-    /// Copies bytes into the memory.
-    fn put(&self, at: usize, bytes: &[u8]);
+    /// Copies bytes into the memory. Done at the latest when the request is.
+    fn put(&self, at: usize, bytes: Buf);
 
     /// Copies bytes out of the memory.
-    fn get(&self, at: usize, bytes: &mut [u8]);
+    fn get(&self, at: usize, len: usize) -> Pending<'_, Buf>;
 
     /// Zeroes a part of the memory.
     fn zero(&self, at: usize, len: usize);
@@ -337,7 +337,7 @@ impl Volume {
                     let driver = &self.layers[usize::from(layer)].driver;
                     let bytes = driver.decode(piece.start..piece.start + piece.len).await;
                     match bytes {
-                        Ok(bytes) => payload.put(at, &bytes),
+                        Ok(bytes) => payload.put(at, bytes),
                         Err(error) => {
                             // What was begun owns nothing of ours, but the caller's memory must be still when we answer.
                             let _ = all(reads).await;
@@ -502,7 +502,7 @@ impl Volume {
         }
         let mut bytes = around.take();
         let at = (part.start - fill.range.start) as usize;
-        payload.get(part_at, &mut bytes[at..at + part_len]);
+        bytes[at..at + part_len].copy_from_slice(&payload.get(part_at, part_len).await?);
         let file = self.file(id).ok_or_else(no_such_file)?;
         file.write(fill.offset, bytes).await
     }
@@ -746,13 +746,14 @@ impl Payload for Window<'_> {
         file.write(offset, bytes)
     }
 
-    fn put(&self, at: usize, bytes: &[u8]) {
-        self.memory.put(self.at + at, bytes);
+    fn put(&self, at: usize, bytes: Buf) {
+        self.memory.put(self.at + at, &bytes);
     }
 
-    fn get(&self, at: usize, bytes: &mut [u8]) {
+    fn get(&self, at: usize, len: usize) -> Pending<'_, Buf> {
         let at = self.at + at;
-        bytes.copy_from_slice(&self.memory.bytes.borrow()[at..at + bytes.len()]);
+        let bytes = Buf::copy_of(&self.memory.bytes.borrow()[at..at + len]);
+        Box::pin(std::future::ready(Ok(bytes)))
     }
 
     fn zero(&self, at: usize, len: usize) {
