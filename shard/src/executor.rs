@@ -38,6 +38,8 @@ pub struct ShardOptions {
     pub ring: RingFlavour,
     /// Bytes of I/O buffers that the shard's connections share.
     pub buffer_budget_bytes: usize,
+    /// Memory for tables of images (VHD, qcow2), shared by the shard's disks, in bytes.
+    pub table_budget_bytes: usize,
     /// Accept [`crate::api::Command::InjectPanic`].
     pub fault_commands: bool,
 }
@@ -205,6 +207,7 @@ fn run(seed: Seed) {
         inbox_wake: wake,
         events: sink.clone(),
         counters,
+        table_budget_bytes: options.table_budget_bytes,
         fault_commands: options.fault_commands,
     });
     let _ = ready.send(Ok(()));

@@ -37,6 +37,10 @@ impl Daemon {
                 drop(config);
                 self.finish(&disk).await;
             }
+            Event::ImageError { disk, message } => {
+                let name = self.disk_by_id(disk).map(|disk| disk.name.clone());
+                self.events.record(Level::Warning, name.as_deref(), message);
+            }
             Event::ClientGone { disk, peer, reason } => {
                 let name = self.disk_by_id(disk).map(|disk| disk.name.clone());
                 if reason.is_empty() {
