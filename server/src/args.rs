@@ -235,11 +235,15 @@ pub enum CtlCommand {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
         limit: Option<u32>,
     },
-    /// Make a disk's own code panic, in a daemon that was started with --fault-commands
+    /// Make a disk's or a shard's own code panic, in a daemon that was started with --fault-commands
     #[command(hide = true)]
     InjectPanic {
         /// The disk
-        name: String,
+        #[arg(required_unless_present = "shard", conflicts_with = "shard")]
+        name: Option<String>,
+        /// The shard
+        #[arg(long, value_name = "N")]
+        shard: Option<u16>,
     },
     /// Read the configuration again
     Reload,

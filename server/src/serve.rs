@@ -2,6 +2,8 @@
 //!
 //! Order: sockets that were passed, settings, log, locks, shards (their threads inherit blocked signals), the runtime of the
 //! control thread, listeners, the disks of the last run, READY. The way back: no new work, drain and flush, shards stopped.
+//! When the last shard has ended by a failure the daemon ends as well, with a failure, for the service manager to start it again;
+//! what a start needs (attachments, RAM disks, the run directory) stays.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,6 +84,12 @@ async fn run(daemon: Arc<Daemon>, given: Given) -> Result<u8, Problem> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            () = daemon.no_shard_left.notified() => {
+                daemon.begin_stop();
+                return Err(Problem::failed(
+                    "no shard is left, so no disk can be served: the daemon ends, to be started again; report its log",
+                ));
+            }
             _ = hangup.recv() => {
                 let daemon = daemon.clone();
                 tokio::spawn(async move {

@@ -38,7 +38,7 @@ pub struct ShardOptions {
     pub ring: RingFlavour,
     /// Bytes of I/O buffers that the shard's connections share.
     pub buffer_budget_bytes: usize,
-    /// Accept [`crate::api::Command::InjectPanic`].
+    /// Accept [`crate::api::Command::InjectPanic`] and its like.
     pub fault_commands: bool,
 }
 
@@ -220,8 +220,8 @@ fn run(seed: Seed) {
     let error =
         result.unwrap_or_else(|_| Some("the shard's own code panicked; its log has the place".to_owned()));
     if error.is_some() {
-        // Operations may be out: their memory must stay.
-        std::mem::forget(shard);
+        // Should that panic as well, then the images are still held, and the disks stay failed.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.abandon()));
     }
     sink.send(Event::Stopped { error });
 }

@@ -10,6 +10,7 @@ use super::disk::Standing;
 use super::{Daemon, Disk};
 use crate::limit_change::LimitChange;
 use crate::model::{self, Level, QosRequest, ResumeRequest, State};
+use crate::placement;
 use crate::problem::{Problem, ProblemKind};
 
 impl Daemon {
@@ -112,6 +113,22 @@ impl Daemon {
         let disk = self.disk(name)?;
         let (id, shard) = live(&disk)?;
         self.command(&disk, shard, Command::InjectPanic { disk: id }, deadline).await
+    }
+
+    /// Makes a shard's own code panic: the test of its end. Refused like [`Daemon::inject_panic`].
+    pub async fn inject_shard_panic(&self, shard: u16, deadline: Instant) -> Result<(), Problem> {
+        let shard = placement::named(&self.fleet, shard)?;
+        let mut call = self.fleet.start(shard.index, Command::InjectShardPanic)?;
+        match tokio::time::timeout_at(deadline, call.answer()).await {
+            // There is no answer but the end.
+            Ok(Err(_)) if shard.ended().is_some() => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            Ok(Ok(reply)) => Err(Problem::failed(format!("unexpected answer to a panic: {reply:?}"))),
+            Err(_) => Err(Problem::new(
+                ProblemKind::TimedOut,
+                format!("shard {} has not ended in time", shard.index),
+            )),
+        }
     }
 
     /// Changes a disk's limits and groups; in effect, and kept, when it returns.

@@ -119,6 +119,15 @@ impl Rig {
         }
     }
 
+    /// Waits until it ends by itself.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        let daemon = self.daemon.as_mut().expect("it runs");
+        let status =
+            wait(daemon, PATIENCE).unwrap_or_else(|| panic!("the daemon does not end:\n{}", self.log()));
+        self.daemon = None;
+        status
+    }
+
     /// This test makes the daemon panic on purpose.
     pub fn expect_panics(&mut self) {
         self.panics_expected = true;
