@@ -188,7 +188,7 @@ pub enum CtlCommand {
     },
     /// Show or change limits of a disk or a group, live
     Qos(Box<QosArgs>),
-    /// Hold the requests of a disk
+    /// Hold the requests of a disk until it is resumed, over restarts of the daemon as well
     Pause {
         /// The disk
         name: String,
@@ -201,7 +201,7 @@ pub enum CtlCommand {
         #[arg(long)]
         data_in_doubt: bool,
     },
-    /// Give a disk up: its requests are answered with errors
+    /// Give a disk up: its requests are answered with errors until it is detached, over restarts of the daemon as well
     Fail {
         /// The disk
         name: String,

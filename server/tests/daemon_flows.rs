@@ -21,6 +21,10 @@ fn shard_with<'a>(rig: &'a Rig, name: &str) -> &'a FakeShard {
     rig.shards.iter().find(|shard| shard.disks().iter().any(|disk| disk == name)).expect("a shard has it")
 }
 
+fn shard_has(rig: &Rig, shard: usize, name: &str) -> bool {
+    rig.shards[shard].disks().iter().any(|disk| disk == name)
+}
+
 #[tokio::test]
 async fn attach_is_idempotent_and_a_difference_is_a_conflict() {
     let rig = Rig::new();
@@ -233,6 +237,75 @@ async fn a_pause_that_takes_too_long_goes_back_to_running() {
     assert_eq!(rig.daemon.pause("d", soon(1000)).await.unwrap().state, State::Paused, "again is no error");
     let disk = rig.daemon.resume("d", Default::default(), soon(1000)).await.unwrap();
     assert_eq!(disk.state, State::Running);
+}
+
+#[tokio::test]
+async fn a_pause_and_a_give_up_hold_over_a_crash_until_they_are_ended() {
+    let rig = Rig::new();
+    for name in ["paused", "resumed", "given-up", "runs"] {
+        rig.attach(name, "null:?size=1G").await.unwrap();
+    }
+    rig.daemon.pause("paused", soon(1000)).await.unwrap();
+    rig.daemon.pause("resumed", soon(1000)).await.unwrap();
+    rig.daemon.resume("resumed", Default::default(), soon(1000)).await.unwrap();
+    rig.daemon.pause("given-up", soon(1000)).await.unwrap();
+    rig.daemon.fail("given-up", soon(1000)).await.unwrap();
+    let states = [
+        ("paused", State::Paused),
+        ("resumed", State::Running),
+        ("given-up", State::Failed),
+        ("runs", State::Running),
+    ];
+    let rig = rig.crash("").await;
+    rig.daemon.restore(soon(5000)).await;
+    for (name, state) in states {
+        assert_eq!(state_of(&rig, name), Some(state), "{name}");
+    }
+    let reason = |name: &str| rig.daemon.describe(&rig.daemon.find(name).unwrap()).reason;
+    assert!(reason("paused").unwrap().contains("`ctl resume`"));
+    assert!(reason("given-up").unwrap().contains("detach it"));
+    assert_eq!(reason("runs"), None);
+    // The attach that made it is still repeated without a change.
+    assert!(!rig.attach("paused", "null:?size=1G").await.unwrap().1);
+    assert_eq!(state_of(&rig, "paused"), Some(State::Paused));
+    // A shard that dies changes nothing about it either.
+    let place = rig.daemon.find("paused").unwrap().place().unwrap().1;
+    rig.shards[place].die();
+    until("it is back", || shard_has(&rig, 1 - place, "paused")).await;
+    until("it is paused", || state_of(&rig, "paused") == Some(State::Paused)).await;
+    rig.daemon.resume("paused", Default::default(), soon(1000)).await.unwrap();
+    let rig = rig.crash("").await;
+    rig.daemon.restore(soon(5000)).await;
+    assert_eq!(state_of(&rig, "paused"), Some(State::Running), "resumed for good");
+    rig.daemon.detach("given-up", false, soon(1000)).await.unwrap();
+    rig.attach("given-up", "null:?size=1G").await.unwrap();
+    assert_eq!(state_of(&rig, "given-up"), Some(State::Running), "a new attachment");
+}
+
+#[tokio::test]
+async fn a_pause_that_cannot_be_kept_is_ended() {
+    let rig = Rig::new();
+    rig.attach("d", "null:?size=1G").await.unwrap();
+    // A directory in the place of the state's new file makes every write fail.
+    let block = rig.dir.path().join("run/state/attachments.json.new");
+    std::fs::create_dir(&block).unwrap();
+    let problem = rig.daemon.pause("d", soon(1000)).await.unwrap_err();
+    assert!(problem.message.contains("runs on"), "{problem}");
+    assert_eq!(state_of(&rig, "d"), Some(State::Running));
+    assert!(rig.daemon.fail("d", soon(1000)).await.is_err());
+    assert_eq!(state_of(&rig, "d"), Some(State::Running), "not given up, since that could not be kept");
+    std::fs::remove_dir(&block).unwrap();
+    rig.daemon.pause("d", soon(1000)).await.unwrap();
+    std::fs::create_dir(&block).unwrap();
+    assert!(rig.daemon.resume("d", Default::default(), soon(1000)).await.is_err());
+    assert_eq!(state_of(&rig, "d"), Some(State::Paused));
+    std::fs::remove_dir(&block).unwrap();
+    // A resume that the shard refuses leaves the pause in force.
+    shard_with(&rig, "d").script("resume", Behaviour::Refuse(ShardErrorKind::WrongState));
+    assert!(rig.daemon.resume("d", Default::default(), soon(1000)).await.is_err());
+    let rig = rig.crash("").await;
+    rig.daemon.restore(soon(5000)).await;
+    assert_eq!(state_of(&rig, "d"), Some(State::Paused));
 }
 
 #[tokio::test]

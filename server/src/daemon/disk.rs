@@ -190,7 +190,7 @@ impl Disk {
     pub fn go_live(&self, live: Live) {
         let mut inner = self.inner();
         inner.standing = Standing::Live;
-        inner.reason = live.image.note.clone();
+        inner.reason = inner.attachment.hold.reason().map(str::to_owned).or_else(|| live.image.note.clone());
         inner.retry_at = None;
         inner.live = Some(live);
     }
