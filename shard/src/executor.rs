@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
-use glommio::{LocalExecutorBuilder, Placement};
+use glommio::{CpuSet, LocalExecutorBuilder, Placement};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::api::{Envelope, Event};
@@ -109,9 +109,16 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
     let wake = eventfd().map_err(descriptors)?;
     let (tx, inbox) = unbounded();
     let counters = Arc::new(ShardCounters::default());
+    // glommio asks /sys for the processors before it pins, and a chroot need not have one.
+    let processors = CpuSet::online();
+    if let Err(error) = &processors {
+        warn_unpinned(options.index, options.cpu, &format!("/sys does not tell the processors: {error}"));
+    }
     let placements = match options.cpu {
-        Some(cpu) => vec![(Placement::Fixed(cpu), Some(cpu)), (Placement::Unbound, None)],
-        None => vec![(Placement::Unbound, None)],
+        Some(cpu) if processors.is_ok() => {
+            vec![(Placement::Fixed(cpu), Some(cpu)), (Placement::Unbound, None)]
+        }
+        _ => vec![(Placement::Unbound, None)],
     };
     let mut failure = String::new();
     for (placement, cpu) in placements {
