@@ -99,7 +99,7 @@ pub struct ServeArgs {
     /// Pre-shared keys of TLS clients: lines of USER:HEX, as GnuTLS' psktool writes them
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
-    /// Directory for RAM disks, on tmpfs or hugetlbfs [default: RUN_DIR/ram]
+    /// Directory for RAM disks, on tmpfs or hugetlbfs [default: RUN_DIR/ram, or one in /dev/shm where RUN_DIR is not on tmpfs]
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
     /// Limit on the memory of all RAM disks together, like 4G [default: none but the file system's]

@@ -218,10 +218,8 @@ pub struct Settings {
     pub on_error: ErrorPolicy,
     /// Policy of attachments that name none.
     pub on_enospc: ErrorPolicy,
-    /// Directory of RAM disks.
-    pub ram_dir: PathBuf,
-    /// An operator chose it.
-    pub ram_dir_given: bool,
+    /// Directory of RAM disks that an operator chose.
+    pub ram_dir: Option<PathBuf>,
     /// Limit on the memory of all RAM disks; `None` for no limit.
     pub ram_limit_bytes: Option<u64>,
     /// NBD on TCP.
@@ -333,7 +331,6 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
             "shards.buffer_budget is {buffer_budget} bytes: expected at least 1M, so that a request fits"
         )));
     }
-    let file_has_ram_dir = file.ram.dir.is_some();
     let seconds = |given: Option<u32>, default: u32| Duration::from_secs(given.unwrap_or(default).into());
     let settings = Settings {
         ctl: absolute(ctl)?,
@@ -347,8 +344,7 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
         open_timeout: seconds(file.images.open_timeout_s, 30),
         on_error: file.disks.on_error.unwrap_or(ErrorPolicy::Report),
         on_enospc: file.disks.on_enospc.unwrap_or(ErrorPolicy::Report),
-        ram_dir: absolute(args.ram_dir.clone().or(file.ram.dir).unwrap_or_else(|| run_dir.join("ram")))?,
-        ram_dir_given: args.ram_dir.is_some() || file_has_ram_dir,
+        ram_dir: args.ram_dir.clone().or(file.ram.dir).map(absolute).transpose()?,
         ram_limit_bytes: args.ram_limit.or(file.ram.limit).filter(|limit| *limit > 0),
         nbd_listen: nbd_listen.iter().map(|text| parse_nbd_listen(text)).collect::<Result<_, _>>()?,
         nbd_access: access("nbd", file.nbd.mode, file.nbd.group, 0o600)?,

@@ -162,10 +162,16 @@ fn a_file_with_cache_writethrough_holds_what_was_acknowledged() {
     seeds(3, 2).for_each(|seed| on_a_file(seed, "?cache=writethrough"));
 }
 
-/// The contents of a RAM disk are kept over a restart when its directory is on a tmpfs.
+/// The contents of a RAM disk are kept over a restart when its directory is on a tmpfs: one that is named, and the default.
 #[test]
 fn a_ram_disk_outlives_the_daemon() {
     for seed in seeds(4, 3) {
+        if seed & 1 == 1 && fs::metadata("/dev/shm").is_ok() {
+            let rig = Rig::with(2, &["--fault-commands"]);
+            let mut disk = Disk::new("memory", seed, rig, "ram:m?size=1M", None);
+            disk.run(vec![0; MIB]);
+            continue;
+        }
         let directory = match tempfile::tempdir_in("/dev/shm") {
             Ok(directory) => directory,
             Err(error) => return skip("a_ram_disk_outlives_the_daemon", &format!("/dev/shm: {error}")),

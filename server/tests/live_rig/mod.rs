@@ -20,6 +20,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use blktapd::ram_dir::RamDir;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -231,6 +232,8 @@ impl Drop for Rig {
             }
             None => None,
         };
+        // RAM disks outlive a daemon; this directory does not.
+        let _ = fs::remove_dir_all(RamDir::new(None, &self.run_dir()).in_shm());
         let log = self.log();
         if failed {
             eprintln!("--- log of the daemon ---\n{log}--- end of the log ---");
