@@ -573,6 +573,31 @@ mod tests {
         assert_eq!((few.connections, few.negotiations, few.connections_per_disk), (512, 128, 64));
     }
 
+    /// The example file says what the defaults are, in lines that start with # and no blank, and shows no key that is wrong.
+    #[test]
+    fn the_example_is_right() {
+        let text = include_str!("../../deploy/blktapd.toml");
+        let is_key = |line: &str| line.contains(" = ") && line.starts_with(|c: char| c.is_ascii_lowercase());
+        let uncomment = |mark: &str| {
+            let line = |line: &str| {
+                let inner = line.strip_prefix(mark).filter(|rest| is_key(rest) || rest.starts_with('['));
+                format!("{}\n", inner.unwrap_or(line))
+            };
+            text.lines().map(line).collect::<String>()
+        };
+        let defaults = uncomment("#");
+        assert!(defaults.matches("\n[").count() > 5 && defaults.contains("\nrun_dir = "), "{defaults}");
+        // What the host decides has a value in the example all the same.
+        let log_format = read(&defaults).unwrap().log_format;
+        let expected = Settings { log_format, ..read("").unwrap() };
+        assert_eq!(read(&defaults).unwrap(), expected);
+        // Keys instead of a certificate.
+        let shown = read(&uncomment("# ").replace("\npsk = ", "\n# psk = ")).unwrap();
+        assert_eq!(shown.groups["tenant-7"].iops_total.burst, 40_000);
+        assert_eq!(shown.ram_limit_bytes, Some(4 << 30));
+        assert!(shown.tls.cert_key.is_some(), "{shown:?}");
+    }
+
     #[test]
     fn defaults_and_layers() {
         let none = read("").unwrap();
