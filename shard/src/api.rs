@@ -252,6 +252,9 @@ pub enum Command {
         /// Which disk.
         disk: DiskId,
     },
+    /// Panic in the reactor itself, outside every disk: the test of a shard's end. No reply but [`Event::Stopped`]. Refused
+    /// unless the shard was started with fault commands.
+    InjectShardPanic,
 }
 
 /// Answers of a shard.

@@ -341,6 +341,26 @@ impl<K: Kernel> Shard<K> {
         Ok(true)
     }
 
+    /// The end after a failure: gives back what others wait for, and keeps what the kernel may still use.
+    ///
+    /// The ring is closed, so that the kernel ends its operations and lets go of their files; only then are the disks and the
+    /// commands that nobody will carry out dropped, and with them the shard's references to images. Clients see the end of
+    /// their connections. Buffers and message headers stay mapped for ever: an operation that is on its way to a device still
+    /// reads or writes them, and nothing tells a closed ring's owner when the last one has ended. (The file does: see the file
+    /// table's fence.)
+    pub fn abandon(self) {
+        let Shard { kernel, disks, conns, inbox, counters, pool, requests, actions, .. } = self;
+        drop(kernel);
+        for (_, conn) in conns {
+            conn.abandon();
+        }
+        std::mem::forget((pool, requests, actions));
+        drop((inbox, disks));
+        [&counters.disks, &counters.clients, &counters.ops_in_flight, &counters.buffer_bytes]
+            .iter()
+            .for_each(|gauge| gauge.set(0));
+    }
+
     fn account(&mut self, start: Nanos) {
         let end = self.kernel.now();
         let counters = &self.counters;
