@@ -690,6 +690,13 @@ impl Disk {
         matches!(&self.config.backend, Backend::File(file) if file.cache == CacheMode::Writethrough)
     }
 
+    /// Requests that wait for anything, and requests that were started.
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize) {
+        let waiting = self.waiting.iter().map(VecDeque::len).sum::<usize>();
+        (waiting + self.held.len() + self.failed.len(), self.started as usize)
+    }
+
     /// Panics: the test of quarantine.
     pub fn panic_for_test(&self) {
         panic!("injected panic in disk {}", self.config.name);

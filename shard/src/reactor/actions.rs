@@ -31,6 +31,12 @@ pub(super) struct Gate {
 }
 
 impl Gate {
+    /// Operations that are out.
+    #[cfg(test)]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
     /// Drops what waits for a disk.
     pub fn forget(&mut self, slot: u32) {
         self.waiting.retain(|(disk, _)| *disk != slot);
@@ -498,6 +504,7 @@ impl<K: Kernel> Shard<K> {
                 self.service(conn);
             }
         }
+        self.fed_at = self.pool.used();
     }
 
     /// Answers a request: the one place where requests end.

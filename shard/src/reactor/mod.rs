@@ -12,6 +12,8 @@
 //! the shard while the kernel works for it.
 
 mod actions;
+#[cfg(test)]
+mod audit;
 mod commands;
 mod conns;
 mod meter;

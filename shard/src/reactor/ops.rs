@@ -24,6 +24,20 @@ pub(super) enum OpKind {
     Cancel,
 }
 
+#[cfg(test)]
+impl OpKind {
+    /// The disk that it works for.
+    pub fn disk(&self) -> Option<u32> {
+        match *self {
+            OpKind::Io(IoOp { disk, .. })
+            | OpKind::Sync { disk }
+            | OpKind::Fallocate { disk, .. }
+            | OpKind::Side { disk, .. } => Some(disk),
+            OpKind::Inbox | OpKind::Recv { .. } | OpKind::Send { .. } | OpKind::Cancel => None,
+        }
+    }
+}
+
 /// A read or write that may take several tries.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct IoOp {
@@ -59,6 +73,12 @@ impl Ops {
     /// How many are out.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// All that are out.
+    #[cfg(test)]
+    pub fn iter(&self) -> impl Iterator<Item = &OpKind> {
+        self.slots.iter().filter_map(|slot| slot.kind.as_ref())
     }
 
     /// Takes a slot; returns the user data of the operation.

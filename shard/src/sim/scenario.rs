@@ -347,7 +347,18 @@ impl Sim {
             }
             self.hear();
             if !turned {
+                self.audit();
                 return;
+            }
+        }
+    }
+
+    /// Every counter of a budget must be what it counts.
+    fn audit(&self) {
+        for (index, shard) in self.shards.iter().enumerate() {
+            if let Err(message) = shard.audit() {
+                self.describe();
+                panic!("shard {index}: {message}");
             }
         }
     }
