@@ -51,6 +51,17 @@ pub enum Mem {
     Zeroes,
 }
 
+impl Mem {
+    /// The memory behind the first `bytes` of it.
+    pub fn behind(self, bytes: u32) -> Mem {
+        match self {
+            Mem::Payload(at) => Mem::Payload(at + bytes),
+            Mem::Bounce { at, size } => Mem::Bounce { at: at + bytes, size },
+            Mem::Zeroes => Mem::Zeroes,
+        }
+    }
+}
+
 /// What a disk wants done.
 #[derive(Debug, Clone, Copy)]
 pub enum Action {

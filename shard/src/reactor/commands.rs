@@ -110,6 +110,7 @@ impl<K: Kernel> Shard<K> {
             zombie: false,
             zombie_tag: None,
             store,
+            punts: false,
         }) as u32;
         self.by_id.insert(id, slot);
         self.counters.disks.set(self.disks.len() as u64);

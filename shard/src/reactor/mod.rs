@@ -124,6 +124,8 @@ struct Entry {
     zombie_tag: Option<u64>,
     /// Limits punted kernel work per backing store.
     store: Option<u64>,
+    /// Its file cannot tell that it would have to wait: all I/O counts as punted.
+    punts: bool,
 }
 
 /// A shard without its thread: everything that runs on one core.

@@ -1,6 +1,6 @@
 //! Kernel operations that are out, each in a slot with a generation, so that a completion that comes late finds nobody else's.
 
-use crate::disk::{Mem, SideTarget};
+use crate::disk::{Mem, SideTarget, Target};
 use crate::request::ReqKey;
 
 /// What an operation is for.
@@ -44,6 +44,7 @@ pub(super) struct IoOp {
     pub disk: u32,
     pub req: ReqKey,
     pub write: bool,
+    pub target: Target,
     pub mem: Mem,
     pub fd: i32,
     pub addr: usize,
@@ -52,7 +53,7 @@ pub(super) struct IoOp {
     /// Bytes that earlier tries moved.
     pub done: u32,
     pub tries: u8,
-    /// Counts against the store's bound of punted work.
+    /// Counts against the store's bound of punted work, and may be punted. Else it is tried without waiting.
     pub gated: bool,
 }
 
