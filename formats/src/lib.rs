@@ -10,5 +10,8 @@ pub mod file;
 pub mod locks;
 pub mod metadata;
 pub mod raw;
+pub mod raw_driver;
+pub mod registry;
 pub mod size;
 pub mod spec;
+pub mod volume;

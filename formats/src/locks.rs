@@ -33,10 +33,7 @@ pub enum Use {
 
 impl Use {
     fn goes_with(self, other: Use) -> bool {
-        !matches!(
-            (self, other),
-            (Use::Erase, _) | (_, Use::Erase) | (Use::Allocate, Use::Allocate)
-        )
+        !matches!((self, other), (Use::Erase, _) | (_, Use::Erase) | (Use::Allocate, Use::Allocate))
     }
 }
 
@@ -62,6 +59,8 @@ struct Queue {
     next: u64,
     /// Entries that are not reads or writes in place, or that wait: while there are none, reads and writes need not look.
     special: usize,
+    /// Guards that wait to become an erase.
+    upgrades: usize,
 }
 
 /// A range that is held, or waited for; gone when it is dropped.
@@ -163,6 +162,49 @@ impl RangeLocks {
     }
 }
 
+impl RangeGuard {
+    /// Turns an allocation into an erase: waits until those who read or write the range have ended, and nobody begins.
+    pub async fn become_erase(&self) {
+        {
+            let mut queue = self.queue.borrow_mut();
+            if let Some(entry) = queue.entries.get_mut(&self.key) {
+                entry.kind = Use::Erase;
+            }
+            queue.upgrades += 1;
+        }
+        let _waiting = Upgrade { guard: self };
+        std::future::poll_fn(|context| {
+            let mut queue = self.queue.borrow_mut();
+            let Some(range) = queue.entries.get(&self.key).map(|entry| entry.range.clone()) else {
+                return Poll::Ready(());
+            };
+            // Also those who came later and hold it already.
+            let busy = queue.entries.iter().any(|(key, entry)| {
+                *key != self.key && !entry.waiting && conflict(entry, &range, Use::Erase)
+            });
+            match queue.entries.get_mut(&self.key) {
+                Some(entry) if busy => {
+                    entry.waker = Some(context.waker().clone());
+                    Poll::Pending
+                }
+                _ => Poll::Ready(()),
+            }
+        })
+        .await;
+    }
+}
+
+/// A guard that waits to become an erase.
+struct Upgrade<'a> {
+    guard: &'a RangeGuard,
+}
+
+impl Drop for Upgrade<'_> {
+    fn drop(&mut self) {
+        self.guard.queue.borrow_mut().upgrades -= 1;
+    }
+}
+
 impl Drop for RangeGuard {
     fn drop(&mut self) {
         let mut queue = self.queue.borrow_mut();
@@ -173,6 +215,14 @@ impl Drop for RangeGuard {
         }
         if queue.special > 0 {
             queue.wake();
+        }
+        if queue.upgrades > 0 {
+            // They look for themselves.
+            for entry in queue.entries.values_mut().filter(|entry| !entry.waiting) {
+                if let Some(waker) = entry.waker.take() {
+                    waker.wake();
+                }
+            }
         }
     }
 }
@@ -214,6 +264,28 @@ mod tests {
     }
 
     #[test]
+    fn an_allocation_becomes_an_erase_when_readers_have_ended() {
+        block_on(async {
+            let locks = RangeLocks::new();
+            let before = locks.take(0..10, Use::Read).await;
+            let allocation = locks.take(0..10, Use::Allocate).await;
+            let after = locks.take(5..6, Use::Read).await;
+            let mut upgrade = Box::pin(allocation.become_erase());
+            assert!(poll_once(&mut upgrade).await.is_none());
+            let mut late = Box::pin(locks.take(5..6, Use::Read));
+            assert!(poll_once(&mut late).await.is_none(), "nobody begins");
+            drop(before);
+            assert!(poll_once(&mut upgrade).await.is_none());
+            drop(after);
+            assert!(poll_once(&mut upgrade).await.is_some());
+            assert!(poll_once(&mut late).await.is_none());
+            drop(upgrade);
+            drop(allocation);
+            assert!(poll_once(&mut late).await.is_some());
+        });
+    }
+
+    #[test]
     fn waiters_go_in_order_and_may_leave() {
         block_on(async {
             let locks = RangeLocks::new();
@@ -240,7 +312,7 @@ mod tests {
         ) {
             let executor = async_executor::LocalExecutor::new();
             let locks = RangeLocks::new();
-            let held: Rc<RefCell<Vec<(Range<u64>, Use)>>> = Rc::default();
+            let held = Rc::new(RefCell::new(Vec::<(Range<u64>, Use)>::new()));
             let tasks: Vec<_> = takers.into_iter().map(|(start, len, kind, yields)| {
                 let kind = [Use::Read, Use::Write, Use::Allocate, Use::Erase][kind];
                 let (locks, held) = (locks.clone(), held.clone());
