@@ -27,8 +27,9 @@ struct RawDriver {
 
 fn size_of(file: &dyn ImageFile) -> Result<u64, Error> {
     let length = file.length();
-    served_size(length)
-        .ok_or_else(|| Error::invalid(format!("{}: {length} bytes are more than a disk can have", file.name())))
+    served_size(length).ok_or_else(|| {
+        Error::invalid(format!("{}: {length} bytes are more than a disk can have", file.name()))
+    })
 }
 
 fn done<'a, T: 'a>(result: Result<T, Error>) -> Pending<'a, T> {

@@ -75,7 +75,8 @@ pub(super) async fn read(
         let cut = || corrupt(format!("entry {number} of its bitmap directory is cut off"));
         let fixed = directory.get(at..at + FIXED_BYTES as usize).ok_or_else(cut)?;
         let be32 = |at: usize| u32::from_be_bytes([0, 1, 2, 3].map(|index| fixed[at + index]));
-        let (name_len, extra_len) = (usize::from(u16::from_be_bytes([fixed[18], fixed[19]])), be32(20) as usize);
+        let (name_len, extra_len) =
+            (usize::from(u16::from_be_bytes([fixed[18], fixed[19]])), be32(20) as usize);
         let start = at + FIXED_BYTES as usize + extra_len;
         let name = directory.get(start..start + name_len).ok_or_else(cut)?;
         let bitmap = Bitmap {
@@ -101,7 +102,11 @@ pub(super) async fn read(
 }
 
 /// The place of a cluster of bits that an entry of a bitmap's table names; `None` when it has none.
-pub(super) fn bits_place(geometry: &Geometry, word: u64, end: u64) -> Result<Option<Range<u64>>, &'static str> {
+pub(super) fn bits_place(
+    geometry: &Geometry,
+    word: u64,
+    end: u64,
+) -> Result<Option<Range<u64>>, &'static str> {
     let offset = word & OFFSET_MASK;
     if word & !(OFFSET_MASK | 1) != 0 || (word & 1 != 0 && offset != 0) {
         return Err("has reserved bits set");

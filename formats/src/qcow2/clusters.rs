@@ -246,7 +246,8 @@ impl Image {
         let offset = word & TABLE_OFFSET_MASK;
         let in_file = offset + self.geometry.cluster() <= self.end().max(self.reserve_end_offset());
         if word & !TABLE_OFFSET_MASK != 0 || !self.geometry.is_aligned(offset) || (offset != 0 && !in_file) {
-            let what = format!("entry {index} of its refcount table is {word:#x}, which is no place of a block");
+            let what =
+                format!("entry {index} of its refcount table is {word:#x}, which is no place of a block");
             return Err(Error::corrupt(self.name(), format!("{what}: repair it offline")));
         }
         Ok(offset)
@@ -283,7 +284,9 @@ impl Image {
                 refcount::set(&mut bytes, order, index, value);
                 let bits = 1usize << order;
                 let place = index * bits / 8..(index * bits + bits).div_ceil(8);
-                touched = Some(touched.map_or(place.clone(), |old| old.start.min(place.start)..old.end.max(place.end)));
+                touched = Some(
+                    touched.map_or(place.clone(), |old| old.start.min(place.start)..old.end.max(place.end)),
+                );
             }
             if let Some(touched) = touched
                 && !self.refs.set(slice_at + touched.start as u64, &bytes[touched], Order::Anytime)
@@ -458,9 +461,12 @@ impl Image {
             while at < stop {
                 let len = (slice - at % slice).min(stop - at);
                 let Some(found) = tables.get(at, len as usize, |bytes| {
-                    let words = bytes.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_be_bytes));
+                    let words =
+                        bytes.chunks_exact(8).filter_map(|word| word.try_into().ok().map(u64::from_be_bytes));
                     let clusters = words.map(|word| (word & OFFSET_MASK) >> bits);
-                    clusters.filter(|cluster| free.iter().any(|range| range.contains(cluster))).collect::<Vec<_>>()
+                    clusters
+                        .filter(|cluster| free.iter().any(|range| range.contains(cluster)))
+                        .collect::<Vec<_>>()
                 }) else {
                     tables.load(at).await?;
                     continue;
@@ -486,7 +492,11 @@ impl Image {
                     missing.push(index);
                 }
             }
-            table_clusters = if last >= self.reftable.get().entries { self.grown_table(last + 1)? } else { table_clusters };
+            table_clusters = if last >= self.reftable.get().entries {
+                self.grown_table(last + 1)?
+            } else {
+                table_clusters
+            };
             let needed = missing.len() as u64 + table_clusters;
             if needed == own {
                 break;
@@ -505,7 +515,8 @@ impl Image {
         let entries = entries.max(self.reftable.get().entries * 3 / 2);
         let clusters = self.geometry.clusters_of(entries * 8);
         if clusters << self.geometry.cluster_bits > REFTABLE_MAX_BYTES {
-            let message = format!("{}: its refcount table cannot grow further, so the file cannot", self.name());
+            let message =
+                format!("{}: its refcount table cannot grow further, so the file cannot", self.name());
             return Err(Error::new(ErrorKind::NoSpace, message));
         }
         Ok(clusters)
@@ -520,7 +531,12 @@ impl Image {
         for cluster in own.clone() {
             match missing.iter().position(|index| *index == cluster / per_block) {
                 Some(number) => {
-                    refcount::set(&mut blocks[number], geometry.refcount_order, (cluster % per_block) as usize, 1);
+                    refcount::set(
+                        &mut blocks[number],
+                        geometry.refcount_order,
+                        (cluster % per_block) as usize,
+                        1,
+                    );
                 }
                 None => {
                     self.change_some(&(cluster..cluster + 1), |_, _| Some(1)).await?;
@@ -539,13 +555,16 @@ impl Image {
             write.await?;
         }
         self.refs.write_back().await?;
-        let entries = missing.iter().enumerate().map(|(number, index)| (*index, (at + number as u64) << bits));
+        let entries =
+            missing.iter().enumerate().map(|(number, index)| (*index, (at + number as u64) << bits));
         if table_clusters > 0 {
             return self.move_table(own.end - table_clusters, table_clusters, entries.collect()).await;
         }
         self.file.flush().await?;
         for (index, offset) in entries {
-            self.refs.update(self.reftable.get().offset + index * 8, &offset.to_be_bytes(), Order::Anytime).await?;
+            self.refs
+                .update(self.reftable.get().offset + index * 8, &offset.to_be_bytes(), Order::Anytime)
+                .await?;
         }
         Ok(())
     }
@@ -601,7 +620,7 @@ impl Image {
         unused.sort_unstable_by_key(|range| range.start);
         let Some(end) = self.reserve.end.get() else { return Ok(()) };
         let mut tail = end;
-        for range in unused.iter().rev().take_while(|range| range.end == end || range.end <= tail) {
+        for range in unused.iter().rev() {
             if range.end == tail {
                 tail = range.start;
             }
@@ -625,7 +644,11 @@ fn exclude(ranges: &mut Vec<Range<u64>>, out: &Range<u64>) {
             kept.push(range);
             continue;
         }
-        kept.extend([range.start..out.start.max(range.start), out.end.min(range.end)..range.end].into_iter().filter(|part| !part.is_empty()));
+        kept.extend(
+            [range.start..out.start.max(range.start), out.end.min(range.end)..range.end]
+                .into_iter()
+                .filter(|part| !part.is_empty()),
+        );
     }
     *ranges = kept;
 }

@@ -66,7 +66,8 @@ pub(super) struct Extensions {
 impl Extensions {
     /// Names the bits of `bits`, for a message.
     pub fn feature_names(&self, kind: u8, bits: u64) -> String {
-        let name = |bit: u8| match self.features.iter().find(|feature| (feature.0, feature.1) == (kind, bit)) {
+        let name = |bit: u8| match self.features.iter().find(|feature| (feature.0, feature.1) == (kind, bit))
+        {
             Some((_, _, name)) => format!("{name:?} (bit {bit})"),
             None => format!("bit {bit}"),
         };
@@ -92,7 +93,9 @@ pub(super) fn parse(name: &str, mut area: &[u8]) -> Result<Extensions, Error> {
             return Ok(found);
         }
         let Some(data) = area.get(8..).and_then(|rest| rest.get(..len as usize)) else {
-            let what = format!("a header extension (type {kind:#x}) has {len} bytes, more than the header has room for");
+            let what = format!(
+                "a header extension (type {kind:#x}) has {len} bytes, more than the header has room for"
+            );
             return Err(Error::corrupt(name, what));
         };
         let text = |what: &str| match std::str::from_utf8(data) {
@@ -119,10 +122,13 @@ fn feature(entry: &[u8]) -> (u8, u8, String) {
 
 fn bitmaps(name: &str, data: &[u8]) -> Result<BitmapsPlace, Error> {
     let place = (|| {
-        let (count, directory_bytes, directory_offset) = (be32(data)?, be64(data.get(8..)?)?, be64(data.get(16..)?)?);
+        let (count, directory_bytes, directory_offset) =
+            (be32(data)?, be64(data.get(8..)?)?, be64(data.get(16..)?)?);
         Some(BitmapsPlace { count, directory_bytes, directory_offset })
     })();
-    place.ok_or_else(|| Error::corrupt(name, format!("its bitmaps extension has {} bytes instead of 24", data.len())))
+    place.ok_or_else(|| {
+        Error::corrupt(name, format!("its bitmaps extension has {} bytes instead of 24", data.len()))
+    })
 }
 
 /// Appends an extension with its padding.

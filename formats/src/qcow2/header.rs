@@ -233,7 +233,10 @@ impl Header {
     /// Parses the first cluster of a file of `file_len` bytes.
     pub fn parse(name: &str, first: &[u8], file_len: u64) -> Result<Header, Error> {
         let Ok((raw, _)) = RawHeader::read_from_prefix(first) else {
-            return Err(Error::new(ErrorKind::WrongFormat, format!("{name} is too short for a qcow2 header")));
+            return Err(Error::new(
+                ErrorKind::WrongFormat,
+                format!("{name} is too short for a qcow2 header"),
+            ));
         };
         let geometry = geometry_of(name, &raw)?;
         let v3 = geometry.version >= 3;
@@ -300,7 +303,9 @@ impl Header {
                 return corrupt(format!("its {what} is at {offset}, where no cluster for it begins"));
             }
             if offset.checked_add(bytes).is_none_or(|end| end > geometry.round_up(file_len)) {
-                return corrupt(format!("its {what} ({bytes} bytes at {offset}) lies behind the end of the file"));
+                return corrupt(format!(
+                    "its {what} ({bytes} bytes at {offset}) lies behind the end of the file"
+                ));
             }
             Ok(())
         };
@@ -310,7 +315,10 @@ impl Header {
             return corrupt("it has no refcount table".into());
         }
         if self.snapshots > SNAPSHOTS_MAX {
-            return corrupt(format!("it has {} snapshots; at most {SNAPSHOTS_MAX} are possible", self.snapshots));
+            return corrupt(format!(
+                "it has {} snapshots; at most {SNAPSHOTS_MAX} are possible",
+                self.snapshots
+            ));
         }
         if self.snapshots > 0 {
             table("snapshot table", self.snapshots_offset, 40 * u64::from(self.snapshots), u64::MAX)?;
@@ -342,7 +350,10 @@ fn geometry_of(name: &str, raw: &RawHeader) -> Result<Geometry, Error> {
     }
     let cluster_bits = raw.cluster_bits.get();
     if !(9..=21).contains(&cluster_bits) {
-        return Err(Error::corrupt(name, format!("its cluster bits are {cluster_bits}; 9 to 21 are possible")));
+        return Err(Error::corrupt(
+            name,
+            format!("its cluster bits are {cluster_bits}; 9 to 21 are possible"),
+        ));
     }
     let cipher = match raw.crypt_method.get() {
         0 => None,
@@ -359,7 +370,8 @@ fn geometry_of(name: &str, raw: &RawHeader) -> Result<Geometry, Error> {
     if version >= 3 {
         let header_len = raw.header_len.get();
         if header_len < V3_MIN_BYTES || u64::from(header_len) > geometry.cluster() {
-            let what = format!("its header has {header_len} bytes; at least 104 are needed, within a cluster");
+            let what =
+                format!("its header has {header_len} bytes; at least 104 are needed, within a cluster");
             return Err(Error::corrupt(name, what));
         }
         geometry.refcount_order = raw.refcount_order.get();
@@ -370,7 +382,8 @@ fn geometry_of(name: &str, raw: &RawHeader) -> Result<Geometry, Error> {
         geometry.extended_l2 = raw.incompatible.get() & EXTENDED_L2 != 0;
         geometry.data_file = raw.incompatible.get() & DATA_FILE != 0;
         if geometry.extended_l2 && cluster_bits < 14 {
-            let what = format!("it has subclusters in clusters of {} bytes; 16384 is the least", geometry.cluster());
+            let what =
+                format!("it has subclusters in clusters of {} bytes; 16384 is the least", geometry.cluster());
             return Err(Error::corrupt(name, what));
         }
     }
@@ -378,7 +391,12 @@ fn geometry_of(name: &str, raw: &RawHeader) -> Result<Geometry, Error> {
 }
 
 /// The name of the backing file.
-fn backing_name(name: &str, raw: &RawHeader, first: &[u8], header_len: usize) -> Result<Option<String>, Error> {
+fn backing_name(
+    name: &str,
+    raw: &RawHeader,
+    first: &[u8],
+    header_len: usize,
+) -> Result<Option<String>, Error> {
     let offset = raw.backing_offset.get();
     let len = raw.backing_len.get();
     if offset == 0 || len == 0 {
@@ -389,7 +407,8 @@ fn backing_name(name: &str, raw: &RawHeader, first: &[u8], header_len: usize) ->
         .filter(|start| len <= BACKING_MAX_BYTES && *start >= header_len)
         .and_then(|start| first.get(start..start.checked_add(len as usize)?));
     let Some(bytes) = bytes else {
-        let what = format!("the name of its backing file ({len} bytes at {offset}) is not in the first cluster");
+        let what =
+            format!("the name of its backing file ({len} bytes at {offset}) is not in the first cluster");
         return Err(Error::corrupt(name, what));
     };
     match std::str::from_utf8(bytes) {

@@ -141,7 +141,10 @@ impl Image {
     /// A table entry cannot be believed.
     pub fn damaged(&self, what: &str, guest: u64, why: &str) -> Error {
         let advice = "run a check; other ranges are served";
-        Error::corrupt(self.name(), format!("the {what} entry for offset {guest} of the disk {why}: {advice}"))
+        Error::corrupt(
+            self.name(),
+            format!("the {what} entry for offset {guest} of the disk {why}: {advice}"),
+        )
     }
 
     /// `offset` lies in metadata whose place is known.
@@ -219,7 +222,12 @@ impl Image {
     }
 
     /// Changes the L2 entry at `at`.
-    pub async fn set_l2_entry(&self, at: u64, entry: &Entry, order: crate::driver::Order) -> Result<(), Error> {
+    pub async fn set_l2_entry(
+        &self,
+        at: u64,
+        entry: &Entry,
+        order: crate::driver::Order,
+    ) -> Result<(), Error> {
         let bytes = entry.encode(&self.geometry);
         self.maps.update(at, &bytes[..self.geometry.entry_bytes() as usize], order).await
     }
@@ -240,7 +248,13 @@ impl Image {
     }
 
     /// Maps from the start of `range` on as far as one slice of an L2 table goes; returns where it stopped. `None`: not in memory.
-    fn map_some(&self, range: Range<u64>, end: u64, own: usize, out: &mut Vec<Extent>) -> Option<Result<u64, Error>> {
+    fn map_some(
+        &self,
+        range: Range<u64>,
+        end: u64,
+        own: usize,
+        out: &mut Vec<Extent>,
+    ) -> Option<Result<u64, Error>> {
         let geometry = &self.geometry;
         let covers = geometry.l2_covers();
         let stop = range.end.min((range.start / covers + 1) * covers);
@@ -256,7 +270,8 @@ impl Image {
         let entry_at = self.l2_entry_at(table, range.start);
         let slice = slice_bytes(geometry) as u64;
         let first = range.start & !(geometry.cluster() - 1);
-        let entries = ((slice - entry_at % slice) / entry_bytes).min((stop - first).div_ceil(geometry.cluster()));
+        let entries =
+            ((slice - entry_at % slice) / entry_bytes).min((stop - first).div_ceil(geometry.cluster()));
         self.maps.get(entry_at, (entries * entry_bytes) as usize, |bytes| {
             let mut guest = first;
             for bytes in bytes.chunks_exact(entry_bytes as usize) {
@@ -321,7 +336,10 @@ impl Image {
         if self.changed.get() {
             return Ok(());
         }
-        let kept = self.header.autoclear & header::AUTOCLEAR_KNOWN;
+        let mut kept = self.header.autoclear & header::AUTOCLEAR_KNOWN;
+        if self.header.extensions.bitmaps.is_none() {
+            kept &= !header::BITMAPS;
+        }
         let drops = kept != self.header.autoclear;
         if drops {
             self.file.write(88, Buf::copy_of(&kept.to_be_bytes())).await?;

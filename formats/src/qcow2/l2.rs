@@ -48,7 +48,9 @@ impl Entry {
         }
         let offset = word & OFFSET_MASK;
         let zero_flag = word & ZERO != 0;
-        if word & !(OFFSET_MASK | COPIED | ZERO) != 0 || (zero_flag && (geometry.extended_l2 || geometry.version < 3)) {
+        if word & !(OFFSET_MASK | COPIED | ZERO) != 0
+            || (zero_flag && (geometry.extended_l2 || geometry.version < 3))
+        {
             return Err("has reserved bits set");
         }
         if offset & (geometry.cluster() - 1) != 0 {
@@ -78,7 +80,12 @@ impl Entry {
         Ok(Entry { host, copied: copied && host.is_some(), data, zero, compressed: None })
     }
 
-    fn decode_compressed(geometry: &Geometry, word: u64, bitmap: u64, end: u64) -> Result<Entry, &'static str> {
+    fn decode_compressed(
+        geometry: &Geometry,
+        word: u64,
+        bitmap: u64,
+        end: u64,
+    ) -> Result<Entry, &'static str> {
         let offset_bits = 62 - (geometry.cluster_bits - 8);
         let offset = word & ((1 << offset_bits) - 1);
         let sectors = ((word & (COMPRESSED - 1)) >> offset_bits) + 1;

@@ -61,7 +61,8 @@ impl Snapshot {
 
     /// As it lies in the file.
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(FIXED_BYTES + self.extra.len() + self.id.len() + self.name.len() + 8);
+        let mut out =
+            Vec::with_capacity(FIXED_BYTES + self.extra.len() + self.id.len() + self.name.len() + 8);
         out.extend_from_slice(&self.l1.offset.to_be_bytes());
         out.extend_from_slice(&(self.l1.entries as u32).to_be_bytes());
         out.extend_from_slice(&(self.id.len() as u16).to_be_bytes());
@@ -91,7 +92,10 @@ pub(super) struct SnapshotTable {
 impl SnapshotTable {
     /// The one that `wanted` means; an identifier wins over a name.
     pub fn find(&self, wanted: &str) -> Option<&Snapshot> {
-        self.snapshots.iter().find(|one| one.id == wanted).or_else(|| self.snapshots.iter().find(|one| one.is(wanted)))
+        self.snapshots
+            .iter()
+            .find(|one| one.id == wanted)
+            .or_else(|| self.snapshots.iter().find(|one| one.is(wanted)))
     }
 
     /// All entries as they lie in the file.
@@ -111,7 +115,8 @@ impl Reader<'_> {
     async fn bytes(&mut self, offset: u64, len: usize) -> Result<&[u8], Error> {
         let inside = offset >= self.start && offset + len as u64 <= self.start + self.window.len() as u64;
         if !inside {
-            let left = self.file.length().saturating_sub(offset).clamp(len as u64, CHUNK_BYTES.max(len as u64));
+            let left =
+                self.file.length().saturating_sub(offset).clamp(len as u64, CHUNK_BYTES.max(len as u64));
             self.window = self.file.read(offset, left as usize).await?;
             self.start = offset;
         }
@@ -126,7 +131,9 @@ pub(super) async fn read(file: &Rc<dyn ImageFile>, header: &Header) -> Result<Sn
     let mut reader = Reader { file, start: 0, window: Buf::zeroed(0) };
     let mut offset = header.snapshots_offset;
     for number in 0..header.snapshots {
-        let corrupt = |what: String| Error::corrupt(file.name(), format!("entry {number} of its snapshot table {what}"));
+        let corrupt = |what: String| {
+            Error::corrupt(file.name(), format!("entry {number} of its snapshot table {what}"))
+        };
         let end = offset + FIXED_BYTES as u64;
         if end > file.length() || end - header.snapshots_offset > TABLE_MAX_BYTES {
             return Err(corrupt("lies behind the end of the file".into()));
@@ -138,7 +145,9 @@ pub(super) async fn read(file: &Rc<dyn ImageFile>, header: &Header) -> Result<Sn
         let be64 = |at: usize| u64::from(be32(at)) << 32 | u64::from(be32(at + 4));
         let (id_len, name_len, extra_len) = (be16(12), be16(14), be32(36));
         if extra_len > EXTRA_MAX_BYTES {
-            return Err(corrupt(format!("has {extra_len} bytes of extra data; at most {EXTRA_MAX_BYTES} are read")));
+            return Err(corrupt(format!(
+                "has {extra_len} bytes of extra data; at most {EXTRA_MAX_BYTES} are read"
+            )));
         }
         let len = FIXED_BYTES + extra_len as usize + id_len + name_len;
         if offset + len as u64 > header.geometry.round_up(file.length()) {
@@ -171,7 +180,11 @@ pub(super) async fn read(file: &Rc<dyn ImageFile>, header: &Header) -> Result<Sn
 
 fn check_l1(geometry: &Geometry, l1: TablePlace, file_len: u64) -> Result<(), String> {
     let fits = l1.offset.checked_add(l1.entries * 8).is_some_and(|end| end <= geometry.round_up(file_len));
-    if l1.entries * 8 > L1_MAX_BYTES || !geometry.is_aligned(l1.offset) || !fits || (l1.entries > 0 && l1.offset == 0) {
+    if l1.entries * 8 > L1_MAX_BYTES
+        || !geometry.is_aligned(l1.offset)
+        || !fits
+        || (l1.entries > 0 && l1.offset == 0)
+    {
         return Err(format!("has an L1 table of {} entries at {}, which cannot be", l1.entries, l1.offset));
     }
     Ok(())
