@@ -16,4 +16,5 @@ pub mod raw_driver;
 pub mod registry;
 pub mod size;
 pub mod spec;
+pub mod vhd;
 pub mod volume;
