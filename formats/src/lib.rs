@@ -11,3 +11,5 @@ pub mod metadata;
 pub mod raw;
 pub mod size;
 pub mod spec;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
