@@ -7,9 +7,11 @@
 pub mod driver;
 pub mod error;
 pub mod file;
+pub mod locks;
 pub mod metadata;
 pub mod raw;
 pub mod size;
 pub mod spec;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod volume;

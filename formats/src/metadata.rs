@@ -31,6 +31,8 @@ use crate::file::{Buf, ImageFile, Pending};
 pub const SLICE_BYTES: usize = 4096;
 /// Slices that every table may keep.
 pub const SLICES_MIN: usize = 4;
+/// Slices that are read at the same time, at most.
+const LOADS: usize = 32;
 /// Slices that one round writes at the same time.
 const WRITES_MAX: usize = 32;
 
@@ -76,4 +78,386 @@ pub trait AllocationLog: std::fmt::Debug {
 
     /// All entries before `position` are in the file.
     fn release(&self, position: u64);
+}
+
+/// Memory for tables, shared by all tables of a shard (or of an offline tool).
+#[derive(Debug)]
+pub struct Budget {
+    limit_bytes: usize,
+    used_bytes: Cell<usize>,
+    holders: RefCell<Vec<Weak<Tables>>>,
+}
+
+impl Budget {
+    /// `limit_bytes` for all; what every table may keep anyway comes on top.
+    pub fn new(limit_bytes: usize) -> Rc<Budget> {
+        Rc::new(Budget { limit_bytes, used_bytes: Cell::new(0), holders: RefCell::default() })
+    }
+
+    /// Bytes in use.
+    pub fn used_bytes(&self) -> usize {
+        self.used_bytes.get()
+    }
+
+    /// Makes room for `need` bytes of `asker`, as far as clean slices go.
+    fn make_room(&self, asker: &Tables, need: usize) {
+        while asker.held_bytes() + need > self.limit_bytes / 2 && asker.evict() {}
+        while self.used_bytes.get() + need > self.limit_bytes {
+            let largest = {
+                let holders = self.holders.borrow();
+                let holders = holders.iter().filter_map(Weak::upgrade);
+                holders.filter(|holder| holder.may_evict()).max_by_key(|holder| holder.held_bytes())
+            };
+            if !largest.is_some_and(|holder| holder.evict()) {
+                return;
+            }
+        }
+    }
+}
+
+/// A stretch of a table in memory.
+#[derive(Debug)]
+struct Slice {
+    number: u64,
+    bytes: Buf,
+    /// Looked at since the clock's hand passed.
+    recent: Cell<bool>,
+    /// The number of the last change; 0 when the file has them all.
+    changed: u64,
+    /// The number of the last change that must wait for data; 0 when there is none.
+    after_data: u64,
+}
+
+#[derive(Debug, Default)]
+struct Slices {
+    by_number: HashMap<u64, usize, foldhash::fast::FixedState>,
+    slab: slab::Slab<Slice>,
+    hand: usize,
+    dirty: usize,
+}
+
+/// The tables of one file. See the module for what it promises.
+#[derive(Debug)]
+pub struct Tables {
+    file: Rc<dyn ImageFile>,
+    index: FileIndex,
+    /// Files whose payload the tables point to.
+    data: Vec<Rc<dyn ImageFile>>,
+    slice_bytes: usize,
+    budget: Rc<Budget>,
+    log: Option<Rc<dyn AllocationLog>>,
+    slices: RefCell<Slices>,
+    /// Reads that are under way, by the number of the slice, so that nobody reads one twice or over a change.
+    loads: [async_lock::Mutex<()>; LOADS],
+    /// The round of writing back that is under way.
+    round: async_lock::Mutex<()>,
+    /// Number of the last change.
+    changes: Cell<u64>,
+    /// All changes up to this one are in the file.
+    written: Cell<u64>,
+    /// All changes up to this one are in the log or in the file.
+    logged: Cell<u64>,
+    hits: Cell<u64>,
+    misses: Cell<u64>,
+}
+
+impl Tables {
+    /// Tables of `file`, which is file `index` of its driver; `data` are the files that hold the payload. `slice_bytes` is a power of
+    /// two, at least 512.
+    pub fn new(
+        file: Rc<dyn ImageFile>,
+        index: FileIndex,
+        data: Vec<Rc<dyn ImageFile>>,
+        slice_bytes: usize,
+        budget: &Rc<Budget>,
+        log: Option<Rc<dyn AllocationLog>>,
+    ) -> Rc<Tables> {
+        debug_assert!(slice_bytes.is_power_of_two() && slice_bytes >= 512);
+        let tables = Rc::new(Tables {
+            file,
+            index,
+            data,
+            slice_bytes,
+            budget: budget.clone(),
+            log,
+            slices: RefCell::default(),
+            loads: [const { async_lock::Mutex::new(()) }; LOADS],
+            round: async_lock::Mutex::new(()),
+            changes: Cell::new(0),
+            written: Cell::new(0),
+            logged: Cell::new(0),
+            hits: Cell::new(0),
+            misses: Cell::new(0),
+        });
+        budget.holders.borrow_mut().push(Rc::downgrade(&tables));
+        tables
+    }
+
+    /// Looks at `len` bytes at `offset` of the file, which must not cross a slice. `None` when they are not in memory.
+    pub fn get<T>(&self, offset: u64, len: usize, look: impl FnOnce(&[u8]) -> T) -> Option<T> {
+        let (number, at) = self.locate(offset, len);
+        let slices = self.slices.borrow();
+        let Some(&key) = slices.by_number.get(&number) else {
+            self.misses.set(self.misses.get() + 1);
+            return None;
+        };
+        self.hits.set(self.hits.get() + 1);
+        let slice = &slices.slab[key];
+        slice.recent.set(true);
+        Some(look(&slice.bytes[at..at + len]))
+    }
+
+    /// The big-endian number of eight bytes at `offset`.
+    pub fn get_u64(&self, offset: u64) -> Option<u64> {
+        self.get(offset, 8, |bytes| bytes.try_into().map(u64::from_be_bytes).unwrap_or_default())
+    }
+
+    /// The big-endian number of four bytes at `offset`.
+    pub fn get_u32(&self, offset: u64) -> Option<u32> {
+        self.get(offset, 4, |bytes| bytes.try_into().map(u32::from_be_bytes).unwrap_or_default())
+    }
+
+    /// Brings the slice around `offset` into memory. It may be gone again when others load much: look, and load again.
+    pub fn load(&self, offset: u64) -> Pending<'_, ()> {
+        Box::pin(async move {
+            let (number, _) = self.locate(offset, 0);
+            if self.has(number) {
+                return Ok(());
+            }
+            let _turn = self.loads[number as usize % LOADS].lock().await;
+            if self.has(number) {
+                return Ok(());
+            }
+            let bytes = self.file.read(number * self.slice_bytes as u64, self.slice_bytes).await?;
+            self.insert(number, bytes);
+            Ok(())
+        })
+    }
+
+    /// Changes bytes at `offset`, which must not cross a slice. False when they are not in memory: nothing was done, load them.
+    #[must_use]
+    pub fn set(&self, offset: u64, bytes: &[u8], order: Order) -> bool {
+        let (number, at) = self.locate(offset, bytes.len());
+        let mut slices = self.slices.borrow_mut();
+        let Some(&key) = slices.by_number.get(&number) else { return false };
+        let slice = &mut slices.slab[key];
+        let place = &mut slice.bytes[at..at + bytes.len()];
+        if place == bytes {
+            return true;
+        }
+        let all_logged = self.logged.get() == self.changes.get() && self.note(offset, place, bytes);
+        place.copy_from_slice(bytes);
+        let change = self.changes.get() + 1;
+        self.changes.set(change);
+        if all_logged {
+            self.logged.set(change);
+        }
+        let was_clean = std::mem::replace(&mut slice.changed, change) == 0;
+        if order == Order::AfterData {
+            slice.after_data = change;
+        }
+        slices.dirty += usize::from(was_clean);
+        true
+    }
+
+    /// Loads what is not in memory and changes it.
+    pub async fn update(&self, offset: u64, bytes: &[u8], order: Order) -> Result<(), Error> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            let room = self.slice_bytes - (at as usize & (self.slice_bytes - 1));
+            let part = &bytes[done..bytes.len().min(done + room)];
+            while !self.set(at, part, order) {
+                self.load(at).await?;
+            }
+            done += part.len();
+        }
+        Ok(())
+    }
+
+    /// Notes a change in the log, eight bytes at a time. False when there is no log or no room.
+    fn note(&self, offset: u64, old: &[u8], new: &[u8]) -> bool {
+        let Some(log) = &self.log else { return false };
+        let mut at = offset;
+        old.chunks(8).zip(new.chunks(8)).all(|(old, new)| {
+            let mut entry =
+                LogEntry { file: self.index, offset: at, len: old.len() as u8, old: [0; 8], new: [0; 8] };
+            entry.old[..old.len()].copy_from_slice(old);
+            entry.new[..new.len()].copy_from_slice(new);
+            at += old.len() as u64;
+            old == new || log.append(entry).is_ok()
+        })
+    }
+
+    /// Everything that was changed before this call is safe against the death of the process. Cheap with a log that has room.
+    pub async fn settle(&self) -> Result<(), Error> {
+        let wanted = self.changes.get();
+        let room = self.dirty_bytes() <= self.budget.limit_bytes / 4;
+        if room && self.logged.get().max(self.written.get()) >= wanted {
+            return Ok(());
+        }
+        self.write_back_until(wanted).await
+    }
+
+    /// Everything that was changed before this call is in the file, in the order that it needs.
+    pub async fn write_back(&self) -> Result<(), Error> {
+        self.write_back_until(self.changes.get()).await
+    }
+
+    async fn write_back_until(&self, wanted: u64) -> Result<(), Error> {
+        if self.written.get() >= wanted {
+            return Ok(());
+        }
+        let _turn = self.round.lock().await;
+        if self.written.get() >= wanted {
+            return Ok(());
+        }
+        let upto = self.changes.get();
+        let log_position = self.log.as_ref().map(|log| log.position());
+        // As of now: what changes from here on may need data that the flush below does not cover.
+        let mut dirty: Vec<(u64, u64, Buf)> = Vec::new();
+        let mut after_data = false;
+        for (_, slice) in &self.slices.borrow().slab {
+            if slice.changed > 0 {
+                after_data |= slice.after_data > 0;
+                dirty.push((slice.number, slice.changed, slice.bytes.clone()));
+            }
+        }
+        if after_data {
+            let flushes: Vec<_> = self.data.iter().map(|file| file.flush()).collect();
+            for flush in flushes {
+                flush.await?;
+            }
+        }
+        dirty.sort_unstable_by_key(|(number, ..)| *number);
+        let mut failure = None;
+        for chunk in dirty.chunks_mut(WRITES_MAX) {
+            let writes: Vec<_> = chunk
+                .iter_mut()
+                .map(|(number, changed, bytes)| {
+                    let bytes = std::mem::replace(bytes, Buf::zeroed(0));
+                    (*number, *changed, self.file.write(*number * self.slice_bytes as u64, bytes))
+                })
+                .collect();
+            for (number, changed, write) in writes {
+                match write.await {
+                    Ok(()) => self.note_written(number, changed),
+                    Err(error) => failure = Some(error),
+                }
+            }
+        }
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        self.written.set(upto);
+        self.logged.set(self.logged.get().max(upto));
+        if let (Some(log), Some(position)) = (&self.log, log_position) {
+            log.release(position);
+        }
+        Ok(())
+    }
+
+    /// A slice is in the file as it was at change `changed`.
+    fn note_written(&self, number: u64, changed: u64) {
+        let mut slices = self.slices.borrow_mut();
+        let Some(&key) = slices.by_number.get(&number) else { return };
+        let slice = &mut slices.slab[key];
+        if slice.after_data <= changed {
+            slice.after_data = 0;
+        }
+        if slice.changed == changed {
+            slice.changed = 0;
+            slices.dirty -= 1;
+        }
+    }
+
+    /// Drops the slices that lie in a range of the file whole: what is there is a table no more. Changes of them are forgotten.
+    pub fn forget(&self, range: std::ops::Range<u64>) {
+        let slice_bytes = self.slice_bytes as u64;
+        for number in range.start.div_ceil(slice_bytes)..range.end / slice_bytes {
+            let mut slices = self.slices.borrow_mut();
+            if let Some(key) = slices.by_number.remove(&number) {
+                let slice = slices.slab.remove(key);
+                slices.dirty -= usize::from(slice.changed > 0);
+                self.budget.used_bytes.set(self.budget.used_bytes.get() - self.slice_bytes);
+            }
+        }
+    }
+
+    /// Changes that are not in the file yet.
+    pub fn pending(&self) -> u64 {
+        self.changes.get() - self.written.get()
+    }
+
+    /// Figures; those of several tables of a driver add up.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            cache_hits: self.hits.get(),
+            cache_misses: self.misses.get(),
+            cache_bytes: self.held_bytes() as u64,
+            pending_mappings: self.pending(),
+        }
+    }
+
+    fn locate(&self, offset: u64, len: usize) -> (u64, usize) {
+        let at = offset as usize & (self.slice_bytes - 1);
+        assert!(at + len <= self.slice_bytes, "a look-up of {len} bytes at {offset} crosses a slice");
+        (offset / self.slice_bytes as u64, at)
+    }
+
+    fn has(&self, number: u64) -> bool {
+        self.slices.borrow().by_number.contains_key(&number)
+    }
+
+    fn insert(&self, number: u64, bytes: Buf) {
+        self.budget.make_room(self, self.slice_bytes);
+        let mut slices = self.slices.borrow_mut();
+        let slice = Slice { number, bytes, recent: Cell::new(true), changed: 0, after_data: 0 };
+        let key = slices.slab.insert(slice);
+        slices.by_number.insert(number, key);
+        self.budget.used_bytes.set(self.budget.used_bytes.get() + self.slice_bytes);
+    }
+
+    fn held_bytes(&self) -> usize {
+        self.slices.borrow().slab.len() * self.slice_bytes
+    }
+
+    fn dirty_bytes(&self) -> usize {
+        self.slices.borrow().dirty * self.slice_bytes
+    }
+
+    fn may_evict(&self) -> bool {
+        let slices = self.slices.borrow();
+        slices.slab.len() > SLICES_MIN && slices.dirty < slices.slab.len()
+    }
+
+    /// Gives up the clean slice that the clock's hand finds first. False when there is none to give.
+    fn evict(&self) -> bool {
+        if !self.may_evict() {
+            return false;
+        }
+        let mut slices = self.slices.borrow_mut();
+        let places = slices.slab.capacity().max(1);
+        for _ in 0..2 * places {
+            let key = slices.hand;
+            slices.hand = (key + 1) % places;
+            let Some(slice) = slices.slab.get(key) else { continue };
+            if slice.changed == 0 && !slice.recent.replace(false) {
+                let number = slice.number;
+                slices.slab.remove(key);
+                slices.by_number.remove(&number);
+                self.budget.used_bytes.set(self.budget.used_bytes.get() - self.slice_bytes);
+                return true;
+            }
+        }
+        false
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        let held = self.held_bytes();
+        self.budget.used_bytes.set(self.budget.used_bytes.get() - held);
+        self.budget.holders.borrow_mut().retain(|holder| holder.strong_count() > 0);
+    }
 }
