@@ -8,10 +8,12 @@
 //! ```
 
 pub mod fault;
+pub mod history;
 pub mod log;
 mod mem_file;
 pub mod pages;
 pub mod record;
+pub mod replay;
 pub mod run;
 pub mod store;
 
