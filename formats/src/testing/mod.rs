@@ -14,8 +14,10 @@ mod mem_file;
 pub mod pages;
 pub mod record;
 pub mod replay;
+pub mod rig;
 pub mod run;
 pub mod store;
+pub mod toy;
 
 pub use fault::{Fault, Kind, Landed, Op, Rule};
 pub use log::MemLog;
