@@ -83,6 +83,11 @@ impl History {
         History { store: store.clone(), initial, inner: RefCell::default() }
     }
 
+    /// The present moment, for [`History::judge_read`].
+    pub fn moment(&self) -> usize {
+        self.store.mark()
+    }
+
     /// Something begins; the answer is its number.
     pub fn begin(&self, deed: Deed, blocks: Range<u64>) -> u64 {
         let began = self.store.mark();
@@ -130,46 +135,63 @@ impl History {
     /// # Errors
     /// Names the first block that holds what it must not, and what it may hold.
     pub fn judge(&self, at: usize, cause: Cause, disk: &[u8]) -> Result<(), String> {
-        let inner = self.inner.borrow();
-        let flushed = inner.flushes.iter().filter(|(_, ended)| ended.is_some_and(|ended| ended < at));
         let durable_before = match cause {
-            Cause::PowerLoss => flushed.map(|(began, _)| *began).max().unwrap_or(0),
+            Cause::PowerLoss => {
+                let inner = self.inner.borrow();
+                let done = inner.flushes.iter().filter(|(_, ended)| ended.is_some_and(|ended| ended < at));
+                done.map(|(began, _)| *began).max().unwrap_or(0)
+            }
             Cause::ProcessDeath => at,
         };
-        for (block, bytes) in disk.chunks(BLOCK_BYTES).enumerate() {
-            let none = Vec::new();
-            let numbers = inner.by_block.get(block).unwrap_or(&none);
-            let began: Vec<&u32> =
-                numbers.iter().filter(|number| inner.entries[**number as usize].began < at).collect();
+        self.judge_blocks(0, disk, at, durable_before)
+    }
+
+    /// Checks what a read found that began at the moment `began` (see [`Store::mark`]) and is just over.
+    ///
+    /// # Errors
+    /// As [`History::judge`].
+    pub fn judge_read(&self, began: usize, first_block: u64, bytes: &[u8]) -> Result<(), String> {
+        self.judge_blocks(first_block, bytes, self.store.mark(), began)
+    }
+
+    /// Each block must hold something that began before `seen_before`, and that was not superseded by something that ended before
+    /// `durable_before`.
+    fn judge_blocks(
+        &self,
+        first: u64,
+        bytes: &[u8],
+        seen_before: usize,
+        durable_before: usize,
+    ) -> Result<(), String> {
+        let inner = self.inner.borrow();
+        for (block, found) in (first..).zip(bytes.chunks(BLOCK_BYTES)) {
+            let numbers = inner.by_block.get(block as usize).map_or(&[][..], |numbers| &numbers[..]);
+            let entry = |number: u32| &inner.entries[number as usize];
+            let began = numbers.iter().copied().filter(|number| entry(*number).began < seen_before);
             let is_durable = |entry: &Entry| {
                 entry.ok
                     && entry.deed != Deed::Discard
                     && entry.ended.is_some_and(|ended| ended < durable_before)
             };
             // The latest begin of a durable write: whatever had ended before it is superseded.
-            let durable =
-                began.iter().map(|number| &inner.entries[**number as usize]).filter(|e| is_durable(e));
-            let superseded_before = durable.map(|entry| entry.began).max();
-            let live = |entry: &Entry| {
-                entry.ended.is_none_or(|ended| superseded_before.is_none_or(|before| ended >= before))
-            };
-            let value = |number: u32| match inner.entries[number as usize].deed {
-                Deed::Write => stamp(u64::from(number), block as u64),
+            let before =
+                began.clone().map(entry).filter(|entry| is_durable(entry)).map(|entry| entry.began).max();
+            let live =
+                |entry: &Entry| entry.ended.is_none_or(|ended| before.is_none_or(|before| ended >= before));
+            let value = |number: u32| match entry(number).deed {
+                Deed::Write => stamp(u64::from(number), block),
                 Deed::Zero | Deed::Discard => [0; BLOCK_BYTES],
             };
-            let candidates =
-                began.iter().map(|number| **number).filter(|number| live(&inner.entries[*number as usize]));
-            let initial = self.initial.chunks(BLOCK_BYTES).nth(block).unwrap_or(&[0; BLOCK_BYTES]);
-            let old = superseded_before.is_none() && bytes == initial;
-            if old || candidates.clone().any(|number| value(number) == bytes) {
+            let legal = began.filter(|number| live(entry(*number))).map(value);
+            let initial = self.initial.chunks(BLOCK_BYTES).nth(block as usize).unwrap_or(&[0; BLOCK_BYTES]);
+            if (before.is_none() && found == initial) || legal.clone().any(|value| value == found) {
                 continue;
             }
-            let mut legal: Vec<String> = candidates.map(|number| describe(&value(number))).collect();
-            if superseded_before.is_none() {
+            let mut legal: Vec<String> = legal.map(|value| describe(&value)).collect();
+            if before.is_none() {
                 legal.push(format!("initial {}", describe(initial)));
             }
-            let found = describe(bytes);
-            return Err(format!("block {block} holds {found}; legal are: {}", legal.join(", ")));
+            return Err(format!("block {block} holds {}; legal are: {}", describe(found), legal.join(", ")));
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 //!    └───────── submissions, completions, log, marks ──────┘      History ──── which bytes are legal ┘
 //! ```
 
+pub mod conformance;
 pub mod fault;
 pub mod history;
 pub mod log;

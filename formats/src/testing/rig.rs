@@ -46,6 +46,8 @@ pub struct Case {
     pub log_capacity: Option<usize>,
     /// Memory for tables, in bytes.
     pub budget_bytes: usize,
+    /// A closed image has no leaks.
+    pub closes_clean: bool,
 }
 
 impl std::fmt::Debug for Case {
@@ -57,7 +59,13 @@ impl std::fmt::Debug for Case {
 impl Case {
     /// A chain without an allocation log and with room for 256 KiB of tables.
     pub fn new(name: &str, layers: Vec<LayerCase>) -> Case {
-        Case { name: name.to_string(), layers, log_capacity: None, budget_bytes: 256 << 10 }
+        Case {
+            name: name.to_string(),
+            layers,
+            log_capacity: None,
+            budget_bytes: 256 << 10,
+            closes_clean: true,
+        }
     }
 
     /// The same with an allocation log.
@@ -65,6 +73,13 @@ impl Case {
     pub fn logged(mut self, capacity: usize) -> Case {
         self.name += "+log";
         self.log_capacity = Some(capacity);
+        self
+    }
+
+    /// The same of a format that leaks what it had reserved.
+    #[must_use]
+    pub fn leaking(mut self) -> Case {
+        self.closes_clean = false;
         self
     }
 
