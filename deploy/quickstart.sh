@@ -132,13 +132,6 @@ start_in_background() {
     mkdir -p "$run_dir" "$demo_dir" || die "cannot make $run_dir and $demo_dir: run this as root or say --run-dir"
     [ -O "$run_dir" ] || die "$run_dir belongs to somebody else: say another --run-dir"
     local options=(--run-dir "$run_dir" --state-dir "$state_dir" --metrics "$metrics")
-    # RAM disks need tmpfs; /run is one wherever systemd is, and need not be in a container.
-    if [ "$(stat -f -c %T "$run_dir")" != tmpfs ] && [ "$(stat -f -c %T /dev/shm 2>/dev/null)" = tmpfs ]; then
-        local ram_dir=/dev/shm/blktapd${run_dir//\//-}
-        [ -d "$ram_dir" ] || mkdir -m 700 "$ram_dir"
-        [ -O "$ram_dir" ] || die "$ram_dir belongs to somebody else: remove it, or say another --run-dir"
-        options+=(--ram-dir "$ram_dir")
-    fi
     setsid "$blktapd" serve "${options[@]}" \
         </dev/null >>"$log_file" 2>&1 &
     local pid=$! waited=0

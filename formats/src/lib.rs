@@ -4,12 +4,15 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 
+pub mod blocking;
 pub mod driver;
 pub mod error;
 pub mod file;
 pub mod locks;
 pub mod metadata;
 pub mod raw;
+pub mod raw_driver;
+pub mod registry;
 pub mod size;
 pub mod spec;
 #[cfg(any(test, feature = "testing"))]

@@ -4,9 +4,7 @@
 //! goes with the last detach ([`Images::forget_ram`]). Over a restart of the daemon its file in the RAM directory stays.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,6 +17,7 @@ use tokio::time::Instant;
 use crate::config::Settings;
 use crate::files::{FileKey, Files, OpenError, OpenErrorKind, OpenRequest, Released};
 use crate::problem::{Problem, ProblemKind};
+use crate::ram_dir::RamDir;
 
 /// How long closing a file may take before it goes on in the background.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -59,9 +58,7 @@ impl OpenImage {
 /// All images of the process.
 pub struct Images {
     files: Files,
-    ram_dir: PathBuf,
-    /// The directory was named by the operator: it has to be right.
-    ram_dir_given: bool,
+    ram_dir: RamDir,
     budget: Arc<RamBudget>,
     rams: Mutex<HashMap<String, Ram>>,
     /// Held while a RAM disk is made or removed.
@@ -80,8 +77,7 @@ impl Images {
     pub fn new(settings: &Settings) -> Result<Images, Problem> {
         Ok(Images {
             files: Files::new(settings.allowed_dirs.clone(), &settings.run_dir).map_err(problem)?,
-            ram_dir: settings.ram_dir.clone(),
-            ram_dir_given: settings.ram_dir_given,
+            ram_dir: RamDir::new(settings.ram_dir.clone(), &settings.run_dir),
             budget: Arc::new(RamBudget::new(settings.ram_limit_bytes.unwrap_or(u64::MAX))),
             rams: Mutex::default(),
             ram_turn: tokio::sync::Mutex::new(()),
@@ -174,16 +170,18 @@ impl Images {
             None => None,
             Some(path) => Some(self.open_initial(path, name, deadline).await?),
         };
-        let (dir, dir_given) = (self.ram_dir.clone(), self.ram_dir_given);
+        let dir = self.ram_dir.clone();
         let (owned, size, budget) = (name.to_owned(), options.size, self.budget.clone());
         let contents = init.as_ref().map(|(file, _)| file.try_clone()).transpose();
         let made = match contents {
             Err(error) => Err(Problem::failed(format!("RAM disk {name}: {error}"))),
-            Ok(contents) => tokio::task::spawn_blocking(move || {
-                make_ram(&dir, dir_given, &owned, size, page, budget, contents)
-            })
-            .await
-            .unwrap_or_else(|error| Err(Problem::failed(format!("RAM disk: its maker ended: {error}")))),
+            Ok(contents) => {
+                tokio::task::spawn_blocking(move || make_ram(&dir, &owned, size, page, budget, contents))
+                    .await
+                    .unwrap_or_else(|error| {
+                        Err(Problem::failed(format!("RAM disk: its maker ended: {error}")))
+                    })
+            }
         };
         if let Some((file, key)) = init {
             drop(file);
@@ -298,8 +296,10 @@ impl Images {
         }
         let dir = self.ram_dir.clone();
         let removed = tokio::task::spawn_blocking(move || {
-            let Ok(dir) = std::fs::File::open(dir) else { return Ok(()) };
-            shard::ram::remove_backing(dir.as_fd(), &name)
+            let removed =
+                dir.existing().iter().try_for_each(|dir| shard::ram::remove_backing(dir.as_fd(), &name));
+            dir.tidy();
+            removed
         })
         .await;
         if let Ok(Err(error)) = removed {
@@ -323,26 +323,17 @@ impl Images {
 
 /// Makes or takes up a RAM disk. Blocks.
 fn make_ram(
-    dir: &Path,
-    dir_given: bool,
+    ram_dir: &RamDir,
     name: &str,
     size: u64,
     page: PageSize,
     budget: Arc<RamBudget>,
     contents: Option<OwnedFd>,
 ) -> Result<(Arc<RamDisk>, Option<String>), Problem> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| {
-        Problem::failed(format!(
-            "the RAM directory {} cannot be made: {error}; name another with --ram-dir",
-            dir.display()
-        ))
-    })?;
-    let dir_file = std::fs::File::open(dir).map_err(|error| {
-        Problem::failed(format!("the RAM directory {} cannot be opened: {error}", dir.display()))
-    })?;
+    let (dir, dir_file) = ram_dir.open(size)?;
     let backing = match shard::ram::open_backing(dir_file.as_fd(), name, size, page) {
         Ok(backing) => Some(backing),
-        Err(error) if error.kind == RamErrorKind::WrongFileSystem && !dir_given => None,
+        Err(error) if error.kind == RamErrorKind::WrongFileSystem && !ram_dir.is_given() => None,
         Err(error) => return Err(ram_problem(error)),
     };
     let (file, taken_up, named) = match backing {

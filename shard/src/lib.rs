@@ -13,6 +13,7 @@ pub mod api;
 pub mod clock;
 pub mod disk;
 pub mod executor;
+mod image;
 pub mod limits;
 pub mod nbd;
 pub mod park;

@@ -13,6 +13,10 @@
 //! kernel operations under way). *Closing*: the descriptors are on their way through the mount's lane; a new
 //! open of the file waits for them, since their locks would stand against it.
 //!
+//! A file that was closed while operations of the kernel were still out (those of a shard that failed) is absent here, and
+//! its old description lives on until the last of them has ended. Opening it makes another description, which is
+//! not handed out before nobody holds the fence: the same wait as behind a former daemon.
+//!
 //! Every new description of a file has a new `generation`: what was cached about the file under another one
 //! is stale.
 //!

@@ -39,8 +39,14 @@ impl Gate {
 
 impl<K: Kernel> Shard<K> {
     pub(super) fn run_actions(&mut self) {
-        while let Some((disk, action)) = self.actions.pop_front() {
-            self.carry_out(disk, action);
+        loop {
+            while let Some((disk, action)) = self.actions.pop_front() {
+                self.carry_out(disk, action);
+            }
+            match self.awake.pop() {
+                Some(disk) => self.run_tasks(disk),
+                None => return,
+            }
         }
     }
 
@@ -72,11 +78,13 @@ impl<K: Kernel> Shard<K> {
                 self.kernel.side(SideJob { user_data, file, call });
             }
             Action::Memory { req } => self.memory(disk, req),
+            Action::Volume { req } => self.start_volume(disk, req),
             Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
-                let request = &self.requests[req];
-                if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
+                let (memory, base) = self.memory_of(req);
+                let bounce = &self.requests[req].bounce;
+                if let (Some(payload), Some(bounce)) = (self.requests[memory].payload.as_ref(), bounce) {
                     let (payload_at, bounce_at, len) =
-                        (payload_at as usize, bounce_at as usize, len as usize);
+                        ((base + payload_at) as usize, bounce_at as usize, len as usize);
                     if to_bounce {
                         self.pool.copy(payload, payload_at, bounce, bounce_at, len);
                     } else {
@@ -90,8 +98,9 @@ impl<K: Kernel> Shard<K> {
                 }
             }
             Action::ZeroPayload { req, at, len } => {
-                if let Some(payload) = &self.requests[req].payload {
-                    self.pool.bytes_mut(payload)[at as usize..][..len as usize].fill(0);
+                let (memory, base) = self.memory_of(req);
+                if let Some(payload) = &self.requests[memory].payload {
+                    self.pool.bytes_mut(payload)[(base + at) as usize..][..len as usize].fill(0);
                 }
             }
             Action::Answer { req } => self.answer(disk, req),
@@ -117,6 +126,7 @@ impl<K: Kernel> Shard<K> {
             Action::Fallocate { group, .. } | Action::Side { target: SideTarget::Group(group), .. } => {
                 self.with_disk(disk, |disk, ctx| disk.on_space(ctx, group, GONE));
             }
+            Action::Volume { req } => self.with_disk(disk, |disk, ctx| disk.on_volume(ctx, req, GONE, false)),
             Action::Memory { req } | Action::Side { target: SideTarget::Request(req), .. } => {
                 self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, Err(GONE)));
             }
@@ -194,11 +204,12 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
-    fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
+    pub(super) fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
         let request = &self.requests[req];
         // The bytes of a read arrive in its payload in the end, also those that are bounced.
         let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
-        if needs_payload && request.payload.is_none() {
+        let borrowed = request.via.and_then(|via| via.payload());
+        if needs_payload && request.payload.is_none() && borrowed.is_none() {
             let (conn, guaranteed) = self.place_of(req);
             let request = &mut self.requests[req];
             let buf = self.pool.take(request.len as usize, guaranteed)?;
@@ -209,6 +220,10 @@ impl<K: Kernel> Shard<K> {
                 conn.note_buffer(&buf);
             }
             request.payload = Some(buf);
+        }
+        if let (Some((lender, base)), Mem::Payload(at)) = (borrowed, mem) {
+            let payload = self.requests.get(lender)?.payload.as_ref()?;
+            return Some(self.pool.address(payload) + (base + at) as usize);
         }
         let request = &mut self.requests[req];
         match mem {
@@ -229,6 +244,11 @@ impl<K: Kernel> Shard<K> {
                 request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
             }
         }
+    }
+
+    /// Whose payload is the memory of a request, and from which byte on.
+    fn memory_of(&self, req: ReqKey) -> (ReqKey, u32) {
+        self.requests[req].via.and_then(|via| via.payload()).unwrap_or((req, 0))
     }
 
     /// The connection of a request, and whether its payload may go beyond the budget.
@@ -416,13 +436,18 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    fn op_gone(&mut self, disk: u32, gated: bool) {
+    pub(super) fn op_gone(&mut self, disk: u32, gated: bool) {
         if gated {
             self.leave_gate(disk);
         }
         if let Some(entry) = self.disks.get_mut(disk as usize) {
             entry.ops -= 1;
-            if entry.ops == 0 && (entry.quarantined || entry.pending.is_some() || entry.zombie) {
+            if entry.ops == 0
+                && (entry.quarantined
+                    || entry.pending.is_some()
+                    || entry.zombie
+                    || entry.failed_open.is_some())
+            {
                 self.unsettled.push(disk);
             }
         }
@@ -476,7 +501,7 @@ impl<K: Kernel> Shard<K> {
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
             let (conn, first) = match action {
-                Action::Io { req, .. } => self.place_of(req),
+                Action::Io { req, .. } | Action::Volume { req } => self.place_of(req),
                 _ => (None, false),
             };
             if !first && waiting.contains(&(disk, conn)) {
@@ -535,6 +560,9 @@ impl<K: Kernel> Shard<K> {
             self.unsettled.push(slot);
         } else if entry.pending.is_some() {
             self.unsettled.push(slot);
+        }
+        if self.via_done(&mut request) {
+            return;
         }
         let origin = request.origin.take();
         let conn = origin.and_then(|origin| {

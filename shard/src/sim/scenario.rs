@@ -95,6 +95,7 @@ impl Sim {
                 inbox_wake: eventfd(),
                 events: EventSink { tx: event_tx.clone(), wake: eventfd(), shard: index },
                 counters: Arc::new(ShardCounters::default()),
+                table_budget_bytes: 1 << 20,
                 fault_commands: true,
             }));
         }

@@ -227,6 +227,7 @@ impl World {
         let (what, start, len) = match side.call {
             SideCall::Extents { offset, len, .. } => (What::Extents, offset, len),
             SideCall::DiscardDevice { offset, len } => (What::Space, offset, len),
+            SideCall::SetLength { length, .. } => (What::Space, length, 0),
         };
         let result = if rng.chance(file.faults.side) {
             let errno = libc::EIO;
@@ -245,6 +246,7 @@ impl World {
                     let extents = file.extents(offset, len, max);
                     Ok(extents.into_iter().map(|(len, hole)| Extent { len, hole }).collect())
                 }
+                SideCall::SetLength { .. } => panic!("a raw disk does not change its length"),
                 SideCall::DiscardDevice { offset, len } => {
                     assert!(offset % 512 == 0 && len % 512 == 0, "misaligned discard");
                     // A device may forget all, a part, or nothing.
