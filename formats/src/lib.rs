@@ -10,10 +10,13 @@ pub mod error;
 pub mod file;
 pub mod locks;
 pub mod metadata;
+pub mod qcow2;
 pub mod raw;
 pub mod raw_driver;
 pub mod registry;
 pub mod size;
 pub mod spec;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod vhd;
 pub mod volume;

@@ -65,21 +65,27 @@ impl<K: Kernel> Shard<K> {
                 .slot(disk)
                 .map(|slot| Some(Reply::Stats(Box::new(self.disks[slot as usize].meter.stats())))),
             Command::Clients { disk } => self.slot(disk).map(|slot| Some(Reply::Clients(self.clients(slot)))),
-            Command::InjectPanic { disk } => self.slot(disk).and_then(|slot| {
-                if !self.fault_commands {
-                    let message =
-                        "fault commands are off: start the daemon with --fault-commands (tests only)";
-                    return Err(failure(ShardErrorKind::WrongState, message));
-                }
-                self.with_disk(slot, |disk, _| disk.panic_for_test());
-                Ok(Some(Reply::Done))
-            }),
+            Command::InjectPanic { disk } => {
+                self.faults_allowed().and_then(|()| self.slot(disk)).map(|slot| {
+                    self.with_disk(slot, |disk, _| disk.panic_for_test());
+                    Some(Reply::Done)
+                })
+            }
+            Command::InjectShardPanic => match self.faults_allowed() {
+                Ok(()) => panic!("injected panic in the reactor"),
+                Err(refusal) => Err(refusal),
+            },
         };
         match outcome {
             Ok(None) => {}
             Ok(Some(reply)) => self.reply(tag, Ok(reply)),
             Err(error) => self.reply(tag, Err(error)),
         }
+    }
+
+    fn faults_allowed(&self) -> Result<(), ShardError> {
+        let message = "fault commands are off: start the daemon with --fault-commands (tests only)";
+        if self.fault_commands { Ok(()) } else { Err(failure(ShardErrorKind::WrongState, message)) }
     }
 
     fn slot(&self, disk: DiskId) -> Result<u32, ShardError> {
@@ -127,6 +133,7 @@ impl<K: Kernel> Shard<K> {
             engine: None,
             failed_open: None,
             told: None,
+            punts: false,
         }) as u32
     }
 

@@ -12,6 +12,8 @@
 //! the shard while the kernel works for it.
 
 mod actions;
+#[cfg(test)]
+mod audit;
 mod commands;
 mod conns;
 mod meter;
@@ -131,6 +133,8 @@ struct Entry {
     failed_open: Option<(u64, String)>,
     /// When an error of its image was told last.
     told: Option<Nanos>,
+    /// Its file cannot tell that it would have to wait: all I/O counts as punted.
+    punts: bool,
 }
 
 /// A shard without its thread: everything that runs on one core.
@@ -339,6 +343,26 @@ impl<K: Kernel> Shard<K> {
             return Ok(false);
         }
         Ok(true)
+    }
+
+    /// The end after a failure: gives back what others wait for, and keeps what the kernel may still use.
+    ///
+    /// The ring is closed, so that the kernel ends its operations and lets go of their files; only then are the disks and the
+    /// commands that nobody will carry out dropped, and with them the shard's references to images. Clients see the end of
+    /// their connections. Buffers and message headers stay mapped for ever: an operation that is on its way to a device still
+    /// reads or writes them, and nothing tells a closed ring's owner when the last one has ended. (The file does: see the file
+    /// table's fence.)
+    pub fn abandon(self) {
+        let Shard { kernel, disks, conns, inbox, counters, pool, requests, actions, .. } = self;
+        drop(kernel);
+        for (_, conn) in conns {
+            conn.abandon();
+        }
+        std::mem::forget((pool, requests, actions));
+        drop((inbox, disks));
+        [&counters.disks, &counters.clients, &counters.ops_in_flight, &counters.buffer_bytes]
+            .iter()
+            .for_each(|gauge| gauge.set(0));
     }
 
     fn account(&mut self, start: Nanos) {
