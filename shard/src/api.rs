@@ -102,6 +102,8 @@ pub struct ChainLayer {
     pub names: Vec<Arc<str>>,
     /// It may be changed: the first of a writable disk.
     pub writable: bool,
+    /// It was written until now: it is flushed before the chain is used.
+    pub flush: bool,
     /// A snapshot inside of it to serve.
     pub snapshot: Option<String>,
 }
@@ -218,6 +220,14 @@ pub enum Command {
         disk: DiskId,
         /// The operator accepts that acknowledged data may be lost.
         data_in_doubt: bool,
+    },
+    /// Give a paused disk another image of the same size, with its connections and the requests that wait. The old one is flushed
+    /// and closed first; when the new one cannot be opened the old one is again. Reply: `Done`.
+    Swap {
+        /// Which disk.
+        disk: DiskId,
+        /// The new image.
+        backend: Backend,
     },
     /// Give a disk up: held and new requests are answered with errors. Reply: `Done`.
     Fail {

@@ -461,7 +461,8 @@ impl<K: Kernel> Shard<K> {
                 && (entry.quarantined
                     || entry.pending.is_some()
                     || entry.zombie
-                    || entry.failed_open.is_some())
+                    || entry.failed_open.is_some()
+                    || entry.swap.is_some())
             {
                 self.unsettled.push(disk);
             }

@@ -50,6 +50,7 @@ impl<K: Kernel> Shard<K> {
             Command::Resume { disk, data_in_doubt } => {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
+            Command::Swap { disk, backend } => self.slot(disk).and_then(|slot| self.swap(slot, tag, backend)),
             Command::Fail { disk } => self.slot(disk).map(|slot| {
                 self.with_disk(slot, |disk, ctx| {
                     disk.fail(ctx, DiskState::Failed, "given up by an operator")
@@ -132,6 +133,7 @@ impl<K: Kernel> Shard<K> {
             owner,
             engine: None,
             failed_open: None,
+            swap: None,
             told: None,
             punts: false,
         }) as u32
@@ -185,7 +187,12 @@ impl<K: Kernel> Shard<K> {
                 format!("the disk is {what}: wait for that to end"),
             ));
         }
-        if entry.quarantined || entry.zombie || entry.failed_open.is_some() || entry.opening() {
+        if entry.quarantined
+            || entry.zombie
+            || entry.swap.is_some()
+            || entry.failed_open.is_some()
+            || entry.opening()
+        {
             return Err(failure(
                 ShardErrorKind::WrongState,
                 "the disk waits for kernel operations to come back",
@@ -373,6 +380,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+        self.end_swap(slot, "the disk was detached by force");
         for file in self.file_slots(slot) {
             self.disks[file as usize].zombie = true;
             self.with_disk(file, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));

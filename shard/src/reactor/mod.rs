@@ -19,6 +19,7 @@ mod conns;
 mod meter;
 mod ops;
 mod settle;
+mod swap;
 mod volume;
 
 use std::cmp::Reverse;
@@ -131,6 +132,8 @@ struct Entry {
     engine: Option<Box<volume::Engine>>,
     /// Its image could not be opened: the command to answer, and why.
     failed_open: Option<(u64, String)>,
+    /// It is being given another image.
+    swap: Option<swap::Swap>,
     /// When an error of its image was told last.
     told: Option<Nanos>,
     /// Its file cannot tell that it would have to wait: all I/O counts as punted.

@@ -29,7 +29,7 @@ impl<K: Kernel> Shard<K> {
         if self.disks[slot as usize].owner.is_some() {
             return self.settle_file(slot);
         }
-        if self.settle_failed_open(slot) {
+        if self.settle_failed_open(slot) || self.settle_swap(slot) {
             return;
         }
         let entry = &self.disks[slot as usize];
