@@ -117,6 +117,8 @@ pub struct Request {
     pub len: u64,
     /// Data: of a write from the start, of a read when it was started.
     pub payload: Option<Buf>,
+    /// Data of a write that came from another shard and has no buffer here yet.
+    pub carried: Option<Vec<u8>>,
     /// Who asked; `None` when the connection has gone or the reactor itself asks.
     pub origin: Option<Origin>,
     /// Operations that it costs: 1, or 0 for the later pieces of a large one.
@@ -150,6 +152,7 @@ impl Request {
             offset,
             len,
             payload: None,
+            carried: None,
             origin,
             operations: 1,
             arrived: now,

@@ -55,6 +55,21 @@ impl<K: Kernel> Shard<K> {
         self.audit_gates(&check)
     }
 
+    /// The address space of the pool is spent until [`Shard::give_buffers_back`].
+    pub fn take_buffers_away(&mut self) {
+        self.pool.hide_free_chunks();
+    }
+
+    /// There is address space again.
+    pub fn give_buffers_back(&mut self) {
+        self.pool.show_free_chunks();
+    }
+
+    /// Requests whose data came along with a disk and wait for a buffer.
+    pub fn carried(&self) -> usize {
+        self.requests.iter().filter(|(_, request)| request.carried.is_some()).count()
+    }
+
     fn audit_disks(
         &self,
         check: &dyn Fn(&dyn Fn() -> String, u64, u64) -> Result<(), String>,
