@@ -212,6 +212,9 @@ impl Sim {
         let file = anonymous_backing("sim", disk.size, PageSize::Base).expect("a memfd");
         let budget = Arc::new(RamBudget::new(1 << 40));
         let ram = RamDisk::create(file, "sim", disk.size, PageSize::Base, budget).expect("a RAM disk");
+        if self.plan.faults {
+            ram.invent_rival(self.rng.next(), self.rng.pick(&[0, 20, 300, 600]));
+        }
         disk.memory = Some(Backend::Ram(ram));
     }
 
@@ -522,6 +525,12 @@ impl Sim {
         self.closing = true;
         for disk in 0..self.disks.len() {
             self.world.borrow_mut().files[disk].faults = Faults::default();
+            if let Some(Backend::Ram(ram)) = &self.disks[disk].memory {
+                ram.invent_rival(0, 0);
+                if ram.rivals_met() > 0 {
+                    self.count("a RAM disk met another shard");
+                }
+            }
         }
         self.run_to_rest();
         self.settle_orphans();
