@@ -245,7 +245,7 @@ pub enum Command {
         /// Which disk.
         disk: DiskId,
     },
-    /// Serve a parked disk. Reply: `Done`.
+    /// Serve a parked disk. Reply: `Done`, or `NotTaken` from a shard that is stopping or has a disk of that identity.
     Unpark(Box<ParkedDisk>),
     /// Histograms and queue depths of one disk. Reply: `Stats`.
     Stats {
@@ -283,6 +283,9 @@ pub enum Reply {
     },
     /// The disk with its connections, ready for another shard.
     Parked(Box<ParkedDisk>),
+    /// The shard does not serve the parked disk. Nothing of it was lost: any other shard can take it, also the one that it
+    /// came from.
+    NotTaken(Box<ParkedDisk>),
     /// Figures of one disk.
     Stats(Box<DiskStats>),
     /// Connections of one disk.

@@ -339,10 +339,13 @@ impl<K: Kernel> Shard<K> {
             self.tick();
         }
         self.account(start);
-        if let Some(tag) = self.stopping
-            && self.disks.is_empty()
-        {
-            self.events.send(Event::Reply { tag, result: Ok(crate::api::Reply::Done) });
+        // The one operation that stays is the poll of the inbox.
+        if self.stopping.is_some() && self.disks.is_empty() && self.ops.len() <= 1 {
+            // What was sent before the control thread could know: every command has its reply.
+            self.inbox();
+            if let Some(tag) = self.stopping {
+                self.reply(tag, Ok(crate::api::Reply::Done));
+            }
             return Ok(false);
         }
         Ok(true)

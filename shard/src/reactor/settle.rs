@@ -261,7 +261,7 @@ impl<K: Kernel> Shard<K> {
             len: request.len,
             operations: request.operations,
             // A read that failed and is held has a buffer and no data yet.
-            payload: payload.filter(|_| matches!(request.kind, Kind::Write { .. })),
+            payload: payload.filter(|_| matches!(request.kind, Kind::Write { .. })).or(request.carried),
             origin,
             arrived: request.arrived,
         }

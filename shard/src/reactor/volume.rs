@@ -308,7 +308,8 @@ impl<K: Kernel> Shard<K> {
     /// Carries a request of a volume out: from memory if that will do, else by a future.
     pub(super) fn start_volume(&mut self, slot: u32, req: ReqKey) {
         let kind = self.requests[req].kind;
-        if kind == Kind::Read && self.address(slot, req, Mem::Payload(0)).is_none() {
+        let moves = matches!(kind, Kind::Read | Kind::Write { .. });
+        if moves && self.address(slot, req, Mem::Payload(0)).is_none() {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((slot, Action::Volume { req }));
             if self.disks[slot as usize].pending.is_some() && !self.feeding {
@@ -649,10 +650,16 @@ impl<K: Kernel> Shard<K> {
             Ok(_) => {}
             Err(error) => {
                 engine.stage = Stage::Closed;
-                if let Some(tag) = tag {
+                let entry = &self.disks[slot as usize];
+                let unseen = entry.conns.is_empty() && entry.requests == 0;
+                if let Some(tag) = tag.filter(|_| unseen) {
                     // Nobody has seen the disk yet; it goes when its operations have come back.
                     self.disks[slot as usize].failed_open = Some((tag, error.message));
                     return self.unsettled.push(slot);
+                }
+                if let Some(tag) = tag {
+                    // It came with its clients: it is here, and its state says what it is.
+                    self.reply(tag, Ok(Reply::Done));
                 }
                 if self.swap_failed(slot, &error.message) {
                     return;
