@@ -4,6 +4,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 
+pub mod blocking;
 pub mod driver;
 pub mod error;
 pub mod file;
@@ -15,4 +16,7 @@ pub mod raw_driver;
 pub mod registry;
 pub mod size;
 pub mod spec;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod vhd;
 pub mod volume;

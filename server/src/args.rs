@@ -99,7 +99,7 @@ pub struct ServeArgs {
     /// Pre-shared keys of TLS clients: lines of USER:HEX, as GnuTLS' psktool writes them
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
-    /// Directory for RAM disks, on tmpfs or hugetlbfs [default: RUN_DIR/ram]
+    /// Directory for RAM disks, on tmpfs or hugetlbfs [default: RUN_DIR/ram, or one in /dev/shm where RUN_DIR is not on tmpfs]
     #[arg(long, value_name = "DIR")]
     pub ram_dir: Option<PathBuf>,
     /// Limit on the memory of all RAM disks together, like 4G [default: none but the file system's]
@@ -188,7 +188,7 @@ pub enum CtlCommand {
     },
     /// Show or change limits of a disk or a group, live
     Qos(Box<QosArgs>),
-    /// Hold the requests of a disk
+    /// Hold the requests of a disk until it is resumed, over restarts of the daemon as well
     Pause {
         /// The disk
         name: String,
@@ -201,7 +201,7 @@ pub enum CtlCommand {
         #[arg(long)]
         data_in_doubt: bool,
     },
-    /// Give a disk up: its requests are answered with errors
+    /// Give a disk up: its requests are answered with errors until it is detached, over restarts of the daemon as well
     Fail {
         /// The disk
         name: String,
@@ -235,11 +235,15 @@ pub enum CtlCommand {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
         limit: Option<u32>,
     },
-    /// Make a disk's own code panic, in a daemon that was started with --fault-commands
+    /// Make a disk's or a shard's own code panic, in a daemon that was started with --fault-commands
     #[command(hide = true)]
     InjectPanic {
         /// The disk
-        name: String,
+        #[arg(required_unless_present = "shard", conflicts_with = "shard")]
+        name: Option<String>,
+        /// The shard
+        #[arg(long, value_name = "N")]
+        shard: Option<u16>,
     },
     /// Read the configuration again
     Reload,

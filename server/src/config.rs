@@ -218,10 +218,8 @@ pub struct Settings {
     pub on_error: ErrorPolicy,
     /// Policy of attachments that name none.
     pub on_enospc: ErrorPolicy,
-    /// Directory of RAM disks.
-    pub ram_dir: PathBuf,
-    /// An operator chose it.
-    pub ram_dir_given: bool,
+    /// Directory of RAM disks that an operator chose.
+    pub ram_dir: Option<PathBuf>,
     /// Limit on the memory of all RAM disks; `None` for no limit.
     pub ram_limit_bytes: Option<u64>,
     /// NBD on TCP.
@@ -333,7 +331,6 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
             "shards.buffer_budget is {buffer_budget} bytes: expected at least 1M, so that a request fits"
         )));
     }
-    let file_has_ram_dir = file.ram.dir.is_some();
     let seconds = |given: Option<u32>, default: u32| Duration::from_secs(given.unwrap_or(default).into());
     let settings = Settings {
         ctl: absolute(ctl)?,
@@ -347,8 +344,7 @@ fn resolve(args: &ServeArgs, file: ConfigFile) -> Result<Settings, Problem> {
         open_timeout: seconds(file.images.open_timeout_s, 30),
         on_error: file.disks.on_error.unwrap_or(ErrorPolicy::Report),
         on_enospc: file.disks.on_enospc.unwrap_or(ErrorPolicy::Report),
-        ram_dir: absolute(args.ram_dir.clone().or(file.ram.dir).unwrap_or_else(|| run_dir.join("ram")))?,
-        ram_dir_given: args.ram_dir.is_some() || file_has_ram_dir,
+        ram_dir: args.ram_dir.clone().or(file.ram.dir).map(absolute).transpose()?,
         ram_limit_bytes: args.ram_limit.or(file.ram.limit).filter(|limit| *limit > 0),
         nbd_listen: nbd_listen.iter().map(|text| parse_nbd_listen(text)).collect::<Result<_, _>>()?,
         nbd_access: access("nbd", file.nbd.mode, file.nbd.group, 0o600)?,
@@ -575,6 +571,31 @@ mod tests {
         assert_eq!(limits.within(1 << 20), limits);
         let few = limits.within(1024);
         assert_eq!((few.connections, few.negotiations, few.connections_per_disk), (512, 128, 64));
+    }
+
+    /// The example file says what the defaults are, in lines that start with # and no blank, and shows no key that is wrong.
+    #[test]
+    fn the_example_is_right() {
+        let text = include_str!("../../deploy/blktapd.toml");
+        let is_key = |line: &str| line.contains(" = ") && line.starts_with(|c: char| c.is_ascii_lowercase());
+        let uncomment = |mark: &str| {
+            let line = |line: &str| {
+                let inner = line.strip_prefix(mark).filter(|rest| is_key(rest) || rest.starts_with('['));
+                format!("{}\n", inner.unwrap_or(line))
+            };
+            text.lines().map(line).collect::<String>()
+        };
+        let defaults = uncomment("#");
+        assert!(defaults.matches("\n[").count() > 5 && defaults.contains("\nrun_dir = "), "{defaults}");
+        // What the host decides has a value in the example all the same.
+        let log_format = read(&defaults).unwrap().log_format;
+        let expected = Settings { log_format, ..read("").unwrap() };
+        assert_eq!(read(&defaults).unwrap(), expected);
+        // Keys instead of a certificate.
+        let shown = read(&uncomment("# ").replace("\npsk = ", "\n# psk = ")).unwrap();
+        assert_eq!(shown.groups["tenant-7"].iops_total.burst, 40_000);
+        assert_eq!(shown.ram_limit_bytes, Some(4 << 30));
+        assert!(shown.tls.cert_key.is_some(), "{shown:?}");
     }
 
     #[test]

@@ -256,7 +256,7 @@ impl Fleet {
             let _ = shard.link.send(Envelope { tag, command: Command::Stop });
         }
         let all_ended = async {
-            while self.shards.iter().any(|shard| shard.ended().is_none()) {
+            while !self.all_ended() {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };
@@ -268,6 +268,11 @@ impl Fleet {
     /// True when [`Fleet::stop`] was called: a shard that ends now was told to.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// True when no shard is left.
+    pub fn all_ended(&self) -> bool {
+        self.shards.iter().all(|shard| shard.ended().is_some())
     }
 
     /// The shard, or why there is none of that number.

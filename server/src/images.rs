@@ -4,9 +4,7 @@
 //! goes with the last detach ([`Images::forget_ram`]). Over a restart of the daemon its file in the RAM directory stays.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -19,6 +17,11 @@ use tokio::time::Instant;
 use crate::config::Settings;
 use crate::files::{FileKey, Files, OpenError, OpenErrorKind, OpenRequest, Released};
 use crate::problem::{Problem, ProblemKind};
+use crate::ram_dir::RamDir;
+
+mod chain;
+
+use chain::Wanted;
 
 /// How long closing a file may take before it goes on in the background.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,6 +44,8 @@ pub struct OpenImage {
 #[derive(Debug, Clone)]
 enum Held {
     File(FileKey),
+    /// Files of a chain, those of the first image first.
+    Chain(Vec<FileKey>),
     Ram(String),
     Nothing,
 }
@@ -59,9 +64,9 @@ impl OpenImage {
 /// All images of the process.
 pub struct Images {
     files: Files,
-    ram_dir: PathBuf,
-    /// The directory was named by the operator: it has to be right.
-    ram_dir_given: bool,
+    /// As the configuration has them now.
+    allowed_dirs: Mutex<Vec<PathBuf>>,
+    ram_dir: RamDir,
     budget: Arc<RamBudget>,
     rams: Mutex<HashMap<String, Ram>>,
     /// Held while a RAM disk is made or removed.
@@ -79,9 +84,9 @@ impl Images {
     /// No image is open. The run directory must exist.
     pub fn new(settings: &Settings) -> Result<Images, Problem> {
         Ok(Images {
+            allowed_dirs: Mutex::new(settings.allowed_dirs.clone()),
             files: Files::new(settings.allowed_dirs.clone(), &settings.run_dir).map_err(problem)?,
-            ram_dir: settings.ram_dir.clone(),
-            ram_dir_given: settings.ram_dir_given,
+            ram_dir: RamDir::new(settings.ram_dir.clone(), &settings.run_dir),
             budget: Arc::new(RamBudget::new(settings.ram_limit_bytes.unwrap_or(u64::MAX))),
             rams: Mutex::default(),
             ram_turn: tokio::sync::Mutex::new(()),
@@ -91,7 +96,14 @@ impl Images {
     /// Takes over what a reload may change.
     pub fn reconfigure(&self, settings: &Settings) -> Result<(), Problem> {
         self.budget.set_limit_bytes(settings.ram_limit_bytes.unwrap_or(u64::MAX));
-        self.files.set_allowed_roots(settings.allowed_dirs.clone()).map_err(problem)
+        self.files.set_allowed_roots(settings.allowed_dirs.clone()).map_err(problem)?;
+        *self.allowed_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+            settings.allowed_dirs.clone();
+        Ok(())
+    }
+
+    fn allowed_dirs(&self) -> Vec<PathBuf> {
+        self.allowed_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
     /// The memory of all RAM disks.
@@ -115,6 +127,10 @@ impl Images {
                 note: None,
                 held: Held::Nothing,
             }),
+            Target::Image { format, path, options } => {
+                let wanted = Wanted { format: format.name(), path, options, read_only, disk, deadline };
+                self.open_chain(wanted).await
+            }
             Target::Raw { path, options } => self.open_file(path, options, read_only, disk, deadline).await,
             Target::Ram { name, options } => {
                 let turn = tokio::time::timeout_at(deadline, self.ram_turn.lock()).await;
@@ -139,8 +155,15 @@ impl Images {
     ) -> Result<OpenImage, Problem> {
         let deadline = deadline.saturating_duration_since(Instant::now());
         let user = disk.to_owned();
-        let request =
-            OpenRequest { path, read_only, cache: options.cache, sector: options.sector, user, deadline };
+        let request = OpenRequest {
+            path,
+            read_only,
+            cache: options.cache,
+            sector: options.sector,
+            formatted: false,
+            user,
+            deadline,
+        };
         let opened = self.files.open(request).await.map_err(problem)?;
         Ok(OpenImage {
             backend: Backend::File(opened.image),
@@ -174,16 +197,18 @@ impl Images {
             None => None,
             Some(path) => Some(self.open_initial(path, name, deadline).await?),
         };
-        let (dir, dir_given) = (self.ram_dir.clone(), self.ram_dir_given);
+        let dir = self.ram_dir.clone();
         let (owned, size, budget) = (name.to_owned(), options.size, self.budget.clone());
         let contents = init.as_ref().map(|(file, _)| file.try_clone()).transpose();
         let made = match contents {
             Err(error) => Err(Problem::failed(format!("RAM disk {name}: {error}"))),
-            Ok(contents) => tokio::task::spawn_blocking(move || {
-                make_ram(&dir, dir_given, &owned, size, page, budget, contents)
-            })
-            .await
-            .unwrap_or_else(|error| Err(Problem::failed(format!("RAM disk: its maker ended: {error}")))),
+            Ok(contents) => {
+                tokio::task::spawn_blocking(move || make_ram(&dir, &owned, size, page, budget, contents))
+                    .await
+                    .unwrap_or_else(|error| {
+                        Err(Problem::failed(format!("RAM disk: its maker ended: {error}")))
+                    })
+            }
         };
         if let Some((file, key)) = init {
             drop(file);
@@ -240,6 +265,7 @@ impl Images {
             read_only: true,
             cache: CacheMode::Writeback,
             sector: None,
+            formatted: false,
             user: initial_user(name),
             deadline: deadline.saturating_duration_since(Instant::now()),
         };
@@ -270,14 +296,19 @@ impl Images {
                     }
                 }
             }
-            Held::File(key) => {
-                self.files.reap();
-                let released = self.files.release(key, disk, RELEASE_TIMEOUT).await;
-                match released {
-                    Released::Closed | Released::StillUsed => {}
-                    Released::Closing | Released::Zombie | Released::Unknown => {
-                        tracing::warn!(disk, "its image is not closed yet: {released:?}");
-                    }
+            Held::File(key) => self.release_files(&[key], disk).await,
+            Held::Chain(keys) => self.release_files(&keys, disk).await,
+        }
+    }
+
+    async fn release_files(&self, keys: &[FileKey], disk: &str) {
+        self.files.reap();
+        for &key in keys {
+            let released = self.files.release(key, disk, RELEASE_TIMEOUT).await;
+            match released {
+                Released::Closed | Released::StillUsed => {}
+                Released::Closing | Released::Zombie | Released::Unknown => {
+                    tracing::warn!(disk, "its image is not closed yet: {released:?}");
                 }
             }
         }
@@ -298,8 +329,10 @@ impl Images {
         }
         let dir = self.ram_dir.clone();
         let removed = tokio::task::spawn_blocking(move || {
-            let Ok(dir) = std::fs::File::open(dir) else { return Ok(()) };
-            shard::ram::remove_backing(dir.as_fd(), &name)
+            let removed =
+                dir.existing().iter().try_for_each(|dir| shard::ram::remove_backing(dir.as_fd(), &name));
+            dir.tidy();
+            removed
         })
         .await;
         if let Ok(Err(error)) = removed {
@@ -313,6 +346,11 @@ impl Images {
             Held::Nothing => Some(0),
             Held::Ram(name) => self.lock_rams().get(name).map(|ram| ram.disk.allocated_bytes()),
             Held::File(key) => self.files.allocated_bytes(*key, Duration::from_secs(1)).await.ok(),
+            Held::Chain(keys) => {
+                // The first image's own: what is below it may belong to others, too.
+                let key = *keys.first()?;
+                self.files.allocated_bytes(key, Duration::from_secs(1)).await.ok()
+            }
         }
     }
 
@@ -323,26 +361,17 @@ impl Images {
 
 /// Makes or takes up a RAM disk. Blocks.
 fn make_ram(
-    dir: &Path,
-    dir_given: bool,
+    ram_dir: &RamDir,
     name: &str,
     size: u64,
     page: PageSize,
     budget: Arc<RamBudget>,
     contents: Option<OwnedFd>,
 ) -> Result<(Arc<RamDisk>, Option<String>), Problem> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|error| {
-        Problem::failed(format!(
-            "the RAM directory {} cannot be made: {error}; name another with --ram-dir",
-            dir.display()
-        ))
-    })?;
-    let dir_file = std::fs::File::open(dir).map_err(|error| {
-        Problem::failed(format!("the RAM directory {} cannot be opened: {error}", dir.display()))
-    })?;
+    let (dir, dir_file) = ram_dir.open(size)?;
     let backing = match shard::ram::open_backing(dir_file.as_fd(), name, size, page) {
         Ok(backing) => Some(backing),
-        Err(error) if error.kind == RamErrorKind::WrongFileSystem && !dir_given => None,
+        Err(error) if error.kind == RamErrorKind::WrongFileSystem && !ram_dir.is_given() => None,
         Err(error) => return Err(ram_problem(error)),
     };
     let (file, taken_up, named) = match backing {

@@ -32,6 +32,7 @@ pub mod model;
 pub mod nbd;
 pub mod placement;
 pub mod problem;
+pub mod ram_dir;
 pub mod rundir;
 pub mod serve;
 pub mod state;

@@ -133,7 +133,7 @@ impl LimitChange {
                 let option = name.replace('_', "-");
                 return Err(Problem::invalid(format!(
                     "a burst of {name} is given, and no rate: it says how far a rate may be exceeded; \
-                     give --{option} as well"
+                     give {name} (--{option}) as well"
                 )));
             }
             *rate = Rate::default();

@@ -346,7 +346,7 @@ pub enum ShardState {
     Running,
     /// Its loop has not turned for seconds.
     Stalled,
-    /// Its thread has ended; its disks failed.
+    /// Its thread has ended; its disks went to other shards.
     Ended,
 }
 

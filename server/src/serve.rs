@@ -2,6 +2,8 @@
 //!
 //! Order: sockets that were passed, settings, log, locks, shards (their threads inherit blocked signals), the runtime of the
 //! control thread, listeners, the disks of the last run, READY. The way back: no new work, drain and flush, shards stopped.
+//! When the last shard has ended by a failure the daemon ends as well, with a failure, for the service manager to start it again;
+//! what a start needs (attachments, RAM disks, the run directory) stays.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use crate::args::ServeArgs;
-use crate::config::{Listen, Settings};
+use crate::config::{Listen, Settings, SocketAccess};
 use crate::daemon::Daemon;
 use crate::http::{self, Api, peer};
 use crate::images::Images;
@@ -82,6 +84,12 @@ async fn run(daemon: Arc<Daemon>, given: Given) -> Result<u8, Problem> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            () = daemon.no_shard_left.notified() => {
+                daemon.begin_stop();
+                return Err(Problem::failed(
+                    "no shard is left, so no disk can be served: the daemon ends, to be started again; report its log",
+                ));
+            }
             _ = hangup.recv() => {
                 let daemon = daemon.clone();
                 tokio::spawn(async move {
@@ -183,7 +191,7 @@ async fn listen_metrics(
         }
         (None, Some(Listen::Unix(path))) => {
             refuse_answered(path, "metrics socket", "--metrics")?;
-            let socket = nbd::bind_unix(&settings.run_dir, path, &settings.ctl_access)?;
+            let socket = bind_api(settings, path)?;
             listeners.paths.push(path.clone());
             let listener = UnixListener::from_std(socket).map_err(|error| failed(&error))?;
             tokio::spawn(http::serve::metrics_unix(listener, router))
@@ -196,13 +204,25 @@ async fn listen_metrics(
 
 fn bind_control(settings: &Settings) -> Result<std::os::unix::net::UnixListener, Problem> {
     refuse_answered(&settings.ctl, "control socket", "--ctl")?;
-    let mut access = settings.ctl_access.clone();
-    // Readers need to connect. Only root may give a socket to a group that is not its own.
+    bind_api(settings, &settings.ctl)
+}
+
+/// Binds a socket of the API. Readers need to connect: without another group the socket is theirs, where there is such a group and
+/// it may be given to it (root may; others only to groups that they are in). What readers may ask is decided in [`peer`].
+fn bind_api(
+    settings: &Settings,
+    path: &std::path::Path,
+) -> Result<std::os::unix::net::UnixListener, Problem> {
+    let access = &settings.ctl_access;
     let readers = nix::unistd::Group::from_name(peer::READERS).ok().flatten();
-    if access.group.is_none() && readers.is_some() && nix::unistd::geteuid().is_root() {
-        access.group = Some(peer::READERS.into());
+    if access.group.is_none() && readers.is_some() {
+        let theirs = SocketAccess { group: Some(peer::READERS.into()), ..access.clone() };
+        match nbd::bind_unix(&settings.run_dir, path, &theirs) {
+            Ok(socket) => return Ok(socket),
+            Err(problem) => tracing::debug!("not for the group {}: {problem}", peer::READERS),
+        }
     }
-    nbd::bind_unix(&settings.run_dir, &settings.ctl, &access)
+    nbd::bind_unix(&settings.run_dir, path, access)
 }
 
 /// A socket outside the run directory may belong to somebody else: it is replaced only if nobody answers.

@@ -21,6 +21,34 @@ use crate::problem::Problem;
 const FILE: &str = "attachments.json";
 const VERSION: u32 = 1;
 
+/// What an operator told a disk to do until it is told otherwise.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hold {
+    /// To serve.
+    #[default]
+    No,
+    /// `ctl pause`: to hold its requests, until `ctl resume`.
+    Paused,
+    /// `ctl fail`: to answer everything with errors, until it is detached.
+    GivenUp,
+}
+
+impl Hold {
+    fn is_no(&self) -> bool {
+        *self == Hold::No
+    }
+
+    /// Why a disk that is held does not serve, for the operator.
+    pub fn reason(self) -> Option<&'static str> {
+        match self {
+            Hold::No => None,
+            Hold::Paused => Some("paused by `ctl pause`; `ctl resume` runs it again"),
+            Hold::GivenUp => Some("given up by `ctl fail`; detach it, and attach it again to use it"),
+        }
+    }
+}
+
 /// One disk as it is to be served after a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -41,6 +69,9 @@ pub struct Attachment {
     pub shard: Option<u16>,
     /// Times that acknowledged data was declared in doubt.
     pub data_in_doubt: u64,
+    /// Held by an operator.
+    #[serde(default, skip_serializing_if = "Hold::is_no")]
+    pub hold: Hold,
 }
 
 /// Everything that is kept.
@@ -214,6 +245,7 @@ mod tests {
             on_enospc: ErrorPolicy::Report,
             shard: None,
             data_in_doubt: 2,
+            hold: Hold::Paused,
         }
     }
 

@@ -28,6 +28,7 @@ pub fn start_shards(settings: &Settings) -> Result<Started, Problem> {
             cpu,
             ring: settings.ring,
             buffer_budget_bytes: settings.buffer_budget_bytes,
+            table_budget_bytes: 32 << 20,
             fault_commands: settings.fault_commands,
         };
         let handle = executor::start(options, sender.clone())

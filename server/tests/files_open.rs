@@ -388,3 +388,28 @@ async fn measures() {
     let error = rig.files.current_length(key, PATIENCE).await.expect_err("closed");
     assert_eq!(error.kind, OpenErrorKind::NotFound);
 }
+
+/// Goal: when the owner of an image has died, its kernel operations keep the file from being served again, although
+/// every descriptor that we had is closed; then it is another description.
+/// Method: a duplicate of the descriptor stands for an operation: both hold the description, and nothing of ours.
+#[tokio::test]
+async fn operations_of_a_dead_owner_are_a_fence() {
+    let rig = Rig::new().await;
+    let path = rig.image("disk.img", 4096);
+    let opened = rig.files.open(request(&path)).await.expect("opens");
+    let (key, generation) = (opened.key, opened.generation);
+    let operation = opened.image.fd.try_clone().expect("dup");
+    drop(opened);
+    assert_eq!(rig.files.release(key, "d1", PATIENCE).await, Released::Closed);
+    let short = OpenRequest { deadline: Duration::from_millis(200), ..request(&path) };
+    let (kind, message) = refusal(&rig, short).await;
+    assert_eq!(kind, OpenErrorKind::Timeout, "{message}");
+    // An attempt with time left goes on as soon as the last operation has ended.
+    let second = rig.files.open(request(&path));
+    let ends = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(operation);
+    };
+    let (second, ()) = tokio::join!(second, ends);
+    assert_ne!(second.expect("opens").generation, generation, "a new description");
+}

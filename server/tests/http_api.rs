@@ -126,6 +126,11 @@ async fn what_is_wrong_is_named() {
             400,
             "a number of operations",
         ),
+        (
+            "{\"image\": \"null:?size=1M\", \"nbd\": true, \"limits\": {\"bps_read_one_time_burst\": \"1M\"}}",
+            422,
+            "a burst of bps_read is given, and no rate",
+        ),
         ("{\"image\": \"null:?size=1M\"}", 422, "the frontends are"),
         ("{\"image\": \"null:?size=7\", \"nbd\": true}", 422, "multiple of 512"),
         ("{\"image\": \"raw:/no/such.img\", \"nbd\": true}", 422, "/no/such.img"),
@@ -139,6 +144,22 @@ async fn what_is_wrong_is_named() {
             "{text}"
         );
     }
+    // A limit of 0 is no rate either.
+    for (path, body) in [
+        ("/v1/disks/other/qos", "{\"limits\": {\"iops\": 0, \"iops_burst\": 5}}"),
+        ("/v1/groups/g", "{\"iops_one_time_burst\": 5}"),
+    ] {
+        if path.contains("disks") {
+            rig.attach("other", "null:?size=1M").await.unwrap();
+        }
+        let (status, _, text) = send(&router, "PATCH", path, Some(body)).await;
+        assert!(
+            status.as_u16() == 422 && text.contains("a burst of iops is given, and no rate"),
+            "{status} {text}"
+        );
+    }
+    assert_eq!(rig.daemon.describe_group("g").unwrap_err().exit_code(), 3, "nothing is made of it");
+    rig.daemon.detach("other", false, daemon_rig::soon(1000)).await.unwrap();
     let big = "x".repeat(70_000);
     assert_eq!(send(&router, "PUT", "/v1/disks/d", Some(&big)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     let no_type = Request::builder().method(Method::PUT).uri("/v1/disks/d").body(Body::from("{}")).unwrap();

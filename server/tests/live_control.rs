@@ -115,7 +115,7 @@ fn a_wrong_attach_names_the_thing_and_leaves_nothing_behind() {
         ("d1", &at("fifo"), &["--nbd"], 1, &["is a FIFO", "regular file or a block device"]),
         ("d1", "raw:/dev/null", &["--nbd"], 1, &["/dev/null", "character device"]),
         ("d1", &at("empty.img"), &["--nbd"], 1, &["empty.img"]),
-        ("d1", "qcow2:/x.img", &["--nbd"], 2, &["\"qcow2\"", "not built into this version", "raw"]),
+        ("d1", "vmdk:/x.img", &["--nbd"], 2, &["\"vmdk\"", "not built into this version", "raw"]),
         ("d1", "floppy:/x.img", &["--nbd"], 2, &["\"floppy\"", "raw (or aio), ram and null"]),
         ("d1", "/x.img", &["--nbd"], 2, &["TYPE"]),
         ("d1", "raw:/a,b", &["--nbd"], 2, &["%2C"]),
@@ -308,9 +308,18 @@ fn every_command_prints_json_that_programs_can_read() {
 
 #[test]
 fn a_paused_disk_holds_its_requests_and_a_failed_one_answers_errors() {
-    let rig = Rig::with(2, &[]);
+    let mut rig = Rig::with(2, &[]);
     rig.attach("d1", &raw(&rig.image("d1.img", MIB)), &["--shard", "0"]);
     rig.attach("d2", &raw(&rig.image("d2.img", MIB)), &["--shard", "0"]);
+    // It stays paused when the daemon is started again, however that ended.
+    rig.ctl_ok(&["pause", "d1"]);
+    assert!(rig.terminate().success());
+    rig.restart();
+    rig.wait_for_state("d1", "paused");
+    rig.kill();
+    rig.restart();
+    rig.wait_for_state("d1", "paused");
+    rig.wait_for_state("d2", "running");
     let mut client = Client::connect(&rig.socket("d1"), "").unwrap();
     let mut neighbour = Client::connect(&rig.socket("d2"), "").unwrap();
     rig.ctl_ok(&["pause", "d1"]);
@@ -339,6 +348,16 @@ fn a_paused_disk_holds_its_requests_and_a_failed_one_answers_errors() {
     let shown = rig.ctl_json(&["show", "d1"]);
     assert_eq!(shown["state"], "failed");
     assert!(shown["reason"].as_str().unwrap().contains("ctl fail"), "{shown}");
+    neighbour.read(0, 512).unwrap();
+    drop((client, neighbour));
+    rig.kill();
+    rig.restart();
+    rig.wait_for_state("d1", "failed");
+    rig.wait_for_state("d2", "running");
+    let mut client = Client::connect(&rig.socket("d1"), "").unwrap();
+    assert_eq!(client.read(0, 512).unwrap_err().raw_os_error(), Some(5), "it stays given up");
+    refused(&rig, &["resume", "d1"], 4, &["detach it"]);
+    let mut neighbour = Client::connect(&rig.socket("d2"), "").unwrap();
     neighbour.read(0, 512).unwrap();
     client.disconnect().unwrap();
     rig.ctl_ok(&["detach", "d1"]);

@@ -107,10 +107,76 @@ fn a_panic_in_a_disk_stays_with_it_and_the_second_pauses_it() {
 }
 
 #[test]
+fn the_last_shard_takes_the_daemon_along_and_a_restart_has_everything_back() {
+    let mut rig = Rig::with(1, &["--fault-commands"]);
+    rig.expect_panics();
+    rig.attach("d1", &raw(&rig.image("d1.img", MIB)), &["--iops", "5000"]);
+    let mut client = Client::connect(&rig.socket("d1"), "").unwrap();
+    client.write(4096, &[7; 4096]).unwrap();
+    // The answer may be lost with the daemon.
+    rig.ctl(&["inject-panic", "--shard", "0"]);
+    let status = rig.wait_for_end();
+    assert_eq!(status.code(), Some(1), "{status}: {}", rig.log());
+    assert!(rig.log().contains("no shard is left"), "{}", rig.log());
+    assert!(client.read(4096, 4096).is_err(), "the client sees the end");
+    rig.restart();
+    rig.wait_for_state("d1", "running");
+    assert_eq!(rig.ctl_json(&["show", "d1"])["limits"]["iops"], 5000);
+    let mut client = Client::connect(&rig.socket("d1"), "").unwrap();
+    assert!(client.read(4096, 4096).unwrap() == [7; 4096], "what was acknowledged");
+    client.disconnect().unwrap();
+}
+
+#[test]
+fn a_shard_that_panics_gives_back_its_clients_and_descriptors() {
+    let mut rig = Rig::with(2, &["--fault-commands"]);
+    rig.expect_panics();
+    if rig.ctl_json(&["shards"]).as_array().unwrap().len() < 2 {
+        return live_rig::skip(
+            "a_shard_that_panics_gives_back_its_clients_and_descriptors",
+            "there is one CPU",
+        );
+    }
+    let images = ["d0", "d1", "d2", "d3"].map(|name| (name, raw(&rig.image(&format!("{name}.img"), MIB))));
+    for (index, (name, image)) in images.iter().enumerate() {
+        rig.attach(name, image, &["--shard", &(index % 2).to_string()]);
+    }
+    // Two that go on, two that lose their shard; idle clients see the end as well.
+    let mut clients = images.each_ref().map(|(name, _)| Client::connect(&rig.socket(name), "").unwrap());
+    for client in [1, 3] {
+        clients[client].write(0, &[1; 65536]).unwrap();
+    }
+    let neighbours = ["d0", "d2"].map(|name| Load::start(rig.socket(name), "", 64, 1));
+    let before = uses(&rig).0;
+    rig.ctl_ok(&["inject-panic", "--shard", "1"]);
+    for name in ["d1", "d3"] {
+        rig.wait_for_state(name, "running");
+        assert_eq!(rig.ctl_json(&["show", name])["shard"], 0);
+    }
+    let shards = rig.ctl_json(&["shards"]);
+    assert_eq!((&shards[1]["state"], &shards[1]["clients"]), (&"ended".into(), &0.into()));
+    assert!(shards[1]["reason"].as_str().unwrap().contains("panicked"), "{shards}");
+    assert_eq!((&shards[0]["state"], &shards[0]["disks"]), (&"running".into(), &4.into()));
+    for client in [1, 3] {
+        assert!(clients[client].read(0, 4096).is_err(), "the old connection has ended");
+        let mut again = Client::connect(&rig.socket(images[client].0), "").unwrap();
+        assert!(again.read(0, 65536).unwrap() == [1; 65536]);
+        again.disconnect().unwrap();
+    }
+    neighbours.into_iter().for_each(|load| _ = load.finish());
+    // The descriptors of the dead shard's ring, its connections and its images are closed; those of its eventfd and of
+    // glommio may be.
+    let after = uses(&rig).0;
+    assert!(after < before, "{before} descriptors before, {after} after: {:#?}", descriptor_list(rig.pid()));
+    assert!(clients[0].read(0, 65536).is_ok() && clients[2].read(0, 65536).is_ok());
+}
+
+#[test]
 fn faults_are_refused_unless_the_daemon_was_started_for_them() {
     let rig = Rig::start();
     rig.attach("d1", "null:?size=1M", &[]);
     assert!(rig.ctl(&["inject-panic", "d1"]).code != Some(0));
+    assert!(rig.ctl(&["inject-panic", "--shard", "0"]).code != Some(0));
     assert_eq!(rig.ctl_json(&["show", "d1"])["state"], "running");
 }
 

@@ -153,10 +153,17 @@ fn exit_codes_and_messages_are_those_of_the_contract() {
     assert!(code == 4 && message.contains("limits {\"iops\":500} instead of {}"), "{code} {message}");
     let (code, message) = daemon.refused(&["attach", "d2", &spec, "--nbd"]);
     assert!(code == 4 && message.contains("d1"), "{code} {message}");
-    let cases: [(&[&str], i32, &str); 8] = [
+    let cases: [(&[&str], i32, &str); 11] = [
+        (&["qos", "d1", "--bps-burst", "7M"], 2, "a burst of bps is given, and no rate"),
+        (
+            &["qos", "--group", "g", "--iops-read-one-time-burst", "7"],
+            2,
+            "give iops_read (--iops-read) as well",
+        ),
+        (&["attach", "d2", "null:?size=1M", "--nbd", "--iops-one-time-burst", "7"], 2, "no rate"),
         (&["attach", "d2", "null:?size=1M"], 2, "--nbd"),
         (&["attach", "a/b", "null:?size=1M", "--nbd"], 2, "contains '/'"),
-        (&["attach", "d2", "qcow2:/x", "--nbd"], 2, "not built"),
+        (&["attach", "d2", "vmdk:/x", "--nbd"], 2, "not built"),
         (&["attach", "d2", "raw:/no/such.img", "--nbd"], 1, "/no/such.img"),
         (&["show", "d9"], 3, "no disk \"d9\""),
         (&["detach", "d9"], 3, "no disk \"d9\""),
@@ -322,6 +329,57 @@ fn sockets_of_the_service_manager_are_served() {
     let _ = activator.wait();
     assert!(attached.status.success(), "{}", String::from_utf8_lossy(&attached.stderr));
     assert_eq!(String::from_utf8_lossy(&size.unwrap().stdout).trim(), "1048576");
+}
+
+/// Where the group blktapd-ro exists, its members find the socket open to them, to read only; nobody has configured anything.
+#[test]
+fn members_of_the_readers_group_may_read_and_nobody_else_may() {
+    use std::os::unix::fs::PermissionsExt;
+    const GROUP: u32 = 4711;
+    let dir = tempfile::tempdir().unwrap();
+    // Other users have to get at the program and the socket.
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let program = dir.path().join("blktapd");
+    std::fs::copy(PROGRAM, &program).unwrap();
+    let group_file = dir.path().join("group");
+    std::fs::write(&group_file, format!("root:x:0:\nblktapd-ro:x:{GROUP}:\n")).unwrap();
+    // A mount namespace in which the host has that group.
+    let inside = |script: &str| {
+        let script = format!("mount --bind {} /etc/group && exec {script}", group_file.display());
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script]).stderr(Stdio::null());
+        command
+    };
+    if !inside("true").status().is_ok_and(|status| status.success()) {
+        println!("skipped: no mount namespace here (it takes root)");
+        return;
+    }
+    let run_dir = dir.path().join("run");
+    let serve = format!("{} serve --metrics none --run-dir {}", program.display(), run_dir.display());
+    let daemon = Daemon { child: inside(&serve).spawn().unwrap(), dir: dir.path().to_owned() };
+    daemon.wait_until("it answers", || daemon.ctl(&["version"]).status.success());
+    daemon.ok(&["attach", "a", "null:?size=1M", "--nbd"]);
+    let socket = run_dir.join("ctl.sock");
+    let found = std::fs::metadata(&socket).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::gid(&found), GROUP);
+    assert_eq!(found.permissions().mode() & 0o777, 0o660);
+    let as_other = |group: u32, args: &[&str]| {
+        let output = Command::new("setpriv")
+            .args(["--reuid", "65534", "--regid", &group.to_string(), "--clear-groups", "--"])
+            .arg(&program)
+            .args(["ctl", "--ctl", socket.to_str().unwrap()])
+            .args(args)
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    let (code, text) = as_other(GROUP, &["list"]);
+    assert!(code == Some(0) && text.contains("null:"), "{code:?}: {text}");
+    let (code, text) = as_other(GROUP, &["detach", "a"]);
+    assert!(code == Some(1) && text.contains("only read"), "{code:?}: {text}");
+    let (code, text) = as_other(65534, &["list"]);
+    assert!(code != Some(0) && text.contains("blktapd-ro"), "{code:?}: {text}");
+    daemon.ok(&["detach", "a"]);
 }
 
 #[test]

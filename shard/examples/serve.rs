@@ -1,6 +1,8 @@
 //! Serves one file, RAM disk or null disk on a Unix socket from one shard, without the control side: for profiling a shard alone.
 //!
-//! `cargo run --release -p shard --example serve -- SOCKET (FILE | ram:SIZE | null:SIZE) [CPU]`
+//! `cargo run --release -p shard --example serve -- SOCKET (FILE | ram:SIZE | null:SIZE | chain:TYPE:PATH[,TYPE:PATH]…) [CPU]`
+//!
+//! A chain is named from its top image on; who names it answers for the images belonging together.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -10,7 +12,8 @@ use std::sync::Arc;
 
 use ring_bridge::nbd::{BlockSizes, ExportInfo, Features, Handoff, Negotiation, OneExport, Step, TlsMode};
 use shard::api::{
-    Backend, CacheMode, Command, DiskConfig, DiskId, Envelope, ErrorPolicy, FileKind, ImageFile,
+    Backend, CacheMode, ChainLayer, Command, DiskConfig, DiskId, Envelope, ErrorPolicy, FileKind, ImageChain,
+    ImageFile,
 };
 use shard::executor::{RingFlavour, ShardOptions, event_channel, start};
 use shard::ram::{PageSize, RamBudget, RamDisk, anonymous_backing};
@@ -27,9 +30,49 @@ fn backend(what: &str) -> Result<(Backend, u64), Failure> {
         let file = anonymous_backing("ram", size, PageSize::Base)?;
         return Ok((Backend::Ram(RamDisk::create(file, "ram", size, PageSize::Base, budget)?), size));
     }
-    let file = std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(what)?;
+    if let Some(chain) = what.strip_prefix("chain:") {
+        return open_chain(chain);
+    }
+    let image = open_file(what)?;
+    let length = image.length;
+    Ok((Backend::File(image), length))
+}
+
+fn open_chain(chain: &str) -> Result<(Backend, u64), Failure> {
+    let mut layers = Vec::new();
+    let mut size = None;
+    for (index, image) in chain.split(',').enumerate() {
+        let (name, path) = image.split_once(':').ok_or("TYPE:PATH")?;
+        let format = formats::registry::format(name).ok_or("no such type")?;
+        let description =
+            block_on(format.describe(formats::blocking::Blocking::open(path.as_ref(), false)?))?;
+        size.get_or_insert(description.size);
+        layers.push(ChainLayer {
+            format,
+            files: vec![open_file(path)?],
+            names: vec![path.into()],
+            writable: index == 0,
+            snapshot: None,
+        });
+    }
+    Ok((Backend::Image(Arc::new(ImageChain { layers })), size.unwrap_or_default()))
+}
+
+/// Polls a future that never waits.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
+    loop {
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        if let std::task::Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+    }
+}
+
+fn open_file(path: &str) -> Result<Arc<ImageFile>, Failure> {
+    let file = std::fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)?;
     let length = file.metadata()?.len();
-    let image = ImageFile {
+    Ok(Arc::new(ImageFile {
         fd: file.into(),
         tail: None,
         offset_align: 512,
@@ -37,10 +80,10 @@ fn backend(what: &str) -> Result<(Backend, u64), Failure> {
         cache: CacheMode::None,
         kind: FileKind::Regular,
         length,
+        length_now: length.into(),
         punts: false,
         store: 1,
-    };
-    Ok((Backend::File(Arc::new(image)), length))
+    }))
 }
 
 fn negotiate(mut stream: UnixStream, export: &OneExport) -> Result<Option<Handoff>, Failure> {
@@ -82,6 +125,7 @@ fn main() -> Result<(), Failure> {
         cpu: rest.first().map(|cpu| cpu.parse()).transpose()?,
         ring: RingFlavour::Deferred,
         buffer_budget_bytes: 64 << 20,
+        table_budget_bytes: 32 << 20,
         fault_commands: false,
     };
     let shard = start(options, events)?;

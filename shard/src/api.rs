@@ -61,8 +61,10 @@ pub struct ImageFile {
     pub kind: FileKind,
     /// Length in bytes when it was opened (may be no multiple of a sector).
     pub length: u64,
-    /// Direct I/O of this file system blocks, so that the kernel punts it to a worker (everything but block devices, ext4 and xfs):
-    /// it counts against the bound of its store.
+    /// Length in bytes as the drivers of its image have changed it since; written by the one shard that has it.
+    pub length_now: std::sync::atomic::AtomicU64,
+    /// Direct I/O of this file system always blocks, so that the kernel punts it to a worker (everything but block devices, ext4
+    /// and xfs): all of it counts against the bound of its store. Else only what has to wait does.
     pub punts: bool,
     /// Identity of the backing store (`st_dev` of the file, or `st_rdev` of a device): kernel work that may be punted is
     /// bounded per store.
@@ -76,8 +78,42 @@ pub enum Backend {
     File(Arc<ImageFile>),
     /// A named RAM disk, shared by exports on any shard.
     Ram(Arc<RamDisk>),
+    /// An image of a format, with the images below it.
+    Image(Arc<ImageChain>),
     /// Reads as zeroes, forgets writes: for benches.
     Null,
+}
+
+/// Images on top of each other, the first on top. Only that one is ever written.
+#[derive(Debug, Clone)]
+pub struct ImageChain {
+    /// At least one.
+    pub layers: Vec<ChainLayer>,
+}
+
+/// One image of a chain, opened, locked and found to be of its format by the control side.
+#[derive(Clone)]
+pub struct ChainLayer {
+    /// Its format.
+    pub format: &'static dyn formats::driver::Format,
+    /// Its file, then the further files that it asked for.
+    pub files: Vec<Arc<ImageFile>>,
+    /// Paths of these files, for messages.
+    pub names: Vec<Arc<str>>,
+    /// It may be changed: the first of a writable disk.
+    pub writable: bool,
+    /// A snapshot inside of it to serve.
+    pub snapshot: Option<String>,
+}
+
+impl std::fmt::Debug for ChainLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChainLayer")
+            .field("format", &self.format.name())
+            .field("names", &self.names)
+            .field("writable", &self.writable)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Everything a shard needs to serve a disk.
@@ -218,6 +254,9 @@ pub enum Command {
         /// Which disk.
         disk: DiskId,
     },
+    /// Panic in the reactor itself, outside every disk: the test of a shard's end. No reply but [`Event::Stopped`]. Refused
+    /// unless the shard was started with fault commands.
+    InjectShardPanic,
 }
 
 /// Answers of a shard.
@@ -310,6 +349,13 @@ pub enum Event {
         state: DiskState,
         /// Why, for the operator.
         reason: String,
+    },
+    /// A request on an image failed, or its tables could not be written; told at most once a second for each disk.
+    ImageError {
+        /// Which disk.
+        disk: DiskId,
+        /// What was found and where.
+        message: String,
     },
     /// The last kernel operation of a zombie came back.
     ZombieGone {

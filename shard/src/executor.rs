@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
-use glommio::{LocalExecutorBuilder, Placement};
+use glommio::{CpuSet, LocalExecutorBuilder, Placement};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::api::{Envelope, Event};
@@ -38,7 +38,9 @@ pub struct ShardOptions {
     pub ring: RingFlavour,
     /// Bytes of I/O buffers that the shard's connections share.
     pub buffer_budget_bytes: usize,
-    /// Accept [`crate::api::Command::InjectPanic`].
+    /// Memory for tables of images (VHD, qcow2), shared by the shard's disks, in bytes.
+    pub table_budget_bytes: usize,
+    /// Accept [`crate::api::Command::InjectPanic`] and its like.
     pub fault_commands: bool,
 }
 
@@ -109,9 +111,16 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
     let wake = eventfd().map_err(descriptors)?;
     let (tx, inbox) = unbounded();
     let counters = Arc::new(ShardCounters::default());
+    // glommio asks /sys for the processors before it pins, and a chroot need not have one.
+    let processors = CpuSet::online();
+    if let Err(error) = &processors {
+        warn_unpinned(options.index, options.cpu, &format!("/sys does not tell the processors: {error}"));
+    }
     let placements = match options.cpu {
-        Some(cpu) => vec![(Placement::Fixed(cpu), Some(cpu)), (Placement::Unbound, None)],
-        None => vec![(Placement::Unbound, None)],
+        Some(cpu) if processors.is_ok() => {
+            vec![(Placement::Fixed(cpu), Some(cpu)), (Placement::Unbound, None)]
+        }
+        _ => vec![(Placement::Unbound, None)],
     };
     let mut failure = String::new();
     for (placement, cpu) in placements {
@@ -205,6 +214,7 @@ fn run(seed: Seed) {
         inbox_wake: wake,
         events: sink.clone(),
         counters,
+        table_budget_bytes: options.table_budget_bytes,
         fault_commands: options.fault_commands,
     });
     let _ = ready.send(Ok(()));
@@ -220,8 +230,8 @@ fn run(seed: Seed) {
     let error =
         result.unwrap_or_else(|_| Some("the shard's own code panicked; its log has the place".to_owned()));
     if error.is_some() {
-        // Operations may be out: their memory must stay.
-        std::mem::forget(shard);
+        // Should that panic as well, then the images are still held, and the disks stay failed.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shard.abandon()));
     }
     sink.send(Event::Stopped { error });
 }

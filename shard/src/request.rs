@@ -46,6 +46,11 @@ pub enum Kind {
         /// Bound of the answer.
         max: usize,
     },
+    /// The file is as long as the request's offset says: of an image's files, never of a client.
+    SetLength {
+        /// Only if it is shorter; else cut it.
+        grow: bool,
+    },
 }
 
 impl Kind {
@@ -57,7 +62,7 @@ impl Kind {
             Kind::Flush => Some(OpClass::Flush),
             Kind::Discard { .. } => Some(OpClass::Discard),
             Kind::WriteZeroes { .. } => Some(OpClass::WriteZeroes),
-            Kind::Extents { .. } => None,
+            Kind::Extents { .. } | Kind::SetLength { .. } => None,
         }
     }
 
@@ -79,6 +84,46 @@ pub struct Origin {
     pub generation: u32,
     /// The connection's own number of the command.
     pub command: u32,
+}
+
+/// For whom a request of an image's file runs: the disk of the volume counts it as its own operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// A piece of a request of the volume's disk; its memory is that request's payload from `at` on.
+    Piece {
+        /// The volume's disk.
+        disk: u32,
+        /// The request.
+        req: ReqKey,
+        /// Byte of its payload.
+        at: u32,
+    },
+    /// Something that a future asked for.
+    Future {
+        /// The volume's disk.
+        disk: u32,
+        /// Whom to answer.
+        reply: usize,
+        /// Its memory is the payload of this request from a byte on; else it has its own.
+        payload: Option<(ReqKey, u32)>,
+    },
+}
+
+impl Via {
+    /// The volume's disk.
+    pub fn disk(self) -> u32 {
+        match self {
+            Via::Piece { disk, .. } | Via::Future { disk, .. } => disk,
+        }
+    }
+
+    /// The request whose payload is used, and from which byte on.
+    pub fn payload(self) -> Option<(ReqKey, u32)> {
+        match self {
+            Via::Piece { req, at, .. } => Some((req, at)),
+            Via::Future { payload, .. } => payload,
+        }
+    }
 }
 
 /// How far a started request has come.
@@ -119,6 +164,10 @@ pub struct Request {
     pub payload: Option<Buf>,
     /// Who asked; `None` when the connection has gone or the reactor itself asks.
     pub origin: Option<Origin>,
+    /// The volume that it runs for; `None` for requests of clients and of the reactor itself.
+    pub via: Option<Via>,
+    /// Keeps its range of a volume from being erased meanwhile.
+    pub guard: Option<formats::locks::RangeGuard>,
     /// Operations that it costs: 1, or 0 for the later pieces of a large one.
     pub operations: u32,
     /// When it was taken.
@@ -151,6 +200,8 @@ impl Request {
             len,
             payload: None,
             origin,
+            via: None,
+            guard: None,
             operations: 1,
             arrived: now,
             started: 0,
@@ -169,6 +220,12 @@ impl Request {
         self.offset + self.len
     }
 
+    /// Bytes that it counts against what its connection may hold.
+    #[cfg(test)]
+    pub fn held_bytes(&self) -> u64 {
+        if matches!(self.kind, Kind::Read | Kind::Write { .. }) { self.len } else { 0 }
+    }
+
     /// Back to the state before the start, to run again.
     pub fn rewind(&mut self) {
         self.phase = Phase::Waiting;
@@ -176,6 +233,7 @@ impl Request {
         self.cursor = 0;
         self.started = 0;
         self.extents.clear();
+        self.guard = None;
     }
 }
 
@@ -194,6 +252,11 @@ impl Requests {
     /// Takes a request out.
     pub fn remove(&mut self, key: ReqKey) -> Request {
         self.slab.remove(key.0 as usize)
+    }
+
+    /// A request that may have gone.
+    pub fn get(&self, key: ReqKey) -> Option<&Request> {
+        self.slab.get(key.0 as usize)
     }
 
     /// All requests.

@@ -189,8 +189,15 @@ struct Started {
 
 /// Starts the server and waits until all its disks can be opened.
 pub fn start(setup: &Setup<'_>) -> Result<Running> {
-    let run_dir =
-        tempfile::Builder::new().prefix("blkperf").tempdir().context("cannot create a run directory")?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("blkperf");
+    // RAM disks outlive blktapd: in a run directory on tmpfs they go with it, elsewhere they would stay in /dev/shm.
+    let ram = setup.disks.iter().any(|disk| matches!(disk, Disk::Ram(_)));
+    let in_memory = if ram { builder.tempdir_in("/dev/shm").ok() } else { None };
+    let run_dir = match in_memory {
+        Some(dir) => dir,
+        None => builder.tempdir().context("cannot create a run directory")?,
+    };
     let begin = std::time::Instant::now();
     let started = match setup.program.kind {
         Kind::Blktapd => blktapd::start(setup, run_dir.path()),

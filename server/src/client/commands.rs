@@ -66,8 +66,11 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
             let events: Vec<Event> = connection.get(&path).await?;
             show(json, &events, |events| tables::events(events))?;
         }
-        CtlCommand::InjectPanic { name } => {
-            let path = disk_path(&name, "/inject-panic")?;
+        CtlCommand::InjectPanic { name, shard } => {
+            let path = match shard {
+                Some(shard) => format!("/v1/shards/{shard}/inject-panic"),
+                None => disk_path(&name.unwrap_or_default(), "/inject-panic")?,
+            };
             connection.change::<serde_json::Value>(Method::POST, &path, NO_BODY).await?;
         }
         CtlCommand::Reload => {

@@ -12,7 +12,7 @@ use crate::model::{self, AttachRequest, Level};
 use crate::nbd;
 use crate::placement;
 use crate::problem::{Problem, ProblemKind};
-use crate::state::Attachment;
+use crate::state::{Attachment, Hold};
 
 /// Groups that one disk may be in.
 const GROUPS_MAX: usize = 4;
@@ -67,6 +67,7 @@ impl Daemon {
             on_enospc: request.on_enospc.unwrap_or(settings.on_enospc),
             shard: request.shard,
             data_in_doubt: 0,
+            hold: Hold::No,
             image,
             request,
         })
@@ -153,6 +154,10 @@ impl Daemon {
         if let Err(problem) = added {
             self.close(disk, live.image).await;
             return Err(problem.context(&format!("disk {}", disk.name)));
+        }
+        if let Err(problem) = self.restore_hold(disk, shard, id, deadline).await {
+            self.take_down(disk, live).await;
+            return Err(problem);
         }
         if request.nbd {
             match nbd::bind_disk_socket(&self.settings(), &disk.name) {

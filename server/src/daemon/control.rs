@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use shard::api::{Command, ShardErrorKind};
+use shard::api::{Command, DiskId, ShardErrorKind};
 use tokio::time::Instant;
 
 use super::attach::check_groups;
@@ -10,7 +10,9 @@ use super::disk::Standing;
 use super::{Daemon, Disk};
 use crate::limit_change::LimitChange;
 use crate::model::{self, Level, QosRequest, ResumeRequest, State};
+use crate::placement;
 use crate::problem::{Problem, ProblemKind};
+use crate::state::{Attachment, Hold};
 
 impl Daemon {
     /// Holds a disk's requests; returns when nothing is in flight. A disk that cannot be quiet in time runs on.
@@ -20,7 +22,7 @@ impl Daemon {
             let disk = self.disk(name)?;
             let (id, shard) = live(&disk)?;
             if disk.state() == State::Paused {
-                return Ok(self.describe(&disk));
+                return self.keep_pause(&disk).await;
             }
             let call = self.fleet.start(shard, Command::Pause { disk: id })?;
             (disk, id, call)
@@ -30,7 +32,8 @@ impl Daemon {
             Ok(answer) => {
                 answer.map_err(|error| named(&disk, error.into()))?;
                 self.events.record(Level::Info, Some(name), "paused");
-                Ok(self.describe(&disk))
+                let _guard = self.lock_name(name, deadline).await?;
+                self.keep_pause(&disk).await
             }
             Err(_) => {
                 let waiting = disk.counters.io_now.get();
@@ -48,6 +51,48 @@ impl Daemon {
         }
     }
 
+    /// A disk that was just paused stays so over a restart, unless something has ended the pause since. A pause that cannot be
+    /// kept is ended. The caller holds the name.
+    async fn keep_pause(&self, disk: &Arc<Disk>) -> Result<model::Disk, Problem> {
+        if disk.state() != State::Paused {
+            return Ok(self.describe(disk));
+        }
+        if let Err(problem) = self.set_hold(disk, Hold::Paused).await {
+            if let Some((id, shard)) = disk.place() {
+                self.fleet.call(shard, Command::Resume { disk: id, data_in_doubt: false }).await?;
+            }
+            return Err(problem.context(&format!("disk {} could not be paused, and runs on", disk.name)));
+        }
+        disk.inner().reason.get_or_insert_with(|| Hold::Paused.reason().unwrap_or_default().to_owned());
+        Ok(self.describe(disk))
+    }
+
+    /// Keeps what an operator told a disk to do. The caller holds the name, and the disk is attached.
+    async fn set_hold(&self, disk: &Disk, hold: Hold) -> Result<(), Problem> {
+        let attachment = Attachment { hold, ..disk.inner().attachment.clone() };
+        if attachment != disk.inner().attachment {
+            self.state.set_disk(&disk.name, Some(attachment)).await?;
+        }
+        disk.inner().attachment.hold = hold;
+        Ok(())
+    }
+
+    /// Brings a disk that was just added to a shard into the state that an operator wants. Nobody uses it yet.
+    pub(super) async fn restore_hold(
+        &self,
+        disk: &Disk,
+        shard: usize,
+        id: DiskId,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let hold = disk.inner().attachment.hold;
+        match hold {
+            Hold::No => Ok(()),
+            Hold::Paused => self.command(disk, shard, Command::Pause { disk: id }, deadline).await,
+            Hold::GivenUp => self.command(disk, shard, Command::Fail { disk: id }, deadline).await,
+        }
+    }
+
     /// Runs a paused disk, or the held requests of a disk in storage-error again.
     pub async fn resume(
         self: &Arc<Self>,
@@ -57,14 +102,38 @@ impl Daemon {
     ) -> Result<model::Disk, Problem> {
         let _guard = self.lock_name(name, deadline).await?;
         let disk = self.disk(name)?;
-        if disk.standing() == Standing::Down {
-            self.try_again(&disk, deadline).await?;
-            return Ok(self.describe(&disk));
+        if matches!(disk.standing(), Standing::Live | Standing::Down)
+            && disk.inner().attachment.hold == Hold::Paused
+        {
+            // First, so that nothing can fail behind it.
+            self.set_hold(&disk, Hold::No).await?;
+            let result = self.resume_now(&disk, request, deadline).await;
+            if result.is_err() {
+                self.set_hold(&disk, Hold::Paused).await?;
+            }
+            return result;
         }
-        let (id, shard) = live(&disk)?;
+        self.resume_now(&disk, request, deadline).await
+    }
+
+    async fn resume_now(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        request: ResumeRequest,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
+        let name = &*disk.name;
+        if disk.standing() == Standing::Down {
+            self.try_again(disk, deadline).await?;
+            if disk.state() != State::Paused {
+                return Ok(self.describe(disk));
+            }
+            // An attempt that had begun before has brought it up as it was.
+        }
+        let (id, shard) = live(disk)?;
         let doubts = disk.counters.data_in_doubt.get();
         let command = Command::Resume { disk: id, data_in_doubt: request.data_in_doubt };
-        self.command(&disk, shard, command, deadline).await.map_err(|problem| match problem {
+        self.command(disk, shard, command, deadline).await.map_err(|problem| match problem {
             Problem { kind: ProblemKind::Busy, message } if !request.data_in_doubt && disk.counters.flush_failures.get() > 0 => {
                 Problem::new(
                     ProblemKind::Busy,
@@ -92,7 +161,7 @@ impl Daemon {
             self.events.record(Level::Info, Some(name), "resumed");
         }
         disk.inner().reason = None;
-        Ok(self.describe(&disk))
+        Ok(self.describe(disk))
     }
 
     /// Gives a disk up: its requests are answered with errors.
@@ -101,8 +170,13 @@ impl Daemon {
         let _guard = self.lock_name(name, deadline).await?;
         let disk = self.disk(name)?;
         let (id, shard) = live(&disk)?;
-        self.command(&disk, shard, Command::Fail { disk: id }, deadline).await?;
-        disk.inner().reason = Some("given up by `ctl fail`; detach it, and attach it again to use it".into());
+        let before = disk.inner().attachment.hold;
+        self.set_hold(&disk, Hold::GivenUp).await?;
+        if let Err(problem) = self.command(&disk, shard, Command::Fail { disk: id }, deadline).await {
+            self.set_hold(&disk, before).await?;
+            return Err(problem);
+        }
+        disk.inner().reason = Hold::GivenUp.reason().map(str::to_owned);
         self.events.record(Level::Warning, Some(name), "given up by `ctl fail`");
         Ok(self.describe(&disk))
     }
@@ -112,6 +186,22 @@ impl Daemon {
         let disk = self.disk(name)?;
         let (id, shard) = live(&disk)?;
         self.command(&disk, shard, Command::InjectPanic { disk: id }, deadline).await
+    }
+
+    /// Makes a shard's own code panic: the test of its end. Refused like [`Daemon::inject_panic`].
+    pub async fn inject_shard_panic(&self, shard: u16, deadline: Instant) -> Result<(), Problem> {
+        let shard = placement::named(&self.fleet, shard)?;
+        let mut call = self.fleet.start(shard.index, Command::InjectShardPanic)?;
+        match tokio::time::timeout_at(deadline, call.answer()).await {
+            // There is no answer but the end.
+            Ok(Err(_)) if shard.ended().is_some() => Ok(()),
+            Ok(Err(error)) => Err(error.into()),
+            Ok(Ok(reply)) => Err(Problem::failed(format!("unexpected answer to a panic: {reply:?}"))),
+            Err(_) => Err(Problem::new(
+                ProblemKind::TimedOut,
+                format!("shard {} has not ended in time", shard.index),
+            )),
+        }
     }
 
     /// Changes a disk's limits and groups; in effect, and kept, when it returns.

@@ -26,7 +26,7 @@ pub enum Standing {
     Draining,
     /// A shard removed it by force; operations of the kernel are still out.
     Zombie,
-    /// No shard has it: its image could not be opened, or its shard ended.
+    /// No shard has it: its image could not be opened, or its shard ended and no other has it yet.
     Down,
     /// It was detached and its image is being closed: it never comes back.
     Gone,
@@ -153,9 +153,15 @@ impl Disk {
         })
     }
 
+    fn shard_has_ended(&self) -> bool {
+        self.inner().live.as_ref().is_some_and(|live| live.seat.shard().ended().is_some())
+    }
+
     /// Its state, as `list` names it.
     pub fn state(&self) -> State {
         match self.standing() {
+            // The last word of a shard that has ended says nothing any more.
+            Standing::Live if self.shard_has_ended() => State::Failed,
             Standing::Live => State::from_counter(self.counters.state.get()),
             Standing::Draining | Standing::Gone => State::Draining,
             Standing::Zombie => State::Zombie,
@@ -184,7 +190,7 @@ impl Disk {
     pub fn go_live(&self, live: Live) {
         let mut inner = self.inner();
         inner.standing = Standing::Live;
-        inner.reason = live.image.note.clone();
+        inner.reason = inner.attachment.hold.reason().map(str::to_owned).or_else(|| live.image.note.clone());
         inner.retry_at = None;
         inner.live = Some(live);
     }

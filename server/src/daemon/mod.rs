@@ -61,6 +61,8 @@ pub struct Daemon {
     pub groups: Groups,
     /// NBD listeners and negotiations.
     pub nbd: NbdServer,
+    /// Told when the last shard has ended by itself.
+    pub no_shard_left: tokio::sync::Notify,
     settings: Mutex<Arc<Settings>>,
     args: ServeArgs,
     disks: Mutex<Table>,
@@ -99,6 +101,7 @@ impl Daemon {
             events: EventLog::default(),
             groups,
             nbd: NbdServer::new(&settings)?,
+            no_shard_left: tokio::sync::Notify::new(),
             settings: Mutex::new(Arc::new(settings)),
             args,
             disks: Mutex::default(),

@@ -126,7 +126,14 @@ impl Daemon {
         };
         let back = match config {
             Some(config) => {
-                self.fleet.call(from, Command::AddDisk(config)).await.map(|_| ()).map_err(Problem::from)
+                let id = config.id;
+                match self.fleet.call(from, Command::AddDisk(config)).await {
+                    Ok(_) => {
+                        let deadline = Instant::now() + super::DEFAULT_TIMEOUT;
+                        self.restore_hold(disk, from, id, deadline).await
+                    }
+                    Err(error) => Err(error.into()),
+                }
             }
             None => Err(Problem::failed("it has no image")),
         };

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use shard::api::{DiskState, Event, Reply};
 use tokio::sync::mpsc;
 
-use super::Daemon;
-use super::disk::Standing;
+use super::disk::{Removal, Standing};
+use super::{Daemon, Disk};
 use crate::fleet::Notice;
 use crate::model::Level;
 
@@ -37,6 +37,10 @@ impl Daemon {
                 drop(config);
                 self.finish(&disk).await;
             }
+            Event::ImageError { disk, message } => {
+                let name = self.disk_by_id(disk).map(|disk| disk.name.clone());
+                self.events.record(Level::Warning, name.as_deref(), message);
+            }
             Event::ClientGone { disk, peer, reason } => {
                 let name = self.disk_by_id(disk).map(|disk| disk.name.clone());
                 if reason.is_empty() {
@@ -45,7 +49,7 @@ impl Daemon {
                     self.events.record(Level::Warning, name.as_deref(), format!("client {peer}: {reason}"));
                 }
             }
-            Event::Stopped { error } => self.shard_ended(shard, error).await,
+            Event::Stopped { error } => self.shard_ended(shard, error),
             // The caller of a command has gone, which flows do not do; what the answer carries is dropped, not lost: the
             // table still has the disk.
             Event::Reply { result: Ok(Reply::Parked(_)), .. } => {
@@ -59,32 +63,52 @@ impl Daemon {
         }
     }
 
-    /// The disks of a shard that ended are listed as failed; those of others go on.
-    async fn shard_ended(self: &Arc<Self>, shard: usize, error: Option<String>) {
+    /// A shard has ended by itself: its disks go to the shards that are left.
+    ///
+    /// Why that is safe although the kernel may still carry out operations of the dead shard: they hold the open file
+    /// description that they were begun on, and with it the description's locks and fence. The image is released here and opened
+    /// anew, so the file table makes another description, and that one is not served before nobody holds the fence
+    /// (`Files::open`, as after a crash of the whole daemon). A disk shares a description only with readers, and operations
+    /// that only read change nothing whenever they end.
+    fn shard_ended(self: &Arc<Self>, shard: usize, error: Option<String>) {
         let reason = error.unwrap_or_else(|| "it was stopped".into());
         if self.fleet.is_stopping() {
             tracing::debug!(shard, "ended: {reason}");
             return;
         }
-        self.events.record(
-            Level::Error,
-            None,
-            format!("shard {shard} has ended: {reason}; its disks are not served"),
-        );
+        let rest = if self.fleet.all_ended() {
+            self.no_shard_left.notify_one();
+            "no shard is left"
+        } else {
+            "its disks are brought up on other shards"
+        };
+        self.events.record(Level::Error, None, format!("shard {shard} has ended: {reason}; {rest}"));
         for disk in self.all_disks() {
-            if disk.place().is_none_or(|(_, place)| place != shard) {
-                continue;
+            if disk.place().is_some_and(|(_, place)| place == shard) {
+                tokio::spawn(self.clone().leave_dead_shard(disk, shard, reason.clone()));
             }
-            let removed = !matches!(disk.standing(), Standing::Live | Standing::Down);
-            let message = format!("shard {shard}, which served it, has ended ({reason}): restart the daemon");
-            let Some(live) = disk.go_down(&message) else { continue };
-            drop(live.listener);
-            disk.reset_gauges();
-            // Operations of the kernel may still be out, so the image is not opened again; closing it waits for them.
-            self.images.release(live.image, &disk.name).await;
-            if removed {
-                self.remove(&disk);
-            }
+        }
+    }
+
+    /// Takes a disk off a shard that ended, and brings it up elsewhere unless it was being detached.
+    async fn leave_dead_shard(self: Arc<Self>, disk: Arc<Disk>, shard: usize, reason: String) {
+        // A move that is under way has the disk in its hands: it knows where the disk is when it ends.
+        let place = disk.place.clone().write_owned().await;
+        if disk.place().is_none_or(|(_, place)| place != shard) {
+            return;
+        }
+        let message =
+            format!("shard {shard}, which served it, has ended ({reason}); it is brought up on another");
+        let Some(live) = disk.go_down(&message) else { return };
+        drop(live.listener);
+        disk.reset_gauges();
+        self.close(&disk, live.image).await;
+        drop(place);
+        if disk.standing() == Standing::Gone {
+            self.remove(&disk);
+            disk.removed.send_replace(Some(Removal::Gone));
+        } else {
+            self.bring_back(disk, "served again, by another shard").await;
         }
     }
 }

@@ -35,12 +35,7 @@ impl Daemon {
             let (daemon, slots) = (self.clone(), slots.clone());
             first_tries.spawn(async move {
                 let _slot = slots.acquire().await;
-                let deadline = Instant::now() + daemon.settings().open_timeout;
-                if let Err(problem) = daemon.attempt(&disk, deadline, "restored").await {
-                    let message = format!("not served: {problem}; it is tried again");
-                    daemon.events.record(Level::Error, Some(&disk.name), message);
-                    tokio::spawn(daemon.clone().retry(disk));
-                }
+                daemon.bring_back(disk, "restored").await;
             });
         }
         let all = async { while first_tries.join_next().await.is_some() {} };
@@ -52,8 +47,20 @@ impl Daemon {
         }
     }
 
+    /// Tries a disk that is down; when that fails it goes on being tried in the background. `word` is the event of success.
+    pub(super) async fn bring_back(self: &Arc<Self>, disk: Arc<Disk>, word: &str) {
+        let deadline = Instant::now() + self.settings().open_timeout;
+        if let Err(problem) = self.attempt(&disk, deadline, word).await
+            && self.has(&disk)
+        {
+            let message = format!("not served: {problem}; it is tried again");
+            self.events.record(Level::Error, Some(&disk.name), message);
+            tokio::spawn(self.clone().retry(disk));
+        }
+    }
+
     /// Tries a disk that is down until it works or is not wanted any more.
-    pub(super) async fn retry(self: Arc<Self>, disk: Arc<Disk>) {
+    async fn retry(self: Arc<Self>, disk: Arc<Disk>) {
         let mut pause = PAUSE.0;
         loop {
             disk.inner().retry_at = Some(Instant::now() + pause);

@@ -31,7 +31,24 @@ pub struct Mounts(Vec<Arc<Mount>>);
 impl Mounts {
     /// Reads `/proc/self/mountinfo`.
     pub fn read() -> io::Result<Mounts> {
-        Ok(Mounts::parse(&std::fs::read("/proc/self/mountinfo")?))
+        let mut mounts = Mounts::parse(&std::fs::read("/proc/self/mountinfo")?);
+        if mounts.of(Path::new("/")).is_none() {
+            mounts.add_root(nix::sys::stat::stat("/")?.st_dev);
+        }
+        Ok(mounts)
+    }
+
+    /// In a chroot `/` may be a plain directory, and the kernel then leaves out the mount that it lies on. What no line covers
+    /// is on that file system; its number is all that can be known of it. Asking for it is safe: were `/` on a mount that
+    /// hangs, this process would not run.
+    fn add_root(&mut self, device: u64) {
+        use nix::sys::stat::{major, minor};
+        self.0.push(Arc::new(Mount {
+            device: format!("{}:{}", major(device), minor(device)),
+            point: "/".into(),
+            fs_type: "the file system of /".into(),
+            source: "an unlisted mount".into(),
+        }));
     }
 
     /// Parses mountinfo text; a line that is not understood is left out.
@@ -113,6 +130,23 @@ mod tests {
         assert_eq!(fs_type("/mntx"), "ext4", "a prefix of the text that is no component does not count");
         assert_eq!(fs_type("/mnt/with space/a"), "xfs");
         assert_eq!(mounts.0.len(), 4);
+    }
+
+    /// Goal: in a chroot, where `/` is no mount, a path has a lane all the same: that of the root's device; mounts inside keep
+    /// theirs. Method: a text without `/`.
+    #[test]
+    fn what_no_mount_covers_is_on_the_root() {
+        let chroot = b"30 27 0:39 / /proc rw - proc proc rw\n31 27 0:40 / /images rw - nfs4 srv:/x rw\n";
+        let mut mounts = Mounts::parse(chroot);
+        assert_eq!(mounts.of(Path::new("/srv/disk.img")), None);
+        mounts.add_root(nix::sys::stat::makedev(254, 1));
+        let of =
+            |path: &str| mounts.of(Path::new(path)).map(|mount| (mount.device.clone(), mount.point.clone()));
+        assert_eq!(of("/srv/disk.img"), Some(("254:1".into(), "/".into())));
+        assert_eq!(of("/"), Some(("254:1".into(), "/".into())));
+        assert_eq!(of("/images/disk.img"), Some(("0:40".into(), "/images".into())));
+        assert_eq!(of("/imagesx"), Some(("254:1".into(), "/".into())));
+        assert!(Mounts::read().expect("readable").of(Path::new("/no/such/thing")).is_some());
     }
 
     /// Goal: the user of a device is found by number and by node name. Method: the same text.

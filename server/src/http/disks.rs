@@ -119,7 +119,7 @@ pub async fn resume(
     api.daemon.run(async move { daemon.resume(&name, request, deadline).await }).await.map(Json)
 }
 
-/// Give a disk up: its requests are answered with errors.
+/// Give a disk up: its requests are answered with errors until it is detached, over restarts as well.
 #[utoipa::path(post, path = "/v1/disks/{name}/fail", tag = "disks",
     params(("name" = String, Path, description = "The disk", pattern = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"), Deadline),
     responses((status = 200, body = Disk), Errors))]

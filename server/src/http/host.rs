@@ -1,15 +1,16 @@
 //! Everything that is not one disk: groups, shards, events, the configuration, metrics, health, the description itself.
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::extract::{Body, Name, Params};
 use super::{Api, Errors};
+use crate::daemon::deadline_after;
 use crate::events::EVENTS_MAX;
 use crate::limit_change::LimitChange;
-use crate::model::{Event, EventQuery, Group, Health, Reload, Shard, Version};
+use crate::model::{Deadline, Event, EventQuery, Group, Health, Reload, Shard, Version};
 use crate::problem::{Problem, ProblemKind};
 
 /// All groups.
@@ -53,6 +54,17 @@ pub async fn delete_group(State(api): State<Api>, Name(name): Name) -> Result<St
 #[utoipa::path(get, path = "/v1/shards", tag = "host", responses((status = 200, body = Vec<Shard>), Errors))]
 pub async fn shards(State(api): State<Api>) -> Json<Vec<Shard>> {
     Json(api.daemon.shards())
+}
+
+/// Not in the description: only a daemon that was started for tests has this route.
+pub async fn inject_panic(
+    State(api): State<Api>,
+    Path(index): Path<u16>,
+    Params(query): Params<Deadline>,
+) -> Result<Json<()>, Problem> {
+    let deadline = deadline_after(query.timeout_s)?;
+    let daemon = api.daemon.clone();
+    api.daemon.run(async move { daemon.inject_shard_panic(index, deadline).await }).await.map(Json)
 }
 
 /// What happened lately, oldest first.

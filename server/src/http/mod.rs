@@ -117,7 +117,9 @@ pub fn openapi() -> OpenApi {
 pub fn control_router(api_state: Api) -> Router {
     let (mut router, _) = api().split_for_parts();
     if api_state.daemon.settings().fault_commands {
-        router = router.route("/v1/disks/{name}/inject-panic", axum::routing::post(disks::inject_panic));
+        router = router
+            .route("/v1/disks/{name}/inject-panic", axum::routing::post(disks::inject_panic))
+            .route("/v1/shards/{index}/inject-panic", axum::routing::post(host::inject_panic));
     }
     finish(router.with_state(api_state))
 }

@@ -49,7 +49,7 @@ fn describe(disk: &Disk) -> Option<ExportInfo> {
     // A device without discard would answer every TRIM with an error.
     let trim = match &image.backend {
         Backend::File(file) => !matches!(file.kind, FileKind::Block { discard: false }),
-        Backend::Ram(_) | Backend::Null => true,
+        Backend::Ram(_) | Backend::Null | Backend::Image(_) => true,
     };
     let default = BlockSizes::default();
     Some(ExportInfo {

@@ -15,6 +15,7 @@ use blktapd::fleet::{Fleet, Shard, ShardLink, monotonic_now};
 use blktapd::images::Images;
 use blktapd::model::AttachRequest;
 use blktapd::problem::Problem;
+use blktapd::ram_dir::RamDir;
 use blktapd::rundir;
 use blktapd::state::StateStore;
 use shard::api::{
@@ -89,6 +90,7 @@ fn kind_of(command: &Command) -> &'static str {
         Command::Clients { .. } => "clients",
         Command::Stop => "stop",
         Command::InjectPanic { .. } => "panic",
+        Command::InjectShardPanic => "shard panic",
     }
 }
 
@@ -209,6 +211,15 @@ pub struct Rig {
     pub shards: Vec<FakeShard>,
     pub dir: Arc<tempfile::TempDir>,
     _owned: rundir::Owned,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // RAM disks outlive a daemon, and not the last one in this directory.
+        if Arc::strong_count(&self.dir) == 1 {
+            let _ = std::fs::remove_dir_all(RamDir::new(None, &self.dir.path().join("run")).in_shm());
+        }
+    }
 }
 
 impl Rig {

@@ -20,6 +20,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use blktapd::ram_dir::RamDir;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -117,6 +118,15 @@ impl Rig {
                 panic!("the daemon does not stop on SIGTERM:\n{}", self.log());
             }
         }
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        let daemon = self.daemon.as_mut().expect("it runs");
+        let status =
+            wait(daemon, PATIENCE).unwrap_or_else(|| panic!("the daemon does not end:\n{}", self.log()));
+        self.daemon = None;
+        status
     }
 
     /// This test makes the daemon panic on purpose.
@@ -222,6 +232,8 @@ impl Drop for Rig {
             }
             None => None,
         };
+        // RAM disks outlive a daemon; this directory does not.
+        let _ = fs::remove_dir_all(RamDir::new(None, &self.run_dir()).in_shm());
         let log = self.log();
         if failed {
             eprintln!("--- log of the daemon ---\n{log}--- end of the log ---");

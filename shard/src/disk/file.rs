@@ -44,7 +44,7 @@ impl Edges {
                 (file.offset_align, raw::direct_end(file.length, file.offset_align.max(PAGE as u32)))
             }
             Backend::File(file) => (file.offset_align, u64::MAX),
-            Backend::Ram(_) | Backend::Null => (1, u64::MAX),
+            Backend::Ram(_) | Backend::Null | Backend::Image(_) => (1, u64::MAX),
         };
         let memory_align = if let Backend::File(file) = backend { file.memory_align.max(1) } else { 1 };
         let length = if let Backend::File(file) = backend { file.length } else { u64::MAX };

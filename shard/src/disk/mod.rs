@@ -51,6 +51,17 @@ pub enum Mem {
     Zeroes,
 }
 
+impl Mem {
+    /// The memory behind the first `bytes` of it.
+    pub fn behind(self, bytes: u32) -> Mem {
+        match self {
+            Mem::Payload(at) => Mem::Payload(at + bytes),
+            Mem::Bounce { at, size } => Mem::Bounce { at: at + bytes, size },
+            Mem::Zeroes => Mem::Zeroes,
+        }
+    }
+}
+
 /// What a disk wants done.
 #[derive(Debug, Clone, Copy)]
 pub enum Action {
@@ -119,6 +130,11 @@ pub enum Action {
         target: SideTarget,
         /// The call.
         call: SideCall,
+    },
+    /// Carry a request of a format's image out. Answered by [`Disk::on_volume`].
+    Volume {
+        /// Which.
+        req: ReqKey,
     },
     /// Discard, zero or list a range of a RAM disk or null disk at once. Answered by [`Disk::on_memory`].
     Memory {
@@ -191,6 +207,8 @@ pub struct Disk {
     pumping: bool,
     /// State and reason to return to when a move or a detach is taken back.
     before_hold: Option<(DiskState, String)>,
+    /// Its image is being opened.
+    opening: bool,
     /// An fdatasync failed: no flush succeeds until an operator says `resume --data-in-doubt`.
     flush_failed: bool,
     file: file::Edges,
@@ -220,6 +238,7 @@ impl Disk {
             started: 0,
             pumping: false,
             before_hold: None,
+            opening: false,
             flush_failed: false,
             file,
             space: space::Space::default(),
@@ -295,6 +314,7 @@ impl Disk {
     /// New requests are started.
     fn serves(&self) -> bool {
         match self.state {
+            _ if self.opening => false,
             DiskState::Running | DiskState::Draining => true,
             // With the policy `report` reads and writes go on; only flushes fail.
             DiskState::StorageError => self.config.on_error == ErrorPolicy::Report,
@@ -323,7 +343,7 @@ impl Disk {
             Kind::Read => Direction::Read,
             Kind::Write { .. } | Kind::Discard { .. } | Kind::WriteZeroes { .. } => Direction::Write,
             // Flushes are free and never wait: they cost the guest nothing and protect its data.
-            Kind::Flush | Kind::Extents { .. } => return self.start(ctx, key),
+            Kind::Flush | Kind::Extents { .. } | Kind::SetLength { .. } => return self.start(ctx, key),
         };
         if self.limiter.is_unlimited() && self.waiting[direction as usize].is_empty() {
             return self.start(ctx, key);
@@ -428,6 +448,13 @@ impl Disk {
             }
             self.note_change(key);
         }
+        if matches!(self.config.backend, Backend::Image(_)) {
+            let request = &mut ctx.requests[key];
+            request.phase = Phase::Transfer;
+            request.pending = 1;
+            ctx.out.push(Action::Volume { req: key });
+            return;
+        }
         let is_file = matches!(self.config.backend, Backend::File(_));
         match kind {
             Kind::Read => self.start_read(ctx, key),
@@ -440,6 +467,13 @@ impl Disk {
                 let call = SideCall::Extents { offset: request.offset, len: request.len, max };
                 ctx.out.push(Action::Side { target: SideTarget::Request(key), call });
             }
+            Kind::SetLength { grow } if is_file => {
+                let request = &mut ctx.requests[key];
+                request.phase = Phase::Punch;
+                let call = SideCall::SetLength { length: request.offset, grow };
+                ctx.out.push(Action::Side { target: SideTarget::Request(key), call });
+            }
+            Kind::SetLength { .. } => self.finish(ctx, key, libc::EINVAL),
             Kind::Discard { .. } | Kind::WriteZeroes { .. } | Kind::Extents { .. } => {
                 ctx.out.push(Action::Memory { req: key });
             }
@@ -455,6 +489,36 @@ impl Disk {
             }
             Err(errno) => self.failed_io(ctx, key, errno),
         }
+    }
+
+    /// An [`Action::Volume`] is done. `sync_failed`: an fdatasync of the image has failed, now or before.
+    pub fn on_volume(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, errno: i32, sync_failed: bool) {
+        let request = &mut ctx.requests[key];
+        request.pending = 0;
+        request.guard = None;
+        // "Not fast" is an answer, not a failure.
+        let refused =
+            errno == libc::EOPNOTSUPP && matches!(request.kind, Kind::WriteZeroes { fast: true, .. });
+        match errno {
+            0 => self.finish(ctx, key, 0),
+            _ if refused => self.finish(ctx, key, errno),
+            _ if sync_failed => self.on_volume_sync_failed(ctx, key, errno),
+            _ => self.failed_io(ctx, key, errno),
+        }
+    }
+
+    /// The image is being opened: requests wait. Or it has been.
+    pub fn set_opening(&mut self, ctx: &mut Ctx<'_>, opening: bool) {
+        self.opening = opening;
+        if !opening {
+            self.on_timer(ctx);
+            self.pump(ctx);
+        }
+    }
+
+    /// The size that the image has.
+    pub fn set_size(&mut self, size_bytes: u64) {
+        self.config.size_bytes = size_bytes;
     }
 
     /// A side call for one request is done.
@@ -686,8 +750,20 @@ impl Disk {
     }
 
     /// Every write must be durable before it is answered.
-    fn writes_through(&self) -> bool {
-        matches!(&self.config.backend, Backend::File(file) if file.cache == CacheMode::Writethrough)
+    pub fn writes_through(&self) -> bool {
+        let file = match &self.config.backend {
+            Backend::File(file) => Some(file),
+            Backend::Image(chain) => chain.layers.first().and_then(|layer| layer.files.first()),
+            Backend::Ram(_) | Backend::Null => None,
+        };
+        file.is_some_and(|file| file.cache == CacheMode::Writethrough)
+    }
+
+    /// Requests that wait for anything, and requests that were started.
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize) {
+        let waiting = self.waiting.iter().map(VecDeque::len).sum::<usize>();
+        (waiting + self.held.len() + self.failed.len(), self.started as usize)
     }
 
     /// Panics: the test of quarantine.

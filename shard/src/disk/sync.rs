@@ -67,6 +67,29 @@ impl Disk {
         )
     }
 
+    /// A request of an image failed because an fdatasync of its files has.
+    pub(super) fn on_volume_sync_failed(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, errno: i32) {
+        if !self.flush_failed {
+            let reason = self.note_failed_sync(errno);
+            if !matches!(self.state, DiskState::Failed | DiskState::Zombie) {
+                self.enter_state(ctx, DiskState::StorageError, reason);
+            }
+        }
+        if self.holds_failed() {
+            self.hold_failed(ctx, key);
+        } else {
+            self.finish(ctx, key, errno);
+        }
+    }
+
+    /// An operator accepted that data may be lost: flushes are tried again.
+    pub fn accept_doubt(&mut self) {
+        self.flush_failed = false;
+        if self.state == DiskState::StorageError {
+            self.set_state(DiskState::Running, "");
+        }
+    }
+
     /// fdatasync is done: 0 or an errno.
     pub fn on_sync(&mut self, ctx: &mut Ctx<'_>, errno: i32) {
         self.sync.in_flight = false;

@@ -11,6 +11,8 @@
 //! completion. In the simple style the pieces of one read stand behind one header, in order, and nothing comes between
 //! them; if one fails after the header has gone, the only honest answer is to close.
 
+#[cfg(test)]
+mod audit;
 mod park;
 mod receive;
 mod send;
@@ -297,6 +299,15 @@ impl Conn {
     /// The socket.
     pub fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+
+    /// The shard has failed: ends the connection and leaves its memory to operations that the kernel may still have.
+    pub fn abandon(self: Box<Self>) {
+        // The kernel's operations keep the socket open; without this the client would see its end only after them.
+        let _ = nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        let conn = std::mem::ManuallyDrop::new(self);
+        // The one descriptor that the connection owns, and it is not dropped any more.
+        let _ = nix::unistd::close(conn.fd.as_raw_fd());
     }
 
     /// How it stands, in one line. For tests.

@@ -23,7 +23,10 @@ const BOUNCES_PER_DISK: u32 = BOUNCES_MAX / 4;
 /// Tries of an operation that the kernel interrupted.
 const TRIES_MAX: u8 = 16;
 
-/// Punted work of one backing store.
+/// Punted work of one backing store: all that may take one of the kernel's workers. fdatasync and fallocate always do, and so
+/// does I/O through the page cache and on file systems whose direct I/O blocks. Other I/O is first tried outside of the gate
+/// and without waiting, which is how a healthy store does nearly all of it; what the kernel would have to wait for comes
+/// back and goes through the gate.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     in_flight: u32,
@@ -31,6 +34,12 @@ pub(super) struct Gate {
 }
 
 impl Gate {
+    /// Operations that are out.
+    #[cfg(test)]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
     /// Drops what waits for a disk.
     pub fn forget(&mut self, slot: u32) {
         self.waiting.retain(|(disk, _)| *disk != slot);
@@ -39,8 +48,14 @@ impl Gate {
 
 impl<K: Kernel> Shard<K> {
     pub(super) fn run_actions(&mut self) {
-        while let Some((disk, action)) = self.actions.pop_front() {
-            self.carry_out(disk, action);
+        loop {
+            while let Some((disk, action)) = self.actions.pop_front() {
+                self.carry_out(disk, action);
+            }
+            match self.awake.pop() {
+                Some(disk) => self.run_tasks(disk),
+                None => return,
+            }
         }
     }
 
@@ -72,11 +87,13 @@ impl<K: Kernel> Shard<K> {
                 self.kernel.side(SideJob { user_data, file, call });
             }
             Action::Memory { req } => self.memory(disk, req),
+            Action::Volume { req } => self.start_volume(disk, req),
             Action::Copy { req, to_bounce, bounce_at, payload_at, len } => {
-                let request = &self.requests[req];
-                if let (Some(payload), Some(bounce)) = (&request.payload, &request.bounce) {
+                let (memory, base) = self.memory_of(req);
+                let bounce = &self.requests[req].bounce;
+                if let (Some(payload), Some(bounce)) = (self.requests[memory].payload.as_ref(), bounce) {
                     let (payload_at, bounce_at, len) =
-                        (payload_at as usize, bounce_at as usize, len as usize);
+                        ((base + payload_at) as usize, bounce_at as usize, len as usize);
                     if to_bounce {
                         self.pool.copy(payload, payload_at, bounce, bounce_at, len);
                     } else {
@@ -90,8 +107,9 @@ impl<K: Kernel> Shard<K> {
                 }
             }
             Action::ZeroPayload { req, at, len } => {
-                if let Some(payload) = &self.requests[req].payload {
-                    self.pool.bytes_mut(payload)[at as usize..][..len as usize].fill(0);
+                let (memory, base) = self.memory_of(req);
+                if let Some(payload) = &self.requests[memory].payload {
+                    self.pool.bytes_mut(payload)[(base + at) as usize..][..len as usize].fill(0);
                 }
             }
             Action::Answer { req } => self.answer(disk, req),
@@ -117,6 +135,7 @@ impl<K: Kernel> Shard<K> {
             Action::Fallocate { group, .. } | Action::Side { target: SideTarget::Group(group), .. } => {
                 self.with_disk(disk, |disk, ctx| disk.on_space(ctx, group, GONE));
             }
+            Action::Volume { req } => self.with_disk(disk, |disk, ctx| disk.on_volume(ctx, req, GONE, false)),
             Action::Memory { req } | Action::Side { target: SideTarget::Request(req), .. } => {
                 self.with_disk(disk, |disk, ctx| disk.on_memory(ctx, req, Err(GONE)));
             }
@@ -154,7 +173,7 @@ impl<K: Kernel> Shard<K> {
             return;
         };
         let gated = match self.backend(disk) {
-            Some(Backend::File(file)) => descriptor(file, target).1,
+            Some(Backend::File(file)) => descriptor(file, target).1 || self.disks[disk as usize].punts,
             Some(Backend::Ram(ram)) => {
                 let ram = ram.clone();
                 return self.ram_io(disk, &ram, action);
@@ -179,7 +198,8 @@ impl<K: Kernel> Shard<K> {
             Action::Io { req, write, target, offset, len, mem } => {
                 let (fd, _) = descriptor(file, target);
                 self.disks[disk as usize].ops += 1;
-                let op = IoOp { disk, req, write, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+                let op =
+                    IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
                 return self.push_io(op);
             }
             Action::Fallocate { group, mode, offset, len } => {
@@ -194,11 +214,12 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
-    fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
+    pub(super) fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
         let request = &self.requests[req];
         // The bytes of a read arrive in its payload in the end, also those that are bounced.
         let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
-        if needs_payload && request.payload.is_none() {
+        let borrowed = request.via.and_then(|via| via.payload());
+        if needs_payload && request.payload.is_none() && borrowed.is_none() {
             let (conn, guaranteed) = self.place_of(req);
             let request = &mut self.requests[req];
             let buf = self.pool.take(request.len as usize, guaranteed)?;
@@ -209,6 +230,10 @@ impl<K: Kernel> Shard<K> {
                 conn.note_buffer(&buf);
             }
             request.payload = Some(buf);
+        }
+        if let (Some((lender, base)), Mem::Payload(at)) = (borrowed, mem) {
+            let payload = self.requests.get(lender)?.payload.as_ref()?;
+            return Some(self.pool.address(payload) + (base + at) as usize);
         }
         let request = &mut self.requests[req];
         match mem {
@@ -229,6 +254,11 @@ impl<K: Kernel> Shard<K> {
                 request.bounce.as_ref().map(|buf| self.pool.address(buf) + at as usize)
             }
         }
+    }
+
+    /// Whose payload is the memory of a request, and from which byte on.
+    fn memory_of(&self, req: ReqKey) -> (ReqKey, u32) {
+        self.requests[req].via.and_then(|via| via.payload()).unwrap_or((req, 0))
     }
 
     /// The connection of a request, and whether its payload may go beyond the budget.
@@ -257,12 +287,17 @@ impl<K: Kernel> Shard<K> {
     fn push_io(&mut self, op: IoOp) {
         let (fd, addr) = (op.fd, op.addr + op.done as usize);
         let (len, offset) = (op.len - op.done, op.offset + u64::from(op.done));
-        let write = op.write;
+        // Outside of the gate nothing may take one of the kernel's workers.
+        let (write, nowait) = (op.write, !op.gated);
         let user_data = self.ops.insert(OpKind::Io(op));
         self.counters.ring_ops.add(1);
         self.kernel.push(
             user_data,
-            if write { Op::Write { fd, addr, len, offset } } else { Op::Read { fd, addr, len, offset } },
+            if write {
+                Op::Write { fd, addr, len, offset, nowait }
+            } else {
+                Op::Read { fd, addr, len, offset, nowait }
+            },
         );
     }
 
@@ -416,13 +451,18 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    fn op_gone(&mut self, disk: u32, gated: bool) {
+    pub(super) fn op_gone(&mut self, disk: u32, gated: bool) {
         if gated {
             self.leave_gate(disk);
         }
         if let Some(entry) = self.disks.get_mut(disk as usize) {
             entry.ops -= 1;
-            if entry.ops == 0 && (entry.quarantined || entry.pending.is_some() || entry.zombie) {
+            if entry.ops == 0
+                && (entry.quarantined
+                    || entry.pending.is_some()
+                    || entry.zombie
+                    || entry.failed_open.is_some())
+            {
                 self.unsettled.push(disk);
             }
         }
@@ -432,6 +472,9 @@ impl<K: Kernel> Shard<K> {
         let outcome = match result {
             n if n > 0 => {
                 op.done += n as u32;
+                if op.done < op.len && !op.gated {
+                    return self.go_through_gate(op);
+                }
                 if op.done < op.len && op.tries < TRIES_MAX {
                     // A short transfer: the rest, in the same way. An unaligned rest fails with EINVAL, as it should.
                     op.tries += 1;
@@ -440,6 +483,12 @@ impl<K: Kernel> Shard<K> {
                 if op.done >= op.len { IoResult::Done } else { IoResult::Failed(libc::EIO) }
             }
             0 => IoResult::Short(op.done),
+            errno if !op.gated && matches!(-errno, libc::EAGAIN | libc::EOPNOTSUPP) => {
+                if -errno == libc::EOPNOTSUPP {
+                    self.disks[op.disk as usize].punts = true;
+                }
+                return self.go_through_gate(op);
+            }
             errno if matches!(-errno, libc::EINTR | libc::EAGAIN) && op.tries < TRIES_MAX => {
                 op.tries += 1;
                 return self.push_io(op);
@@ -448,6 +497,24 @@ impl<K: Kernel> Shard<K> {
         };
         self.op_gone(op.disk, op.gated);
         self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.mem, op.len, outcome));
+    }
+
+    /// The rest of an I/O that the kernel cannot do without waiting.
+    fn go_through_gate(&mut self, op: IoOp) {
+        let IoOp { disk, req, write, target, mem, offset, len, done, .. } = op;
+        self.op_gone(disk, false);
+        let Some(entry) = self.disks.get(disk as usize) else { return };
+        let (offset, len, mem) = (offset + u64::from(done), len - done, mem.behind(done));
+        if entry.quarantined {
+            // The whole request is run again.
+        } else if entry.zombie {
+            self.io_done(disk, req, mem, len, IoResult::Failed(libc::EIO));
+        } else {
+            let action = Action::Io { req, write, target, offset, len, mem };
+            if self.enter_gate(disk, &action) {
+                self.launch(disk, action, op.addr + done as usize, true);
+            }
+        }
     }
 
     fn io_done(&mut self, disk: u32, req: ReqKey, mem: Mem, len: u32, result: IoResult) {
@@ -476,7 +543,7 @@ impl<K: Kernel> Shard<K> {
         for _ in 0..self.starved.len() {
             let Some((disk, action)) = self.starved.pop_front() else { break };
             let (conn, first) = match action {
-                Action::Io { req, .. } => self.place_of(req),
+                Action::Io { req, .. } | Action::Volume { req } => self.place_of(req),
                 _ => (None, false),
             };
             if !first && waiting.contains(&(disk, conn)) {
@@ -498,6 +565,7 @@ impl<K: Kernel> Shard<K> {
                 self.service(conn);
             }
         }
+        self.fed_at = self.pool.used();
     }
 
     /// Answers a request: the one place where requests end.
@@ -535,6 +603,9 @@ impl<K: Kernel> Shard<K> {
             self.unsettled.push(slot);
         } else if entry.pending.is_some() {
             self.unsettled.push(slot);
+        }
+        if self.via_done(&mut request) {
+            return;
         }
         let origin = request.origin.take();
         let conn = origin.and_then(|origin| {

@@ -32,8 +32,8 @@ impl<K: Kernel> Shard<K> {
     fn command(&mut self, envelope: Envelope) {
         let Envelope { tag, command } = envelope;
         let outcome = match command {
-            Command::AddDisk(config) => self.add_disk(config),
-            Command::Unpark(parked) => self.unpark(*parked),
+            Command::AddDisk(config) => self.add_disk(config, tag),
+            Command::Unpark(parked) => self.unpark(*parked, tag),
             Command::Stop => {
                 self.stopping = Some(tag);
                 Ok(None)
@@ -65,15 +65,16 @@ impl<K: Kernel> Shard<K> {
                 .slot(disk)
                 .map(|slot| Some(Reply::Stats(Box::new(self.disks[slot as usize].meter.stats())))),
             Command::Clients { disk } => self.slot(disk).map(|slot| Some(Reply::Clients(self.clients(slot)))),
-            Command::InjectPanic { disk } => self.slot(disk).and_then(|slot| {
-                if !self.fault_commands {
-                    let message =
-                        "fault commands are off: start the daemon with --fault-commands (tests only)";
-                    return Err(failure(ShardErrorKind::WrongState, message));
-                }
-                self.with_disk(slot, |disk, _| disk.panic_for_test());
-                Ok(Some(Reply::Done))
-            }),
+            Command::InjectPanic { disk } => {
+                self.faults_allowed().and_then(|()| self.slot(disk)).map(|slot| {
+                    self.with_disk(slot, |disk, _| disk.panic_for_test());
+                    Some(Reply::Done)
+                })
+            }
+            Command::InjectShardPanic => match self.faults_allowed() {
+                Ok(()) => panic!("injected panic in the reactor"),
+                Err(refusal) => Err(refusal),
+            },
         };
         match outcome {
             Ok(None) => {}
@@ -82,18 +83,36 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
+    fn faults_allowed(&self) -> Result<(), ShardError> {
+        let message = "fault commands are off: start the daemon with --fault-commands (tests only)";
+        if self.fault_commands { Ok(()) } else { Err(failure(ShardErrorKind::WrongState, message)) }
+    }
+
     fn slot(&self, disk: DiskId) -> Result<u32, ShardError> {
         let slot = self.by_id.get(&disk).copied();
         slot.ok_or_else(|| failure(ShardErrorKind::NoSuchDisk, format!("this shard has no disk {}", disk.0)))
     }
 
-    pub(super) fn insert_disk(&mut self, config: Box<DiskConfig>) -> u32 {
+    /// Adds a disk. The image of one that has a format is being opened then; `tag` is answered when it is.
+    pub(super) fn insert_disk(&mut self, config: Box<DiskConfig>, tag: Option<u64>) -> u32 {
+        let (id, backend) = (config.id, config.backend.clone());
+        let slot = self.insert_entry(config, None);
+        self.by_id.insert(id, slot);
+        self.counters.disks.set(self.by_id.len() as u64);
+        if let Backend::Image(chain) = backend {
+            self.start_engine(slot, &chain, tag);
+        }
+        slot
+    }
+
+    /// Adds a disk that commands do not see.
+    pub(super) fn insert_entry(&mut self, config: Box<DiskConfig>, owner: Option<u32>) -> u32 {
         let id = config.id;
         let store = match &config.backend {
             Backend::File(file) => Some(file.store),
-            Backend::Ram(_) | Backend::Null => None,
+            Backend::Ram(_) | Backend::Image(_) | Backend::Null => None,
         };
-        let slot = self.disks.insert(Entry {
+        self.disks.insert(Entry {
             id,
             disk: Some(Disk::new(config, self.now)),
             conns: Vec::new(),
@@ -110,18 +129,21 @@ impl<K: Kernel> Shard<K> {
             zombie: false,
             zombie_tag: None,
             store,
-        }) as u32;
-        self.by_id.insert(id, slot);
-        self.counters.disks.set(self.disks.len() as u64);
-        slot
+            owner,
+            engine: None,
+            failed_open: None,
+            told: None,
+            punts: false,
+        }) as u32
     }
 
-    fn add_disk(&mut self, config: Box<DiskConfig>) -> Outcome {
+    fn add_disk(&mut self, config: Box<DiskConfig>, tag: u64) -> Outcome {
         if self.stopping.is_some() {
             return Err(failure(ShardErrorKind::WrongState, "the shard is stopping"));
         }
-        self.insert_disk(config);
-        Ok(Some(Reply::Done))
+        let image = matches!(config.backend, Backend::Image(_));
+        self.insert_disk(config, Some(tag));
+        Ok((!image).then_some(Reply::Done))
     }
 
     fn connect(&mut self, slot: u32, handoff: ring_bridge::nbd::Handoff) -> Outcome {
@@ -163,7 +185,7 @@ impl<K: Kernel> Shard<K> {
                 format!("the disk is {what}: wait for that to end"),
             ));
         }
-        if entry.quarantined || entry.zombie {
+        if entry.quarantined || entry.zombie || entry.failed_open.is_some() || entry.opening() {
             return Err(failure(
                 ShardErrorKind::WrongState,
                 "the disk waits for kernel operations to come back",
@@ -193,6 +215,9 @@ impl<K: Kernel> Shard<K> {
             self.reply(tag, Err(failure(ShardErrorKind::Interrupted, message)));
         }
         let mut result = Ok(());
+        if data_in_doubt {
+            self.accept_doubt(slot);
+        }
         self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
         result.map(|()| Some(Reply::Done))
     }
@@ -255,8 +280,9 @@ impl<K: Kernel> Shard<K> {
         Ok(Some(Reply::Done))
     }
 
-    fn unpark(&mut self, parked: ParkedDisk) -> Outcome {
-        let slot = self.insert_disk(parked.config);
+    fn unpark(&mut self, parked: ParkedDisk, tag: u64) -> Outcome {
+        let image = matches!(parked.config.backend, Backend::Image(_));
+        let slot = self.insert_disk(parked.config, Some(tag));
         let mut origins = Vec::with_capacity(parked.conns.len());
         for conn in parked.conns {
             let at = self.conns.vacant_key() as u32;
@@ -299,7 +325,7 @@ impl<K: Kernel> Shard<K> {
             self.submit(new);
             self.run_actions();
         }
-        Ok(Some(Reply::Done))
+        Ok((!image).then_some(Reply::Done))
     }
 
     fn fail_new(&mut self, slot: u32, request: Request) {
@@ -347,6 +373,11 @@ impl<K: Kernel> Shard<K> {
         }
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+        for file in self.file_slots(slot) {
+            self.disks[file as usize].zombie = true;
+            self.with_disk(file, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+            self.unqueue(file);
+        }
         self.unqueue(slot);
         self.run_actions();
         self.close_conns(slot, "the disk was detached by force");

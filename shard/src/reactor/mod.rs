@@ -12,11 +12,14 @@
 //! the shard while the kernel works for it.
 
 mod actions;
+#[cfg(test)]
+mod audit;
 mod commands;
 mod conns;
 mod meter;
 mod ops;
 mod settle;
+mod volume;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -122,6 +125,16 @@ struct Entry {
     zombie_tag: Option<u64>,
     /// Limits punted kernel work per backing store.
     store: Option<u64>,
+    /// The volume's disk that this one is a file of: hidden from commands.
+    owner: Option<u32>,
+    /// Its volume, if it is an image of a format.
+    engine: Option<Box<volume::Engine>>,
+    /// Its image could not be opened: the command to answer, and why.
+    failed_open: Option<(u64, String)>,
+    /// When an error of its image was told last.
+    told: Option<Nanos>,
+    /// Its file cannot tell that it would have to wait: all I/O counts as punted.
+    punts: bool,
 }
 
 /// A shard without its thread: everything that runs on one core.
@@ -141,6 +154,11 @@ pub struct Shard<K: Kernel> {
     events: EventSink,
     counters: Arc<ShardCounters>,
     actions: VecDeque<(u32, Action)>,
+    /// Volumes whose futures can go on.
+    awake: Vec<u32>,
+    /// Memory for tables of images.
+    budget: std::rc::Rc<formats::metadata::Budget>,
+    pieces: Vec<formats::volume::Piece>,
     scratch: Vec<Action>,
     new_requests: Vec<Request>,
     timers: BinaryHeap<Reverse<(Nanos, u32)>>,
@@ -191,6 +209,8 @@ pub struct ShardParts<K> {
     pub events: EventSink,
     /// Counters.
     pub counters: Arc<ShardCounters>,
+    /// Memory for tables of images, bytes.
+    pub table_budget_bytes: usize,
     /// Accept commands that only tests use.
     pub fault_commands: bool,
 }
@@ -214,6 +234,9 @@ impl<K: Kernel> Shard<K> {
             events: parts.events,
             counters: parts.counters,
             actions: VecDeque::new(),
+            awake: Vec::new(),
+            budget: formats::metadata::Budget::new(parts.table_budget_bytes),
+            pieces: Vec::new(),
             scratch: Vec::new(),
             new_requests: Vec::new(),
             timers: BinaryHeap::new(),
@@ -322,6 +345,26 @@ impl<K: Kernel> Shard<K> {
         Ok(true)
     }
 
+    /// The end after a failure: gives back what others wait for, and keeps what the kernel may still use.
+    ///
+    /// The ring is closed, so that the kernel ends its operations and lets go of their files; only then are the disks and the
+    /// commands that nobody will carry out dropped, and with them the shard's references to images. Clients see the end of
+    /// their connections. Buffers and message headers stay mapped for ever: an operation that is on its way to a device still
+    /// reads or writes them, and nothing tells a closed ring's owner when the last one has ended. (The file does: see the file
+    /// table's fence.)
+    pub fn abandon(self) {
+        let Shard { kernel, disks, conns, inbox, counters, pool, requests, actions, .. } = self;
+        drop(kernel);
+        for (_, conn) in conns {
+            conn.abandon();
+        }
+        std::mem::forget((pool, requests, actions));
+        drop((inbox, disks));
+        [&counters.disks, &counters.clients, &counters.ops_in_flight, &counters.buffer_bytes]
+            .iter()
+            .for_each(|gauge| gauge.set(0));
+    }
+
     fn account(&mut self, start: Nanos) {
         let end = self.kernel.now();
         let counters = &self.counters;
@@ -359,6 +402,8 @@ impl<K: Kernel> Shard<K> {
         if self.quiet_ticks > 2 && !self.quiet_ticks.is_multiple_of(60) && !pressed {
             return;
         }
+        self.tidy_volumes();
+        self.run_actions();
         self.pool.trim();
         for (_, conn) in &mut self.conns {
             if pressed && conn.is_stalled(self.now, STALL) {
@@ -418,6 +463,7 @@ impl<K: Kernel> Shard<K> {
         if let Some(store) = self.disks[slot as usize].store {
             self.open_gate(store);
         }
+        self.drop_volume(slot);
         let entry = &mut self.disks[slot as usize];
         entry.panics += 1;
         entry.quarantined = true;

@@ -26,6 +26,12 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn settle(&mut self, slot: u32) {
+        if self.disks[slot as usize].owner.is_some() {
+            return self.settle_file(slot);
+        }
+        if self.settle_failed_open(slot) {
+            return;
+        }
         let entry = &self.disks[slot as usize];
         if entry.quarantined {
             return self.settle_quarantine(slot);
@@ -58,7 +64,7 @@ impl<K: Kernel> Shard<K> {
     /// the buffers, because it does not read, must not stop a pause or a move.
     fn unstart_starved(&mut self, slot: u32) {
         let ours = |&(disk, action): &(u32, Action)| match action {
-            Action::Io { req, .. } if disk == slot => Some(req),
+            Action::Io { req, .. } | Action::Volume { req } if disk == slot => Some(req),
             _ => None,
         };
         let keys: Vec<ReqKey> = self.starved.iter().filter_map(ours).collect();
@@ -86,6 +92,8 @@ impl<K: Kernel> Shard<K> {
             // A command that came meanwhile.
             DiskState::Failed | DiskState::Zombie => now,
             _ if entry.panics < 2 || before.0 == DiskState::Failed => before,
+            // Of a file: whoever waits for it hears an error.
+            _ if entry.owner.is_some() => (DiskState::Failed, "the disk's code failed twice".to_owned()),
             _ => {
                 let reason = "the disk's code failed twice: `resume` tries again, `fail` gives the disk up";
                 (DiskState::Paused, reason.to_owned())
@@ -95,6 +103,7 @@ impl<K: Kernel> Shard<K> {
         entry.disk = Some(disk);
         entry.quarantined = false;
         let id = entry.id;
+        self.reopen_engine(slot);
         if state == DiskState::Paused {
             self.end_pending(slot, "the disk's code failed twice, it is paused now");
         }
@@ -119,6 +128,35 @@ impl<K: Kernel> Shard<K> {
             self.run_actions();
         }
         self.unsettled.push(slot);
+    }
+
+    /// A file of a volume: its own quarantine is all that it settles by itself.
+    fn settle_file(&mut self, slot: u32) {
+        let entry = &self.disks[slot as usize];
+        if entry.quarantined && entry.ops == 0 {
+            self.settle_quarantine(slot);
+        }
+    }
+
+    /// The image of a disk that was to go could not be closed: it goes on.
+    pub(super) fn close_failed(&mut self, slot: u32, why: &str) {
+        let entry = &mut self.disks[slot as usize];
+        let tag = match entry.pending {
+            Some(Pending::Park { tag }) => {
+                entry.pending = None;
+                self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+                tag
+            }
+            Some(Pending::Remove { tag, .. }) => {
+                entry.pending = None;
+                self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+                tag
+            }
+            _ => return,
+        };
+        self.restart_conns(slot);
+        let message = format!("its image could not be closed, so the disk stays: {why}");
+        self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message }));
     }
 
     /// Ends a move or detach that cannot go on.
@@ -159,10 +197,11 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    fn take_disk(&mut self, slot: u32) -> Option<Box<crate::api::DiskConfig>> {
+    pub(super) fn take_disk(&mut self, slot: u32) -> Option<Box<crate::api::DiskConfig>> {
+        self.remove_engine(slot);
         let entry = self.disks.remove(slot as usize);
         self.by_id.remove(&entry.id);
-        self.counters.disks.set(self.disks.len() as u64);
+        self.counters.disks.set(self.by_id.len() as u64);
         entry.disk.map(Disk::into_config)
     }
 
@@ -177,7 +216,7 @@ impl<K: Kernel> Shard<K> {
                 self.cancel_conn(conn);
             }
         }
-        if !all_still {
+        if !all_still || !self.close_engine(slot) {
             return;
         }
         let mut keys = Vec::new();
@@ -270,7 +309,7 @@ impl<K: Kernel> Shard<K> {
                         }
                     }
                 }
-                if left == 0 && self.disks[slot as usize].ops == 0 {
+                if left == 0 && self.disks[slot as usize].ops == 0 && self.close_engine(slot) {
                     let Some(config) = self.take_disk(slot) else { return };
                     self.reply(tag, Ok(Reply::Removed(config)));
                 }

@@ -360,6 +360,7 @@ impl Sim {
                 drop(config);
                 self.gone(index);
             }
+            Event::ImageError { message, .. } => panic!("a raw disk has no image: {message}"),
             Event::ClientGone { peer, reason, .. } => {
                 let number: usize =
                     peer.trim_start_matches("client ").parse().expect("a client of the simulator");

@@ -28,6 +28,13 @@ pub enum SideCall {
         /// Bound of the answer.
         max: usize,
     },
+    /// Makes the file as long as `length`, or, with `grow`, at least as long.
+    SetLength {
+        /// Bytes.
+        length: u64,
+        /// Do not cut.
+        grow: bool,
+    },
     /// BLKDISCARD.
     DiscardDevice {
         /// Bytes.
@@ -155,7 +162,19 @@ fn call(file: &ImageFile, call: SideCall) -> Result<Vec<Extent>, i32> {
     match call {
         SideCall::Extents { offset, len, max } => extents(file, offset, len, max),
         SideCall::DiscardDevice { offset, len } => discard(file, offset, len),
+        SideCall::SetLength { length, grow } => set_length(file, length, grow),
     }
+}
+
+/// ftruncate. What is new reads as zero and takes no space.
+fn set_length(file: &ImageFile, length: u64, grow: bool) -> Result<Vec<Extent>, i32> {
+    let now = nix::sys::stat::fstat(&file.fd).map_err(|errno| errno as i32)?.st_size as u64;
+    if now == length || (grow && now > length) {
+        return Ok(Vec::new());
+    }
+    let length = i64::try_from(length).map_err(|_| libc::EFBIG)?;
+    nix::unistd::ftruncate(&file.fd, length).map_err(|errno| errno as i32)?;
+    Ok(Vec::new())
 }
 
 /// Walks data and holes with lseek. What lies behind the end of the file is a hole.
@@ -229,6 +248,7 @@ mod tests {
             cache: CacheMode::Writeback,
             kind: FileKind::Regular,
             length,
+            length_now: length.into(),
             punts: false,
             store: 1,
         })
