@@ -41,9 +41,12 @@ pub fn for_seeds(
     run: impl Fn(&Case, u64) -> Result<(), String>,
 ) -> Result<(), String> {
     let first = size_of_run("SEED", 1);
+    let began = std::time::Instant::now();
     for seed in first..first + seeds {
         run(case, seed).map_err(|error| format!("{suite}, case {}, SEED={seed}: {error}", case.name))?;
     }
+    // Shown with --nocapture: where the time of a long run goes.
+    println!("{suite}, case {}: {seeds} seeds in {:.1} s", case.name, began.elapsed().as_secs_f32());
     Ok(())
 }
 
