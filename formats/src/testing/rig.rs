@@ -119,7 +119,10 @@ pub async fn write(volume: &Volume, offset: u64, bytes: &[u8]) -> Result<(), Err
 /// # Errors
 /// Those of the volume.
 pub async fn read(volume: &Volume, offset: u64, len: u64) -> Result<Buf, Error> {
-    let memory = Memory::of(Buf::copy_of(&vec![0xa5; len as usize]));
+    // Not zero, so that what is not filled shows.
+    let mut buf = Buf::zeroed(len as usize);
+    buf.fill(0xa5);
+    let memory = Memory::of(buf);
     volume.read(offset, len, &Window { memory: &memory, volume, at: 0 }).await?;
     Ok(memory.take())
 }
@@ -234,6 +237,12 @@ impl Rig {
         }
         let log = self.case.log_capacity.map(|capacity| store.add_log(capacity));
         Rig { case: self.case.clone(), store, initial: self.initial.clone(), files: self.files.clone(), log }
+    }
+
+    /// The chain as it is now, in a store of its own and with an empty log.
+    pub fn copy(&self, seed: u64) -> Rig {
+        let files = (0..self.files.iter().flatten().count()).map(|number| self.store.pages(number)).collect();
+        self.with_files(files, seed)
     }
 
     /// The state now, as if the process had died with nothing in flight.
