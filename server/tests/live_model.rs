@@ -12,7 +12,7 @@ use std::time::Duration;
 use live_rig::load::Load;
 use live_rig::model::{Effect, Model};
 use live_rig::nbd_client::{STATE_HOLE, STATE_ZERO};
-use live_rig::{PATIENCE, Random, Rig, Running, raw, skip};
+use live_rig::{PATIENCE, Random, Rig, Running, fio_verified, raw, skip};
 
 /// How a round of requests ends.
 #[derive(Clone, Copy, PartialEq)]
@@ -137,8 +137,11 @@ fn seeds(kind: u64, few: u64) -> impl Iterator<Item = u64> {
 
 /// A file of random bytes, whose length is no multiple of a sector, attached with these options.
 fn on_a_file(seed: u64, options: &str) {
+    on_a_file_of(Rig::with(2, &["--fault-commands"]), seed, options);
+}
+
+fn on_a_file_of(rig: Rig, seed: u64, options: &str) {
     let mut start = Random(!seed).bytes(MIB + 200);
-    let rig = Rig::with(2, &["--fault-commands"]);
     let image = rig.path("disk.img");
     fs::write(&image, &start).expect("writes");
     let mut disk = Disk::new("disk", seed, rig, &format!("{}{options}", raw(&image)), Some(image));
@@ -160,6 +163,38 @@ fn a_file_with_cache_writeback_holds_what_was_acknowledged() {
 #[test]
 fn a_file_with_cache_writethrough_holds_what_was_acknowledged() {
     seeds(3, 2).for_each(|seed| on_a_file(seed, "?cache=writethrough"));
+}
+
+/// A kernel or a policy may refuse the set-up of io_uring that is best; the shard then runs on a plainer one, which completes
+/// operations at other moments. fio checks what it wrote on each of them, through O_DIRECT and through the page cache at once,
+/// and then come the rounds with moves, kill -9 and SIGTERM.
+fn on_a_ring(kind: u64, flavour: &str) {
+    for seed in seeds(kind, 1) {
+        let rig = Rig::with(2, &["--ring", flavour, "--fault-commands"]);
+        let rings: Vec<_> =
+            rig.ctl_json(&["shards"]).as_array().expect("a list").iter().map(|s| s["ring"].clone()).collect();
+        assert!(rings.iter().all(|ring| ring == flavour), "asked for {flavour}, not {rings:?}");
+        let direct = rig.attach("direct", &raw(&rig.image("direct.img", 16 << 20)), &[]);
+        let cached = format!("{}?cache=writeback", raw(&rig.image("cached.img", 16 << 20)));
+        let cached = rig.attach("cached", &cached, &[]);
+        std::thread::scope(|scope| {
+            for uri in [&direct, &cached] {
+                let mix = "--bssplit=512/20:4k/40:64k/20:512k/20";
+                scope.spawn(move || fio_verified(uri, 2, &[mix, "--bs_unaligned=1", "--size=8m"]));
+            }
+        });
+        on_a_file_of(rig, seed, "");
+    }
+}
+
+#[test]
+fn a_cooperative_ring_holds_what_was_acknowledged() {
+    on_a_ring(5, "cooperative");
+}
+
+#[test]
+fn a_plain_ring_holds_what_was_acknowledged() {
+    on_a_ring(6, "plain");
 }
 
 /// The contents of a RAM disk are kept over a restart when its directory is on a tmpfs: one that is named, and the default.

@@ -220,6 +220,12 @@ impl Request {
         self.offset + self.len
     }
 
+    /// Bytes that it counts against what its connection may hold.
+    #[cfg(test)]
+    pub fn held_bytes(&self) -> u64 {
+        if matches!(self.kind, Kind::Read | Kind::Write { .. }) { self.len } else { 0 }
+    }
+
     /// Back to the state before the start, to run again.
     pub fn rewind(&mut self) {
         self.phase = Phase::Waiting;

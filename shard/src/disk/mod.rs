@@ -51,6 +51,17 @@ pub enum Mem {
     Zeroes,
 }
 
+impl Mem {
+    /// The memory behind the first `bytes` of it.
+    pub fn behind(self, bytes: u32) -> Mem {
+        match self {
+            Mem::Payload(at) => Mem::Payload(at + bytes),
+            Mem::Bounce { at, size } => Mem::Bounce { at: at + bytes, size },
+            Mem::Zeroes => Mem::Zeroes,
+        }
+    }
+}
+
 /// What a disk wants done.
 #[derive(Debug, Clone, Copy)]
 pub enum Action {
@@ -746,6 +757,13 @@ impl Disk {
             Backend::Ram(_) | Backend::Null => None,
         };
         file.is_some_and(|file| file.cache == CacheMode::Writethrough)
+    }
+
+    /// Requests that wait for anything, and requests that were started.
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize) {
+        let waiting = self.waiting.iter().map(VecDeque::len).sum::<usize>();
+        (waiting + self.held.len() + self.failed.len(), self.started as usize)
     }
 
     /// Panics: the test of quarantine.

@@ -11,6 +11,8 @@
 //! completion. In the simple style the pieces of one read stand behind one header, in order, and nothing comes between
 //! them; if one fails after the header has gone, the only honest answer is to close.
 
+#[cfg(test)]
+mod audit;
 mod park;
 mod receive;
 mod send;

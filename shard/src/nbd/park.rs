@@ -56,14 +56,6 @@ impl Conn {
 
     /// Takes the connection apart. Nothing of it may be in the kernel, and its requests at the disk must be unstarted.
     pub fn park(mut self, pool: &mut Pool) -> ParkedConn {
-        // From here on read data are plain bytes, which count no more against what the connection may hold.
-        let ready = self.commands.iter().filter_map(|(_, command)| command.ordered.as_ref());
-        let on_the_way = self.sending.iter().chain(&self.out).chain(&self.deferred).map(|reply| &reply.data);
-        let bytes: u64 = on_the_way
-            .chain(ready.flat_map(|ordered| ordered.ready.iter().map(|(_, data)| data)))
-            .map(|data| if let Data::Pool(_, len) = data { u64::from(*len) } else { 0 })
-            .sum();
-        self.held = self.held.saturating_sub(bytes);
         // What the kernel did not take of the last message goes first.
         let mut sent = self.sending.iter().map(|r| r.head.len() + r.data.len()).sum::<usize>();
         sent = sent.saturating_sub(self.send_message.remaining());
@@ -82,7 +74,7 @@ impl Conn {
                 let skip = sent.min(bytes.len());
                 bytes.drain(..skip);
                 sent -= skip;
-                self.held = self.held.saturating_sub(skip as u64);
+                self.held -= skip as u64;
             }
             out.push_back(Reply { head, data });
         }

@@ -23,7 +23,10 @@ const BOUNCES_PER_DISK: u32 = BOUNCES_MAX / 4;
 /// Tries of an operation that the kernel interrupted.
 const TRIES_MAX: u8 = 16;
 
-/// Punted work of one backing store.
+/// Punted work of one backing store: all that may take one of the kernel's workers. fdatasync and fallocate always do, and so
+/// does I/O through the page cache and on file systems whose direct I/O blocks. Other I/O is first tried outside of the gate
+/// and without waiting, which is how a healthy store does nearly all of it; what the kernel would have to wait for comes
+/// back and goes through the gate.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     in_flight: u32,
@@ -31,6 +34,12 @@ pub(super) struct Gate {
 }
 
 impl Gate {
+    /// Operations that are out.
+    #[cfg(test)]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
     /// Drops what waits for a disk.
     pub fn forget(&mut self, slot: u32) {
         self.waiting.retain(|(disk, _)| *disk != slot);
@@ -164,7 +173,7 @@ impl<K: Kernel> Shard<K> {
             return;
         };
         let gated = match self.backend(disk) {
-            Some(Backend::File(file)) => descriptor(file, target).1,
+            Some(Backend::File(file)) => descriptor(file, target).1 || self.disks[disk as usize].punts,
             Some(Backend::Ram(ram)) => {
                 let ram = ram.clone();
                 return self.ram_io(disk, &ram, action);
@@ -189,7 +198,8 @@ impl<K: Kernel> Shard<K> {
             Action::Io { req, write, target, offset, len, mem } => {
                 let (fd, _) = descriptor(file, target);
                 self.disks[disk as usize].ops += 1;
-                let op = IoOp { disk, req, write, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
+                let op =
+                    IoOp { disk, req, write, target, mem, fd, addr, offset, len, done: 0, tries: 0, gated };
                 return self.push_io(op);
             }
             Action::Fallocate { group, mode, offset, len } => {
@@ -277,12 +287,17 @@ impl<K: Kernel> Shard<K> {
     fn push_io(&mut self, op: IoOp) {
         let (fd, addr) = (op.fd, op.addr + op.done as usize);
         let (len, offset) = (op.len - op.done, op.offset + u64::from(op.done));
-        let write = op.write;
+        // Outside of the gate nothing may take one of the kernel's workers.
+        let (write, nowait) = (op.write, !op.gated);
         let user_data = self.ops.insert(OpKind::Io(op));
         self.counters.ring_ops.add(1);
         self.kernel.push(
             user_data,
-            if write { Op::Write { fd, addr, len, offset } } else { Op::Read { fd, addr, len, offset } },
+            if write {
+                Op::Write { fd, addr, len, offset, nowait }
+            } else {
+                Op::Read { fd, addr, len, offset, nowait }
+            },
         );
     }
 
@@ -457,6 +472,9 @@ impl<K: Kernel> Shard<K> {
         let outcome = match result {
             n if n > 0 => {
                 op.done += n as u32;
+                if op.done < op.len && !op.gated {
+                    return self.go_through_gate(op);
+                }
                 if op.done < op.len && op.tries < TRIES_MAX {
                     // A short transfer: the rest, in the same way. An unaligned rest fails with EINVAL, as it should.
                     op.tries += 1;
@@ -465,6 +483,12 @@ impl<K: Kernel> Shard<K> {
                 if op.done >= op.len { IoResult::Done } else { IoResult::Failed(libc::EIO) }
             }
             0 => IoResult::Short(op.done),
+            errno if !op.gated && matches!(-errno, libc::EAGAIN | libc::EOPNOTSUPP) => {
+                if -errno == libc::EOPNOTSUPP {
+                    self.disks[op.disk as usize].punts = true;
+                }
+                return self.go_through_gate(op);
+            }
             errno if matches!(-errno, libc::EINTR | libc::EAGAIN) && op.tries < TRIES_MAX => {
                 op.tries += 1;
                 return self.push_io(op);
@@ -473,6 +497,24 @@ impl<K: Kernel> Shard<K> {
         };
         self.op_gone(op.disk, op.gated);
         self.deliver(op.disk, |disk, ctx| disk.on_io(ctx, op.req, op.mem, op.len, outcome));
+    }
+
+    /// The rest of an I/O that the kernel cannot do without waiting.
+    fn go_through_gate(&mut self, op: IoOp) {
+        let IoOp { disk, req, write, target, mem, offset, len, done, .. } = op;
+        self.op_gone(disk, false);
+        let Some(entry) = self.disks.get(disk as usize) else { return };
+        let (offset, len, mem) = (offset + u64::from(done), len - done, mem.behind(done));
+        if entry.quarantined {
+            // The whole request is run again.
+        } else if entry.zombie {
+            self.io_done(disk, req, mem, len, IoResult::Failed(libc::EIO));
+        } else {
+            let action = Action::Io { req, write, target, offset, len, mem };
+            if self.enter_gate(disk, &action) {
+                self.launch(disk, action, op.addr + done as usize, true);
+            }
+        }
     }
 
     fn io_done(&mut self, disk: u32, req: ReqKey, mem: Mem, len: u32, result: IoResult) {
@@ -523,6 +565,7 @@ impl<K: Kernel> Shard<K> {
                 self.service(conn);
             }
         }
+        self.fed_at = self.pool.used();
     }
 
     /// Answers a request: the one place where requests end.

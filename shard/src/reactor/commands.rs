@@ -133,6 +133,7 @@ impl<K: Kernel> Shard<K> {
             engine: None,
             failed_open: None,
             told: None,
+            punts: false,
         }) as u32
     }
 

@@ -12,6 +12,8 @@
 //! the shard while the kernel works for it.
 
 mod actions;
+#[cfg(test)]
+mod audit;
 mod commands;
 mod conns;
 mod meter;
@@ -131,6 +133,8 @@ struct Entry {
     failed_open: Option<(u64, String)>,
     /// When an error of its image was told last.
     told: Option<Nanos>,
+    /// Its file cannot tell that it would have to wait: all I/O counts as punted.
+    punts: bool,
 }
 
 /// A shard without its thread: everything that runs on one core.

@@ -1,6 +1,6 @@
 //! Kernel operations that are out, each in a slot with a generation, so that a completion that comes late finds nobody else's.
 
-use crate::disk::{Mem, SideTarget};
+use crate::disk::{Mem, SideTarget, Target};
 use crate::request::ReqKey;
 
 /// What an operation is for.
@@ -24,12 +24,27 @@ pub(super) enum OpKind {
     Cancel,
 }
 
+#[cfg(test)]
+impl OpKind {
+    /// The disk that it works for.
+    pub fn disk(&self) -> Option<u32> {
+        match *self {
+            OpKind::Io(IoOp { disk, .. })
+            | OpKind::Sync { disk }
+            | OpKind::Fallocate { disk, .. }
+            | OpKind::Side { disk, .. } => Some(disk),
+            OpKind::Inbox | OpKind::Recv { .. } | OpKind::Send { .. } | OpKind::Cancel => None,
+        }
+    }
+}
+
 /// A read or write that may take several tries.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct IoOp {
     pub disk: u32,
     pub req: ReqKey,
     pub write: bool,
+    pub target: Target,
     pub mem: Mem,
     pub fd: i32,
     pub addr: usize,
@@ -38,7 +53,7 @@ pub(super) struct IoOp {
     /// Bytes that earlier tries moved.
     pub done: u32,
     pub tries: u8,
-    /// Counts against the store's bound of punted work.
+    /// Counts against the store's bound of punted work, and may be punted. Else it is tried without waiting.
     pub gated: bool,
 }
 
@@ -59,6 +74,12 @@ impl Ops {
     /// How many are out.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// All that are out.
+    #[cfg(test)]
+    pub fn iter(&self) -> impl Iterator<Item = &OpKind> {
+        self.slots.iter().filter_map(|slot| slot.kind.as_ref())
     }
 
     /// Takes a slot; returns the user data of the operation.

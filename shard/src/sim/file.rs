@@ -12,6 +12,8 @@ pub struct Faults {
     pub enospc: u64,
     pub short: u64,
     pub again: u64,
+    /// What is not to wait would have to.
+    pub wait: u64,
     pub slow: u64,
     pub sync: u64,
     pub side: u64,
@@ -35,6 +37,10 @@ pub struct File {
     pub can_punch: bool,
     pub can_zero: bool,
     pub faults: Faults,
+    /// Its store.
+    pub store: u64,
+    /// It does not know whether an operation would have to wait.
+    pub cannot_tell: bool,
     /// New operations do not end before somebody releases the store.
     pub hung: bool,
     /// No operation may start: the disk was reported as paused or parked.
@@ -70,6 +76,8 @@ impl File {
             can_punch: true,
             can_zero: true,
             faults: Faults::default(),
+            store: 0,
+            cannot_tell: false,
             hung: false,
             frozen: false,
             busy: 0,

@@ -187,6 +187,25 @@ impl Sim {
             }
         }
         self.check_told();
+        self.check_rest();
+    }
+
+    /// A connection whose client waits for nothing holds nothing.
+    fn check_rest(&self) {
+        for shard in &self.shards {
+            for (peer, summary) in shard.busy_conns() {
+                let number: usize = peer.trim_start_matches("client ").parse().expect("a client's number");
+                let client = &self.clients[number];
+                let at_rest = client.life == Life::Talks
+                    && !(client.deaf || client.mute)
+                    && client.asked.is_empty()
+                    && client.outbox.is_empty();
+                if at_rest {
+                    self.describe();
+                    panic!("client {number} waits for nothing, and its connection is not at rest: {summary}");
+                }
+            }
+        }
     }
 
     /// An error of the kernel that is to be reported must have reached somebody.

@@ -91,6 +91,8 @@ pub(super) struct FileOp {
     pub(super) seal: u64,
     pub(super) held: bool,
     pub(super) failure: Option<Failure>,
+    /// May take a worker of this shard's kernel for this store.
+    pub(super) punted: Option<(usize, u64)>,
 }
 
 #[derive(Debug)]
@@ -137,6 +139,8 @@ pub struct World {
     pub(super) sides: BTreeMap<u64, Side>,
     pub(super) lanes: [Lane; 2],
     pub(super) clients_due: HashSet<usize>,
+    /// Operations out that may take a worker, by shard and store.
+    pub(super) punted: HashMap<(usize, u64), u32>,
     /// Failed operations: those that the judge has noted, and new ones.
     pub failures: Vec<Failure>,
     pub new_failures: Vec<Failure>,
@@ -169,6 +173,7 @@ impl World {
             sides: BTreeMap::new(),
             lanes: Default::default(),
             clients_due: HashSet::new(),
+            punted: HashMap::new(),
             failures: Vec::new(),
             new_failures: Vec::new(),
             instant: 0,

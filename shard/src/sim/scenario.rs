@@ -149,6 +149,10 @@ impl Sim {
         file.is_block = is_block;
         file.can_punch = !rng.chance(200);
         file.can_zero = !rng.chance(200);
+        // Two disks may share a store.
+        file.store = if rng.chance(300) { 1 } else { 100 + self.disks.len() as u64 };
+        file.cannot_tell = rng.chance(100);
+        let punts = rng.chance(100);
         let mut model = Model::new(size);
         for block in 0..file.allocated.len() as u64 {
             let (start, end) = (block * BLOCK, ((block + 1) * BLOCK).min(length));
@@ -172,9 +176,9 @@ impl Sim {
             cache,
             kind,
             length,
-            // Two disks may share a store.
-            punts: false,
-            store: if rng.chance(300) { 1 } else { 100 + self.disks.len() as u64 },
+            length_now: length.into(),
+            punts,
+            store: file.store,
         });
         let policy =
             |rng: &mut Random| rng.pick(&[ErrorPolicy::Pause, ErrorPolicy::Report, ErrorPolicy::Report]);
@@ -348,7 +352,18 @@ impl Sim {
             }
             self.hear();
             if !turned {
+                self.audit();
                 return;
+            }
+        }
+    }
+
+    /// Every counter of a budget must be what it counts.
+    fn audit(&self) {
+        for (index, shard) in self.shards.iter().enumerate() {
+            if let Err(message) = shard.audit() {
+                self.describe();
+                panic!("shard {index}: {message}");
             }
         }
     }
@@ -469,6 +484,7 @@ impl Sim {
             enospc: some(&[0, 0, 0, 20]),
             short: some(&[0, 50, 200]),
             again: some(&[0, 10, 50]),
+            wait: some(&[0, 20, 300]),
             slow: some(&[0, 10, 50]),
             sync: some(&[0, 0, 100]),
             side: some(&[0, 0, 50]),

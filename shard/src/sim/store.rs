@@ -9,6 +9,9 @@ use crate::clock::{MICROSECOND, MILLISECOND};
 use crate::storage::Op;
 use crate::storage::side::{Extent, SideCall, SideDone, SideJob};
 
+/// A quarter of the kernel's workers.
+const PUNTED_MAX: u32 = 16;
+
 impl World {
     pub(super) fn start_file(&mut self, shard: usize, id: u64, file: usize, direct: bool, op: Op) -> FileOp {
         assert!(!self.files[file].frozen, "operation on a disk that was reported as at rest: {op:?}");
@@ -22,9 +25,17 @@ impl World {
                 "memory outside of the buffers: {op:?}"
             );
         };
+        let nowait = matches!(op, Op::Read { nowait: true, .. } | Op::Write { nowait: true, .. });
         let f = &mut self.files[file];
+        assert!(direct || !nowait, "I/O through the page cache takes a worker: {op:?}");
+        if !nowait {
+            let punted = self.punted.entry((shard, f.store)).or_default();
+            *punted += 1;
+            assert!(*punted <= PUNTED_MAX, "more work than a store may give to the kernel's workers: {op:?}");
+        }
         let rng = &mut self.rng;
         let faults = f.faults;
+        let must_wait = nowait && (rng.chance(faults.wait) || (f.hung && rng.chance(500)));
         let align = if direct { f.align } else { 1 };
         let step = if direct { f.align.max(f.memory_align) } else { 1 };
         let mut aligned = true;
@@ -44,7 +55,17 @@ impl World {
                 result = reach as i32;
                 moves = reach;
                 let what = if write { What::Write } else { What::Read };
-                if rng.chance(faults.again) {
+                if nowait && f.cannot_tell {
+                    (result, moves) = (-libc::EOPNOTSUPP, 0);
+                    None
+                } else if must_wait && (reach <= step || rng.chance(700)) {
+                    (result, moves) = (-libc::EAGAIN, 0);
+                    None
+                } else if must_wait {
+                    moves = rng.between(1, (reach - 1) / step) * step;
+                    result = moves as i32;
+                    None
+                } else if rng.chance(faults.again) {
                     (result, moves) = (if rng.chance(500) { -libc::EAGAIN } else { -libc::EINTR }, 0);
                     None
                 } else if rng.chance(faults.eio) || (write && rng.chance(faults.enospc)) {
@@ -99,7 +120,9 @@ impl World {
         }
         f.busy += 1;
         let early = if moves > 0 { rng.between(0, moves / align) * align } else { 0 };
-        let mut op = FileOp { file, op, early, result, moves, writeback, seal: 0, held: f.hung, failure };
+        let held = f.hung && !must_wait && !(nowait && f.cannot_tell);
+        let punted = (!nowait).then_some((shard, f.store));
+        let mut op = FileOp { file, op, early, result, moves, writeback, seal: 0, held, failure, punted };
         let delay = if rng.chance(faults.slow) {
             rng.between(5 * MILLISECOND, 300 * MILLISECOND)
         } else {
@@ -144,6 +167,9 @@ impl World {
         self.new_failures.extend(op.failure);
         let file = &mut self.files[op.file];
         file.busy -= 1;
+        if let Some(count) = op.punted.and_then(|key| self.punted.get_mut(&key)) {
+            *count -= 1;
+        }
         match op.op {
             Op::Write { addr, len, offset, .. } => {
                 let mut bytes = vec![0; len as usize];

@@ -32,6 +32,9 @@ pub enum Op {
         len: u32,
         /// File offset in bytes.
         offset: u64,
+        /// What cannot be done without waiting for the store is not done (RWF_NOWAIT of preadv2(2)): -EAGAIN, or fewer bytes;
+        /// -EOPNOTSUPP where the file cannot tell. Else the kernel gives such work to one of its bounded workers.
+        nowait: bool,
     },
     /// pwrite from `addr`.
     Write {
@@ -43,6 +46,9 @@ pub enum Op {
         len: u32,
         /// File offset in bytes.
         offset: u64,
+        /// What cannot be done without waiting for the store is not done (RWF_NOWAIT of preadv2(2)): -EAGAIN, or fewer bytes;
+        /// -EOPNOTSUPP where the file cannot tell. Else the kernel gives such work to one of its bounded workers.
+        nowait: bool,
     },
     /// fdatasync.
     Fdatasync {

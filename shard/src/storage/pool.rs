@@ -213,6 +213,12 @@ impl Pool {
         self.base.as_ptr() as usize + buf.chunk as usize * CHUNK + buf.slot as usize * PAGE
     }
 
+    /// Every chunk is free.
+    #[cfg(test)]
+    pub fn is_whole(&self) -> bool {
+        self.empty.len() == self.chunks.len() && self.partial.iter().all(Vec::is_empty)
+    }
+
     /// Address and length of the memory that all buffers are carved from.
     #[cfg(test)]
     pub fn range(&self) -> (usize, usize) {

@@ -20,8 +20,8 @@ const ENTRIES: u32 = 1024;
 const CQ_ENTRIES: u32 = 8192;
 /// Completions that nobody waits for: of cancels' timer updates.
 const IGNORED: u64 = u64::MAX - 1;
-/// Kernel threads for operations that block (bounded: regular files; unbounded: sockets and the like). Punted work is bounded per
-/// file and per store by the reactor, well below these.
+/// Kernel threads for operations that block (bounded: regular files and devices; unbounded: sockets and the like). The reactor
+/// lets no more than a quarter of the bounded ones work for one store, and no I/O take one unasked (`nowait`).
 pub const IOWQ_WORKERS: [u32; 2] = [64, 64];
 
 /// The operations that a shard cannot do without.
@@ -175,11 +175,13 @@ impl Kernel for Uring {
 
     fn push(&mut self, user_data: u64, op: Op) {
         let entry = match op {
-            Op::Read { fd, addr, len, offset } => {
-                opcode::Read::new(Fd(fd), addr as *mut u8, len).offset(offset).build()
+            Op::Read { fd, addr, len, offset, nowait } => {
+                let read = opcode::Read::new(Fd(fd), addr as *mut u8, len).offset(offset);
+                read.rw_flags(if nowait { libc::RWF_NOWAIT } else { 0 }).build()
             }
-            Op::Write { fd, addr, len, offset } => {
-                opcode::Write::new(Fd(fd), addr as *const u8, len).offset(offset).build()
+            Op::Write { fd, addr, len, offset, nowait } => {
+                let write = opcode::Write::new(Fd(fd), addr as *const u8, len).offset(offset);
+                write.rw_flags(if nowait { libc::RWF_NOWAIT } else { 0 }).build()
             }
             Op::Fdatasync { fd } => opcode::Fsync::new(Fd(fd)).flags(FsyncFlags::DATASYNC).build(),
             Op::Fallocate { fd, mode, offset, len } => {

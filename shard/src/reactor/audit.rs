@@ -1,0 +1,116 @@
+//! The books of a shard, for tests: every counter of a budget against what it counts.
+//!
+//! Connections, disks and the shard count bytes and operations as these come and go. A count that is too high starves somebody in
+//! the end, one that is too low lets a client hold more than its share; neither shows in an answer. So the simulator adds
+//! everything up from scratch, between turns.
+
+use std::collections::HashMap;
+
+use super::ops::OpKind;
+use super::*;
+
+/// What is compared, what was counted, what there is.
+type Check<'a> = &'a dyn Fn(&dyn Fn() -> String, u64, u64) -> Result<(), String>;
+
+impl<K: Kernel> Shard<K> {
+    /// Compares every counter with what it counts.
+    ///
+    /// # Errors
+    /// The first that is wrong.
+    pub fn audit(&self) -> Result<(), String> {
+        let check = |what: &dyn Fn() -> String, counted: u64, real: u64| {
+            if counted == real {
+                Ok(())
+            } else {
+                Err(format!("{}: counted {counted}, really {real}", what()))
+            }
+        };
+        let mut in_pool = 0;
+        for (_, request) in self.requests.iter() {
+            in_pool += [&request.payload, &request.bounce]
+                .into_iter()
+                .flatten()
+                .map(|b| b.capacity())
+                .sum::<usize>();
+        }
+        let mut ours = HashMap::<(u32, u32), (u64, u64, u64)>::new();
+        for (_, request) in self.requests.iter() {
+            if let Some(origin) = request.origin {
+                let sums = ours.entry((origin.conn, origin.generation)).or_default();
+                sums.0 += 1;
+                sums.1 += request.held_bytes();
+                sums.2 += request.payload.as_ref().map_or(0, |buf| buf.capacity() as u64);
+            }
+        }
+        for (_, conn) in &self.conns {
+            let own = conn.count();
+            in_pool += own.buffers as usize;
+            let (requests, held, buffers) =
+                ours.get(&(conn.slot(), conn.generation)).copied().unwrap_or_default();
+            let counted = conn.counted();
+            check(&|| format!("requests of {}", conn.peer()), u64::from(conn.requests()), requests)?;
+            check(&|| format!("bytes held by {}", conn.summary()), counted.held, own.held + held)?;
+            check(&|| format!("buffers of {}", conn.summary()), counted.buffers, own.buffers + buffers)?;
+        }
+        check(&|| "bytes of the pool".into(), self.pool.used() as u64, in_pool as u64)?;
+        check(&|| "free chunks are lost".into(), 1, u64::from(in_pool > 0 || self.pool.is_whole()))?;
+        self.audit_disks(&check)?;
+        self.audit_gates(&check)
+    }
+
+    fn audit_disks(&self, check: Check<'_>) -> Result<(), String> {
+        let mut bounces = 0;
+        for (slot, entry) in &self.disks {
+            let what = |what: &'static str| move || format!("{what} of disk {}", entry.id.0);
+            let requests = || self.requests.iter().filter(|(_, r)| r.disk == slot as u32).map(|(_, r)| r);
+            let count = requests().count() as u64;
+            let throttled = requests().filter(|r| r.throttled != 0).count() as u64;
+            let own_bounces = requests().filter(|r| r.bounce.is_some()).count() as u64;
+            let ops = self.ops.iter().filter(|op| op.disk() == Some(slot as u32)).count() as u64;
+            bounces += own_bounces;
+            check(&what("requests"), u64::from(entry.requests), count)?;
+            check(&what("bounce buffers"), u64::from(entry.bounces), own_bounces)?;
+            check(&what("kernel operations"), u64::from(entry.ops), ops)?;
+            if let Some(disk) = &entry.disk {
+                let counters = &disk.config().counters;
+                check(&what("io_now"), counters.io_now.get(), count)?;
+                check(&what("clients"), counters.clients.get(), entry.conns.len() as u64)?;
+                if !entry.quarantined {
+                    check(&what("throttled_now"), counters.throttled_now.get(), throttled)?;
+                    let (waiting, started) = disk.counts();
+                    check(&what("requests in its queues"), (waiting + started) as u64, count)?;
+                }
+            }
+        }
+        check(&|| "bounce buffers of the shard".into(), u64::from(self.bounces), bounces)
+    }
+
+    fn audit_gates(&self, check: Check<'_>) -> Result<(), String> {
+        let mut out = HashMap::<u64, u64>::new();
+        for op in self.ops.iter() {
+            let gated = match op {
+                OpKind::Io(io) => io.gated,
+                kind => matches!(kind, OpKind::Sync { .. } | OpKind::Fallocate { .. }),
+            };
+            if gated && let Some(store) = op.disk().and_then(|disk| self.disks.get(disk as usize)?.store) {
+                *out.entry(store).or_default() += 1;
+            }
+        }
+        for (store, gate) in &self.gates {
+            let real = out.remove(store).unwrap_or_default();
+            check(&|| format!("punted work of store {store}"), u64::from(gate.in_flight()), real)?;
+        }
+        check(&|| "punted work of stores without a gate".into(), 0, out.values().sum())
+    }
+
+    /// Connections that still have to do with something: who they are, and how they stand. One whose client has had every answer
+    /// is none of them.
+    pub fn busy_conns(&self) -> Vec<(&str, String)> {
+        let busy = self.conns.iter().filter(|(_, conn)| {
+            // A send that the kernel did not complain of is counted as done at the beginning of the next turn.
+            let sent = self.sent_now.iter().any(|&(_, op)| conn.send_op == Some(op));
+            !conn.is_idle_but_for_input(sent)
+        });
+        busy.map(|(_, conn)| (conn.peer(), conn.summary())).collect()
+    }
+}
