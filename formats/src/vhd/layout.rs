@@ -243,6 +243,11 @@ impl Shape {
         self.table_offset + u64::from(block) * 4
     }
 
+    /// Where the disk's byte `offset` is in the file when its block begins at `start`.
+    pub fn data_offset(&self, start: u64, offset: u64) -> u64 {
+        start + self.bitmap + offset % self.block
+    }
+
     /// Bytes that a block takes in the file.
     pub fn stored(&self) -> u64 {
         self.bitmap + self.block

@@ -76,6 +76,7 @@ pub struct Reserve {
     damaged_copy: Cell<bool>,
     /// The end of the file was changed.
     moved: Cell<bool>,
+    given_up: Cell<bool>,
     turn: async_lock::Mutex<()>,
 }
 
@@ -117,6 +118,7 @@ impl Reserve {
             growth: Cell::new(GROWTH_BLOCKS_MIN / 2),
             damaged_copy: Cell::new(footers.copy.is_err() || footers.differ),
             moved: Cell::new(false),
+            given_up: Cell::new(false),
             turn: async_lock::Mutex::new(()),
             file,
         }
@@ -136,6 +138,7 @@ impl Reserve {
     /// The mapping to a place was removed from the tables in memory, and nobody reads or writes there.
     pub fn release(&self, place: u32) {
         self.released.borrow_mut().push(place);
+        self.given_up.set(true);
     }
 
     /// Makes at least one place clean, unless somebody else did meanwhile.
@@ -272,9 +275,19 @@ impl Reserve {
         Ok(())
     }
 
-    /// Cuts off what is behind the last block, if the end of the file was moved. Everything else must be durable.
-    pub async fn close(&self) -> Result<(), Error> {
+    /// Places were given up: the last block may be another one now.
+    pub fn has_given_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Cuts off what is behind the last block, if the end of the file was moved. Everything else must be durable. `used_end`, if it is
+    /// known better now: first byte behind all blocks and metadata that are referred to.
+    pub async fn close(&self, used_end: Option<u64>) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
+        if let Some(used_end) = used_end {
+            self.moved.set(self.moved.get() || used_end < self.used_end.get());
+            self.used_end.set(used_end);
+        }
         if !self.moved.get() {
             return Ok(());
         }
