@@ -12,6 +12,7 @@ pub mod fault;
 pub mod history;
 pub mod log;
 mod mem_file;
+pub mod oracle;
 pub mod pages;
 pub mod record;
 pub mod replay;

@@ -144,6 +144,11 @@ impl Store {
         self.files.borrow()[file].pages.clone()
     }
 
+    /// The name of a file.
+    pub fn name(&self, file: usize) -> String {
+        self.files.borrow()[file].name.clone()
+    }
+
     /// Changes what a file holds, behind everybody's back.
     pub fn alter(&self, file: usize, change: impl FnOnce(&mut Pages)) {
         change(&mut self.files.borrow_mut()[file].pages);

@@ -73,7 +73,6 @@ pub fn judge(
     seed: u64,
     oracle: Option<Oracle<'_>>,
 ) -> Result<(), String> {
-    let text = |error: crate::error::Error| error.to_string();
     let after = rig.from_crash(crash, seed)?;
     after.check_sound()?;
     if let Some(oracle) = oracle.filter(|_| seed % ORACLE_SHARE == 0) {

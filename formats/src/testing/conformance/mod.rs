@@ -15,6 +15,8 @@
 
 pub mod concurrency;
 pub mod crash;
+#[cfg(test)]
+mod drivers;
 pub mod enumerate;
 pub mod faults;
 mod guest;
@@ -24,6 +26,7 @@ mod tests;
 
 pub use guest::Guest;
 
+use super::oracle::judge_closed;
 use super::rig::Case;
 use super::size_of_run;
 
@@ -56,7 +59,7 @@ pub fn for_seeds(
 /// The first failure.
 pub fn all(case: &Case, oracle: Option<Oracle<'_>>) -> Result<(), String> {
     for_seeds(case, "model", size_of_run("MODEL_SEEDS", 3), |case, seed| {
-        model::run(case, seed, 120, oracle)
+        model::run(case, seed, 120, oracle.and(Some(&judge_closed)))
     })?;
     for_seeds(case, "concurrency", size_of_run("CONCURRENCY_SEEDS", 6), concurrency::run)?;
     for_seeds(case, "faults", 1, |case, seed| faults::sweep(case, seed, size_of_run("FAULT_POINTS", 40)))?;
