@@ -117,7 +117,8 @@ impl Reserve {
                 .unwrap_or((length / SECTOR).saturating_sub(1) * SECTOR),
             growth: Cell::new(GROWTH_BLOCKS_MIN / 2),
             damaged_copy: Cell::new(footers.copy.is_err() || footers.differ),
-            moved: Cell::new(false),
+            // A footer that is missing is written at the latest when the image is closed.
+            moved: Cell::new(footers.trailing.is_err()),
             given_up: Cell::new(false),
             turn: async_lock::Mutex::new(()),
             file,
@@ -207,6 +208,7 @@ impl Reserve {
             self.soiled.borrow_mut().extend(self.released.borrow_mut().drain(..released));
         }
         // Taken out first: were this future dropped, the zeroes would still be under way.
+        self.moved.set(true);
         let batch: Vec<u32> = {
             let mut soiled = self.soiled.borrow_mut();
             let rest = soiled.len().saturating_sub(RECYCLE_MAX);
@@ -288,6 +290,7 @@ impl Reserve {
             self.moved.set(self.moved.get() || used_end < self.used_end.get());
             self.used_end.set(used_end);
         }
+        self.mend_copy().await?;
         if !self.moved.get() {
             return Ok(());
         }
@@ -296,7 +299,8 @@ impl Reserve {
             self.write_footer(self.device_footer).await?;
             return self.file.flush().await;
         }
-        cut_behind(&self.file, &self.footer.borrow().clone(), self.used_end.get()).await
+        let footer = self.footer.borrow().clone();
+        cut_behind(&self.file, &footer, self.used_end.get()).await
     }
 }
 
