@@ -59,7 +59,7 @@ fn mutate(bytes: &mut Vec<u8>, rng: &mut Rng) {
             1 => bytes[at] ^= 1 << rng.below(8),
             2 => {
                 let end = (at + 8).min(bytes.len());
-                let value = [0, u64::MAX, 1 << 63 | 512, 1 << 62, len, len - 512, 1 << 40]
+                let value = [0, u64::MAX, 1 << 63 | 512, 1 << 62, len, len.saturating_sub(512), 1 << 40]
                     [rng.below(7) as usize]
                     .to_be_bytes();
                 bytes[at..end].copy_from_slice(&value[..end - at]);
