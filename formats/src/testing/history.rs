@@ -82,6 +82,17 @@ impl History {
         History { store: store.clone(), initial, inner: RefCell::default() }
     }
 
+    /// What happened to a block, in words: what, when it began and ended.
+    pub fn tell(&self, block: u64) -> String {
+        let inner = self.inner.borrow();
+        let numbers = inner.by_block.get(block as usize).map_or(&[][..], |numbers| &numbers[..]);
+        let of = |number: &u32| {
+            let Entry { deed, blocks, began, ended, ok } = &inner.entries[*number as usize];
+            format!("{number}: {deed:?} of {blocks:?}, began {began}, ended {ended:?}, ok {ok}")
+        };
+        numbers.iter().map(of).collect::<Vec<_>>().join("\n")
+    }
+
     /// The present moment, for [`History::judge_read`].
     pub fn moment(&self) -> usize {
         self.store.mark()

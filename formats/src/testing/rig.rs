@@ -67,6 +67,7 @@ impl Case {
             log_capacity: None,
             budget_bytes: 256 << 10,
             closes_clean: true,
+            tolerated: None,
         }
     }
 
