@@ -9,6 +9,7 @@
 
 pub mod conformance;
 pub mod fault;
+pub mod fuzz;
 pub mod history;
 pub mod log;
 mod mem_file;

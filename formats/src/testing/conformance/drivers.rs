@@ -79,7 +79,7 @@ cases! {
     vhd_dynamic_4k: [vhd(600 * KIB, &[("block_size", "4k")])];
     vhd_on_raw: [vhd(5 * MIB, &[]), raw(5 * MIB)];
     vhd_on_raw_log: [vhd(5 * MIB, &[]), raw(5 * MIB)], |case| case.logged(1000);
-    vhd_on_vhd_on_qcow2: [vhd(5 * MIB, &[]), vhd(4 * MIB, &[("block_size", "128k")]), qcow2(6 * MIB, &[])],
+    vhd_on_vhd_on_raw: [vhd(5 * MIB, &[]), vhd(4 * MIB, &[("block_size", "128k")]), raw(6 * MIB)],
         |case| case.logged(1000);
     vhd_on_small_vhd: [vhd(4 * MIB, &[("block_size", "32k")]), vhd(MIB, &[("type", "fixed")])];
 }
