@@ -439,7 +439,8 @@ pub trait Format: Sync {
     /// Changes which image lies below: what the new one is called, its identity and its size; `None` for none at all. Changes that
     /// reference alone and looks at no data. After a crash the image names the old one or the new one, whole.
     fn set_backing(&self, file: Rc<dyn ImageFile>, _backing: Option<(Link, u64)>) -> Pending<'_, ()> {
-        let message = format!("{}: {}", file.name(), refused(self.name(), "cannot have another parent").message);
+        let message =
+            format!("{}: {}", file.name(), refused(self.name(), "cannot have another parent").message);
         Box::pin(std::future::ready(Err(Error::new(crate::error::ErrorKind::Unsupported, message))))
     }
 

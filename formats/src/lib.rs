@@ -15,4 +15,5 @@ pub mod raw_driver;
 pub mod registry;
 pub mod size;
 pub mod spec;
+pub mod tools;
 pub mod volume;
