@@ -16,6 +16,7 @@ pub mod executor;
 mod image;
 pub mod limits;
 pub mod nbd;
+pub mod offline;
 pub mod park;
 pub mod ram;
 pub mod reactor;

@@ -9,6 +9,9 @@ use std::collections::HashMap;
 use super::ops::OpKind;
 use super::*;
 
+/// What is compared, what was counted, what there is.
+type Check<'a> = &'a dyn Fn(&dyn Fn() -> String, u64, u64) -> Result<(), String>;
+
 impl<K: Kernel> Shard<K> {
     /// Compares every counter with what it counts.
     ///
@@ -57,7 +60,7 @@ impl<K: Kernel> Shard<K> {
 
     fn audit_disks(
         &self,
-        check: &dyn Fn(&dyn Fn() -> String, u64, u64) -> Result<(), String>,
+        check: Check<'_>,
     ) -> Result<(), String> {
         let mut bounces = 0;
         for (slot, entry) in &self.disks {
@@ -87,7 +90,7 @@ impl<K: Kernel> Shard<K> {
 
     fn audit_gates(
         &self,
-        check: &dyn Fn(&dyn Fn() -> String, u64, u64) -> Result<(), String>,
+        check: Check<'_>,
     ) -> Result<(), String> {
         let mut out = HashMap::<u64, u64>::new();
         for op in self.ops.iter() {

@@ -57,6 +57,8 @@ enum For {
     Close,
     /// Pending mappings are written back.
     Tidy,
+    /// An offline tool.
+    Tool,
 }
 
 struct Running {
@@ -99,6 +101,19 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
+    fn new(stage: Stage, port: Rc<Port>, files: Rc<Vec<Vec<Rc<ShardFile>>>>, slots: Vec<u32>) -> Engine {
+        Engine {
+            stage,
+            volume: None,
+            port,
+            files,
+            slots,
+            tasks: slab::Slab::new(),
+            ready: Arc::default(),
+            tidying: false,
+        }
+    }
+
     fn spawn(&mut self, whom: For, future: Task) {
         let entry = self.tasks.vacant_entry();
         let task = entry.key();
@@ -127,6 +142,84 @@ fn guarded<T>(run: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 impl<K: Kernel> Shard<K> {
+    /// Begins the work of an offline tool on files: its one future runs until [`Shard::tool_runs`] says no.
+    pub(crate) fn start_tool(
+        &mut self,
+        files: &[crate::offline::OfflineFile],
+        work: impl FnOnce(
+            Vec<Rc<dyn formats::file::ImageFile>>,
+            Rc<Budget>,
+        ) -> formats::file::Pending<'static, ()>,
+    ) {
+        let config = Box::new(DiskConfig {
+            id: DiskId(0),
+            name: "tool".into(),
+            backend: Backend::Null,
+            size_bytes: 0,
+            read_only: true,
+            on_error: ErrorPolicy::Report,
+            on_enospc: ErrorPolicy::Report,
+            limits: Limits::default(),
+            groups: Vec::new(),
+            counters: Arc::default(),
+        });
+        let slot = self.insert_entry(config, None);
+        let port = Rc::new(Port::default());
+        let (mut slots, mut opened) = (Vec::new(), Vec::new());
+        for file in files {
+            let file = self.insert_file(slot, &port, &file.image, &file.name, file.writable);
+            slots.push(file.slot);
+            opened.push(Rc::new(file) as Rc<dyn formats::file::ImageFile>);
+        }
+        let mut engine = Engine::new(Stage::Closed, port, Rc::default(), slots);
+        let budget = self.budget.clone();
+        let work = work(opened, budget);
+        engine.spawn(For::Tool, Box::pin(async move { work.await.map(|()| Outcome::Done) }));
+        self.disks[slot as usize].engine = Some(Box::new(engine));
+        self.awake.push(slot);
+        self.run_actions();
+    }
+
+    /// A tool's future, or I/O that it asked for, is still under way.
+    pub(crate) fn tool_runs(&self) -> bool {
+        self.disks.iter().any(|(_, entry)| {
+            entry.ops > 0 || entry.engine.as_ref().is_some_and(|engine| !engine.tasks.is_empty())
+        })
+    }
+
+    /// The hidden disk of a file of the disk `owner`.
+    fn insert_file(
+        &mut self,
+        owner: u32,
+        port: &Rc<Port>,
+        image: &Arc<crate::api::ImageFile>,
+        name: &Arc<str>,
+        writable: bool,
+    ) -> ShardFile {
+        let config = Box::new(DiskConfig {
+            id: DiskId(u64::MAX),
+            name: name.clone(),
+            backend: Backend::File(image.clone()),
+            size_bytes: formats::raw::SIZE_MAX_BYTES,
+            read_only: !writable,
+            // The disk of the volume decides what a failure means.
+            on_error: ErrorPolicy::Report,
+            on_enospc: ErrorPolicy::Report,
+            limits: Limits::default(),
+            groups: Vec::new(),
+            counters: Arc::default(),
+        });
+        ShardFile {
+            port: port.clone(),
+            slot: self.insert_entry(config, Some(owner)),
+            name: name.clone(),
+            length: Rc::new(Cell::new(image.length)),
+            device: matches!(image.kind, FileKind::Block { .. }),
+            writable,
+            memory_align: image.memory_align.max(1),
+        }
+    }
+
     /// Makes the hidden disks of an image's files and begins to open it. `tag` is answered when that has ended.
     pub(super) fn start_engine(&mut self, slot: u32, chain: &ImageChain, tag: Option<u64>) {
         let port = Rc::new(Port::default());
@@ -134,43 +227,14 @@ impl<K: Kernel> Shard<K> {
         for layer in &chain.layers {
             let mut layer_files = Vec::new();
             for (file, name) in layer.files.iter().zip(&layer.names) {
-                let config = Box::new(DiskConfig {
-                    id: DiskId(u64::MAX),
-                    name: name.clone(),
-                    backend: Backend::File(file.clone()),
-                    size_bytes: formats::raw::SIZE_MAX_BYTES,
-                    read_only: !layer.writable,
-                    // The disk of the volume decides what a failure means.
-                    on_error: ErrorPolicy::Report,
-                    on_enospc: ErrorPolicy::Report,
-                    limits: Limits::default(),
-                    groups: Vec::new(),
-                    counters: Arc::default(),
-                });
-                let file_slot = self.insert_entry(config, Some(slot));
-                slots.push(file_slot);
-                layer_files.push(Rc::new(ShardFile {
-                    port: port.clone(),
-                    slot: file_slot,
-                    name: name.clone(),
-                    length: Rc::new(Cell::new(file.length)),
-                    device: matches!(file.kind, FileKind::Block { .. }),
-                    writable: layer.writable,
-                    memory_align: file.memory_align.max(1),
-                }));
+                let file = self.insert_file(slot, &port, file, name, layer.writable);
+                slots.push(file.slot);
+                layer_files.push(Rc::new(file));
             }
             files.push(layer_files);
         }
-        self.disks[slot as usize].engine = Some(Box::new(Engine {
-            stage: Stage::Opening { tag },
-            volume: None,
-            port,
-            files: Rc::new(files),
-            slots,
-            tasks: slab::Slab::new(),
-            ready: Arc::default(),
-            tidying: false,
-        }));
+        let engine = Engine::new(Stage::Opening { tag }, port, Rc::new(files), slots);
+        self.disks[slot as usize].engine = Some(Box::new(engine));
         self.open_engine(slot, chain, tag);
     }
 
@@ -514,6 +578,7 @@ impl<K: Kernel> Shard<K> {
     fn task_done(&mut self, slot: u32, whom: For, result: Result<Outcome, Error>) {
         match whom {
             For::Request(req) => self.volume_done(slot, req, result),
+            For::Tool => {}
             For::Open => self.open_done(slot, result),
             For::Close => self.close_done(slot, result.map(drop)),
             For::Tidy => {
