@@ -16,4 +16,5 @@ pub mod registry;
 pub mod size;
 pub mod spec;
 pub mod tools;
+pub mod vhd;
 pub mod volume;
