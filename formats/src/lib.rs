@@ -10,6 +10,7 @@ pub mod error;
 pub mod file;
 pub mod locks;
 pub mod metadata;
+pub mod qcow2;
 pub mod raw;
 pub mod raw_driver;
 pub mod registry;

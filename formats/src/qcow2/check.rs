@@ -1,0 +1,628 @@
+//! A survey of everything that an image refers to, compared with its refcounts.
+//!
+//! ```text
+//!  collect   L1 tables (active, snapshots) ─▶ every distinct L2 table, with how often it is referred to
+//!  window    references ─▶ counts of clusters, as many as memory allows ─▶ compared with the refcount blocks ─▶ next window
+//!  copied    active tables again: the flag "refcount is one" against the counts
+//! ```
+//! Memory is bounded: counts are kept in pages of 1024 clusters, at most [`PAGES_MAX`]; an image with more is read in several passes.
+//! Time is bounded by the file: every L2 table is read once a pass, however often it is referred to.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
+use std::rc::Rc;
+
+use super::bitmap;
+use super::header::{self, Geometry, Header, TablePlace};
+use super::l1::L1Entry;
+use super::l2::Entry;
+use super::refcount::{self, TABLE_OFFSET_MASK};
+use super::snapshot::SnapshotTable;
+use crate::driver::Findings;
+use crate::error::Error;
+use crate::file::{Buf, ImageFile, Pending};
+
+/// Clusters of a page of counts.
+const PAGE: u64 = 1024;
+/// Pages of counts in memory (4 KiB each).
+const PAGES_MAX: usize = 32768;
+/// L2 tables that are read at the same time, in bytes.
+const READ_AHEAD_BYTES: u64 = 4 << 20;
+/// Most L2 tables that are read at the same time.
+const READ_AHEAD_MAX: u64 = 16;
+
+/// A count of references, and what they are.
+type Word = u32;
+const COUNT: Word = 0x00ff_ffff;
+/// A table that may be referred to once only.
+const TABLE: Word = 1 << 31;
+/// An L2 table.
+const L2: Word = 1 << 30;
+/// Bytes of the disk.
+const DATA: Word = 1 << 29;
+/// Referred to by the active state.
+const ACTIVE: Word = 1 << 28;
+
+/// What a survey may change.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Fix {
+    /// Refcounts that are too low.
+    pub raise: bool,
+    /// Refcounts that are too high.
+    pub lower: bool,
+    /// Flags that say that a refcount is one.
+    pub copied: bool,
+}
+
+/// How an L2 table is referred to.
+#[derive(Debug, Clone, Copy, Default)]
+struct TableUse {
+    references: u32,
+    /// Offset on the disk that it maps from, in the active state.
+    active: Option<u64>,
+}
+
+/// Counts of the clusters of one window.
+#[derive(Default)]
+pub(super) struct Counts {
+    pages: BTreeMap<u64, Box<[Word; PAGE as usize]>>,
+    /// First page of this window.
+    first: u64,
+    /// First page behind it, once memory ended.
+    end: Option<u64>,
+}
+
+impl Counts {
+    /// Adds `times` references to a cluster; returns what was known of it before, if the cluster is in the window.
+    fn add(&mut self, cluster: u64, kind: Word, times: u32) -> Option<Word> {
+        let page = cluster / PAGE;
+        if page < self.first || self.end.is_some_and(|end| page >= end) {
+            return None;
+        }
+        let words = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
+        let word = &mut words[(cluster % PAGE) as usize];
+        let old = *word;
+        *word = (old & !COUNT) | kind | (old & COUNT).saturating_add(times).min(COUNT);
+        if self.pages.len() > PAGES_MAX
+            && let Some((last, _)) = self.pages.pop_last()
+        {
+            self.end = Some(last);
+        }
+        Some(old)
+    }
+
+    fn contains(&self, cluster: u64) -> bool {
+        let page = cluster / PAGE;
+        page >= self.first && self.end.is_none_or(|end| page < end)
+    }
+
+    /// Where the next window begins; `None` when this was the last.
+    pub fn next(&self) -> Option<u64> {
+        self.end
+    }
+
+    /// All clusters with references, ascending.
+    pub fn used(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.pages.iter().flat_map(|(page, words)| {
+            let used = words.iter().enumerate().filter(|(_, word)| **word & COUNT > 0);
+            used.map(move |(at, word)| (page * PAGE + at as u64, u64::from(word & COUNT)))
+        })
+    }
+
+    fn get(&self, cluster: u64) -> u64 {
+        let word = self.pages.get(&(cluster / PAGE)).map_or(0, |page| page[(cluster % PAGE) as usize]);
+        u64::from(word & COUNT)
+    }
+}
+
+/// See the module.
+pub(super) struct Survey<'a> {
+    file: &'a Rc<dyn ImageFile>,
+    header: &'a Header,
+    snapshots: &'a SnapshotTable,
+    /// Further L1 tables whose references count, for snapshots in the making.
+    extra: Vec<TablePlace>,
+    fix: Fix,
+    /// End of the file in whole clusters.
+    end: u64,
+    tables: Vec<(u64, TableUse)>,
+    /// Offset of each refcount block that can be used; 0 for none.
+    blocks: Vec<u64>,
+    /// Ranges of tables other than L2 tables.
+    fixed: Vec<(Range<u64>, String)>,
+    /// The result.
+    pub findings: Findings,
+    /// Tables could not be followed: what they refer to is not known, so nothing may be called unused.
+    pub blind: bool,
+    /// Refcounts cannot be repaired where they are.
+    pub needs_rebuild: bool,
+    /// Damage that no repair of refcounts mends.
+    pub beyond_repair: u64,
+    quiet: bool,
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    bytes.try_into().map(u64::from_be_bytes).unwrap_or_default()
+}
+
+impl<'a> Survey<'a> {
+    /// A survey that may change what `fix` says.
+    pub fn new(
+        file: &'a Rc<dyn ImageFile>,
+        header: &'a Header,
+        snapshots: &'a SnapshotTable,
+        fix: Fix,
+    ) -> Survey<'a> {
+        Survey {
+            file,
+            header,
+            snapshots,
+            extra: Vec::new(),
+            fix,
+            end: header.geometry.round_up(file.length()),
+            tables: Vec::new(),
+            blocks: Vec::new(),
+            fixed: Vec::new(),
+            findings: Findings::default(),
+            blind: false,
+            needs_rebuild: false,
+            beyond_repair: 0,
+            quiet: false,
+        }
+    }
+
+    /// Counts the references of one more L1 table.
+    pub fn with_l1(mut self, l1: TablePlace) -> Survey<'a> {
+        self.extra.push(l1);
+        self
+    }
+
+    fn geometry(&self) -> &'a Geometry {
+        &self.header.geometry
+    }
+
+    /// Damage of the mapping: it cannot be mended without guessing.
+    fn damage(&mut self, line: String) {
+        if !self.quiet {
+            self.findings.corruption(line);
+            self.beyond_repair += 1;
+        }
+    }
+
+    /// Surveys, reports, and changes what it may. Changes are flushed.
+    pub async fn run(&mut self) -> Result<(), Error> {
+        self.collect().await?;
+        self.collect_blocks().await?;
+        let mut first = 0;
+        loop {
+            let mut counts = Counts { first, ..Counts::default() };
+            self.count(&mut counts).await?;
+            self.compare(&counts).await?;
+            if self.fix.raise || self.fix.lower {
+                self.file.flush().await?;
+            }
+            self.check_copied(&counts).await?;
+            // Lines about entries were written in the first pass.
+            self.quiet = true;
+            match counts.end {
+                Some(end) => first = end,
+                None => break,
+            }
+        }
+        if self.fix.copied {
+            self.file.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Counts the references to the clusters of one window, for a rebuild; `first` is [`Counts::next`] of the window before.
+    pub async fn window(&mut self, first: u64) -> Result<Counts, Error> {
+        self.quiet = true;
+        let mut counts = Counts { first, ..Counts::default() };
+        self.count(&mut counts).await?;
+        Ok(counts)
+    }
+
+    /// The refcount blocks as they are do not count as used any more.
+    pub fn forget_blocks(&mut self) {
+        self.blocks.clear();
+    }
+
+    /// Reads all L1 tables; notes every distinct L2 table and the places of other tables.
+    async fn collect(&mut self) -> Result<(), Error> {
+        let header = self.header;
+        let geometry = self.geometry();
+        self.fixed.push((0..geometry.cluster(), "the header".into()));
+        self.note_fixed(header.reftable, "the refcount table");
+        self.fixed.push((
+            header.snapshots_offset..header.snapshots_offset + self.snapshots.bytes,
+            "the snapshot table".into(),
+        ));
+        self.collect_bitmaps().await?;
+        let mut tables = HashMap::new();
+        let mut seen = HashSet::new();
+        self.collect_l1(header.l1, "the active L1 table", true, &mut tables).await?;
+        self.note_fixed(header.l1, "the active L1 table");
+        seen.insert(header.l1.offset);
+        for one in &self.snapshots.snapshots {
+            let what = format!("the L1 table of snapshot {:?}", one.name);
+            if one.l1.entries > 0 && !seen.insert(one.l1.offset) {
+                self.damage(format!("{what} is another's, too"));
+                continue;
+            }
+            self.note_fixed(one.l1, &what);
+            self.collect_l1(one.l1, &what, false, &mut tables).await?;
+        }
+        for l1 in self.extra.clone() {
+            self.collect_l1(l1, "the new L1 table", false, &mut tables).await?;
+        }
+        self.tables = tables.into_iter().collect();
+        self.tables.sort_unstable_by_key(|(offset, _)| *offset);
+        Ok(())
+    }
+
+    fn note_fixed(&mut self, place: TablePlace, what: &str) {
+        self.fixed.push((place.offset..place.offset + place.entries * 8, what.into()));
+    }
+
+    async fn collect_l1(
+        &mut self,
+        l1: TablePlace,
+        what: &str,
+        active: bool,
+        tables: &mut HashMap<u64, TableUse>,
+    ) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let bytes = self.file.read(l1.offset, (l1.entries * 8) as usize).await?;
+        for (index, word) in bytes.chunks_exact(8).enumerate() {
+            let entry = match L1Entry::decode(geometry, be64(word), self.end) {
+                Ok(entry) if entry.table == 0 => continue,
+                Ok(entry) => entry,
+                Err(why) => {
+                    self.blind = true;
+                    self.damage(format!("entry {index} of {what} ({:#x}) {why}", be64(word)));
+                    continue;
+                }
+            };
+            let table: &mut TableUse = tables.entry(entry.table).or_default();
+            table.references += 1;
+            if !active {
+                continue;
+            }
+            match table.active {
+                None => table.active = Some(index as u64 * geometry.l2_covers()),
+                Some(other) => {
+                    let line = format!(
+                        "entry {index} of {what} points to the L2 table of offset {other} of the disk"
+                    );
+                    self.damage(line);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes the places of bitmaps. They count also while they are inconsistent: their clusters are in use.
+    async fn collect_bitmaps(&mut self) -> Result<(), Error> {
+        let Some(place) = self.header.extensions.bitmaps else { return Ok(()) };
+        if self.header.autoclear & header::BITMAPS == 0 {
+            self.findings
+                .remarks
+                .push("its bitmaps are stale: a program that does not know them has written to it".into());
+            return Ok(());
+        }
+        self.fixed.push((
+            place.directory_offset..place.directory_offset + place.directory_bytes,
+            "the bitmap directory".into(),
+        ));
+        let bitmaps = match bitmap::read(self.file, self.geometry(), place).await {
+            Ok(bitmaps) => bitmaps,
+            Err(error) => {
+                self.blind = true;
+                self.damage(error.message);
+                return Ok(());
+            }
+        };
+        for one in bitmaps {
+            let name = format!("the table of bitmap {:?}", one.name);
+            let bytes = u64::from(one.table_entries) * 8;
+            let table = self.file.read(one.table, bytes as usize).await?;
+            self.fixed.push((one.table..one.table + bytes, name.clone()));
+            for (index, word) in table.chunks_exact(8).enumerate() {
+                match bitmap::bits_place(self.geometry(), be64(word), self.end) {
+                    Ok(None) => {}
+                    Ok(Some(range)) => self.fixed.push((range, format!("bits of bitmap {:?}", one.name))),
+                    Err(why) => {
+                        self.blind = true;
+                        self.damage(format!("entry {index} of {name} {why}"));
+                    }
+                }
+            }
+            if one.flags & bitmap::IN_USE != 0 {
+                self.findings
+                    .remarks
+                    .push(format!("bitmap {:?} was not saved and is not to be trusted", one.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the refcount table and keeps the blocks that can be used.
+    async fn collect_blocks(&mut self) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let place = self.header.reftable;
+        let table = self.file.read(place.offset, (place.entries * 8) as usize).await?;
+        let mut seen = HashSet::new();
+        for (index, word) in table.chunks_exact(8).enumerate() {
+            let word = be64(word);
+            let offset = word & TABLE_OFFSET_MASK;
+            let why = match word {
+                0 => None,
+                _ if word != offset => Some("has reserved bits set"),
+                _ if !geometry.is_aligned(offset) => Some("points to no start of a cluster"),
+                _ if offset + geometry.cluster() > self.end => Some("points behind the end of the file"),
+                _ if !seen.insert(offset) => Some("points to another entry's block"),
+                _ => None,
+            };
+            if let Some(why) = why {
+                self.findings.corruption(format!("entry {index} of the refcount table ({word:#x}) {why}"));
+                self.needs_rebuild = true;
+            }
+            self.blocks.push(if why.is_some() { 0 } else { offset });
+        }
+        Ok(())
+    }
+
+    /// Counts all references to clusters of the window.
+    async fn count(&mut self, counts: &mut Counts) -> Result<(), Error> {
+        let bits = self.geometry().cluster_bits;
+        let fixed = std::mem::take(&mut self.fixed);
+        for (range, what) in &fixed {
+            for cluster in range.start >> bits..range.end.div_ceil(1 << bits) {
+                let before = counts.add(cluster, TABLE, 1).unwrap_or(0);
+                if before & COUNT > 0 {
+                    self.damage(format!("{what} lies on another table, in cluster {cluster}"));
+                }
+            }
+        }
+        self.fixed = fixed;
+        for index in 0..self.blocks.len() {
+            let cluster = self.blocks[index] >> bits;
+            if cluster > 0 && counts.add(cluster, TABLE, 1).unwrap_or(0) & COUNT > 0 {
+                if !self.quiet {
+                    self.findings.corruption(format!(
+                        "refcount block {index} lies on another table, in cluster {cluster}"
+                    ));
+                }
+                self.needs_rebuild = true;
+            }
+        }
+        for index in 0..self.tables.len() {
+            let (table, uses) = self.tables[index];
+            let active = if uses.active.is_some() { ACTIVE } else { 0 };
+            let before = counts.add(table >> bits, L2 | active, uses.references).unwrap_or(0);
+            if before & COUNT > 0 {
+                self.damage(format!("an L2 table lies on another table, in cluster {}", table >> bits));
+            }
+        }
+        let tables = self.tables.clone();
+        let mut reads = ReadAhead::new(self.file, self.geometry(), tables.iter().map(|(offset, _)| *offset));
+        for &(table, uses) in &tables {
+            let bytes = reads.next().await?;
+            self.count_table(counts, table, uses, &bytes);
+        }
+        Ok(())
+    }
+
+    fn count_table(&mut self, counts: &mut Counts, table: u64, uses: TableUse, bytes: &[u8]) {
+        let geometry = self.geometry();
+        let bits = geometry.cluster_bits;
+        let active = if uses.active.is_some() { ACTIVE } else { 0 };
+        for (index, slot) in bytes.chunks_exact(geometry.entry_bytes() as usize).enumerate() {
+            let guest = uses.active.unwrap_or(0) + index as u64 * geometry.cluster();
+            let place = || match uses.active {
+                Some(_) => format!("the L2 entry for offset {guest} of the disk"),
+                None => format!("entry {index} of the L2 table at {table}"),
+            };
+            let entry = match Entry::decode(geometry, slot, guest, self.end) {
+                Ok(entry) => entry,
+                Err(why) => {
+                    self.blind = true;
+                    self.damage(format!("{} ({:#x}) {why}", place(), be64(&slot[..8])));
+                    continue;
+                }
+            };
+            if !self.quiet && uses.active.is_some() {
+                let data = u64::from(entry.data.count_ones()) * geometry.granule();
+                self.findings.allocated_bytes +=
+                    if entry.compressed.is_some() { geometry.cluster() } else { data };
+            }
+            if let Some((start, len)) = entry.compressed {
+                for cluster in start >> bits..=(start + len - 1) >> bits {
+                    let before = counts.add(cluster, DATA, uses.references).unwrap_or(0);
+                    if before & (TABLE | L2 | ACTIVE) != 0 {
+                        self.damage(format!(
+                            "{} points to cluster {cluster}, which is used otherwise",
+                            place()
+                        ));
+                    }
+                }
+                continue;
+            }
+            let Some(host) = entry.host.filter(|_| !geometry.data_file) else { continue };
+            let before = counts.add(host >> bits, DATA | active, uses.references).unwrap_or(0);
+            if before & (TABLE | L2) != 0 {
+                self.damage(format!("{} points to cluster {}, which is a table", place(), host >> bits));
+            } else if before & active != 0 {
+                self.damage(format!(
+                    "{} points to cluster {}, which another offset has, too",
+                    place(),
+                    host >> bits
+                ));
+            }
+        }
+    }
+
+    /// Compares the counts of a window with the refcounts, and repairs what it may.
+    async fn compare(&mut self, counts: &Counts) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let per_block = geometry.block_entries();
+        let used_end = counts.pages.last_key_value().map_or(0, |(page, _)| (page + 1) * PAGE);
+        self.compare_missing_blocks(counts);
+        for index in 0..self.blocks.len() as u64 {
+            let block = self.blocks[index as usize];
+            let clusters = index * per_block..(index + 1) * per_block;
+            if block == 0 || !(counts.contains(clusters.start) || counts.contains(clusters.end - 1)) {
+                continue;
+            }
+            let mut bytes = self.file.read(block, geometry.cluster() as usize).await?;
+            let mut touched = false;
+            for entry in 0..per_block {
+                let cluster = clusters.start + entry;
+                let stored = refcount::get(&bytes, geometry.refcount_order, entry as usize);
+                let counted = if cluster < used_end { counts.get(cluster) } else { 0 };
+                if stored == counted || !counts.contains(cluster) {
+                    continue;
+                }
+                if self.judge(cluster, stored, counted) {
+                    refcount::set(&mut bytes, geometry.refcount_order, entry as usize, counted);
+                    touched = true;
+                }
+            }
+            if touched {
+                self.file.write(block, bytes).await?;
+            }
+        }
+        let last = counts.pages.iter().rev().find_map(|(page, words)| {
+            words.iter().rposition(|word| word & COUNT > 0).map(|at| page * PAGE + at as u64 + 1)
+        });
+        self.findings.end = self.findings.end.max(last.unwrap_or(0) << geometry.cluster_bits);
+        Ok(())
+    }
+
+    /// Reports a refcount that is wrong; returns whether to set it right.
+    fn judge(&mut self, cluster: u64, stored: u64, counted: u64) -> bool {
+        if stored > counted {
+            // Only references that are all known make the rest unused.
+            let repair = self.fix.lower && !self.blind;
+            self.findings
+                .leak(1, format!("cluster {cluster} has the refcount {stored} and {counted} references"));
+            self.findings.repaired_total += u64::from(repair);
+            return repair;
+        }
+        self.findings.corruption(format!(
+            "cluster {cluster} has the refcount {stored}, too low for {counted} references"
+        ));
+        if counted > self.geometry().refcount_max() {
+            self.beyond_repair += 1;
+            return false;
+        }
+        self.findings.repaired_total += u64::from(self.fix.raise);
+        self.fix.raise
+    }
+
+    /// Clusters that are used and for which there is no refcount block.
+    fn compare_missing_blocks(&mut self, counts: &Counts) {
+        let per_block = self.geometry().block_entries();
+        let has_block = |cluster: u64| {
+            let index = usize::try_from(cluster / per_block).unwrap_or(usize::MAX);
+            self.blocks.get(index).is_some_and(|block| *block != 0)
+        };
+        let missing: Vec<u64> =
+            counts.used().map(|(cluster, _)| cluster).filter(|cluster| !has_block(*cluster)).collect();
+        for cluster in missing {
+            self.findings.corruption(format!("cluster {cluster} is used and has no refcount"));
+            self.needs_rebuild = true;
+        }
+    }
+
+    /// Checks the flag "refcount is one" of the active tables against the counts of a window.
+    async fn check_copied(&mut self, counts: &Counts) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let bits = geometry.cluster_bits;
+        let l1 = self.header.l1;
+        let mut words = self.file.read(l1.offset, (l1.entries * 8) as usize).await?;
+        let mut touched = false;
+        for (index, word) in words.chunks_exact_mut(8).enumerate() {
+            let Ok(entry) = L1Entry::decode(geometry, be64(word), self.end) else { continue };
+            let cluster = entry.table >> bits;
+            if entry.table == 0 || !counts.contains(cluster) || entry.copied == (counts.get(cluster) == 1) {
+                continue;
+            }
+            if self.judge_copied(format!("L1 entry {index}"), cluster, entry.copied, counts.get(cluster)) {
+                word.copy_from_slice(&L1Entry { copied: !entry.copied, ..entry }.encode().to_be_bytes());
+                touched = true;
+            }
+        }
+        if touched {
+            self.file.write(l1.offset, words).await?;
+        }
+        if geometry.data_file {
+            return Ok(());
+        }
+        let tables: Vec<(u64, u64)> =
+            self.tables.iter().filter_map(|(table, uses)| uses.active.map(|guest| (*table, guest))).collect();
+        let mut reads = ReadAhead::new(self.file, geometry, tables.iter().map(|(offset, _)| *offset));
+        for &(table, start) in &tables {
+            let mut bytes = reads.next().await?;
+            let mut touched = false;
+            for (index, slot) in bytes.chunks_exact_mut(geometry.entry_bytes() as usize).enumerate() {
+                let guest = start + index as u64 * geometry.cluster();
+                let Ok(entry) = Entry::decode(geometry, slot, guest, self.end) else { continue };
+                let Some(cluster) = entry.host.map(|host| host >> bits) else { continue };
+                if !counts.contains(cluster) || entry.copied == (counts.get(cluster) == 1) {
+                    continue;
+                }
+                let place = format!("the L2 entry for offset {guest} of the disk");
+                if self.judge_copied(place, cluster, entry.copied, counts.get(cluster)) {
+                    let right = Entry { copied: !entry.copied, ..entry };
+                    slot.copy_from_slice(&right.encode(geometry)[..slot.len()]);
+                    touched = true;
+                }
+            }
+            if touched {
+                self.file.write(table, bytes).await?;
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_copied(&mut self, place: String, cluster: u64, copied: bool, count: u64) -> bool {
+        let says = if copied { "is" } else { "is not" };
+        self.findings.corruption(format!(
+            "{place} says that the refcount of cluster {cluster} {says} one; it has {count} references"
+        ));
+        // The flag may be set only when all references are known.
+        let repair = self.fix.copied && (copied || !self.blind);
+        self.findings.repaired_total += u64::from(repair);
+        repair
+    }
+}
+
+/// Reads L2 tables in order, several at a time.
+struct ReadAhead<'a, I: Iterator<Item = u64>> {
+    file: &'a Rc<dyn ImageFile>,
+    cluster: usize,
+    depth: usize,
+    offsets: I,
+    reads: std::collections::VecDeque<Pending<'static, Buf>>,
+}
+
+impl<'a, I: Iterator<Item = u64>> ReadAhead<'a, I> {
+    fn new(file: &'a Rc<dyn ImageFile>, geometry: &Geometry, offsets: I) -> ReadAhead<'a, I> {
+        let depth = (READ_AHEAD_BYTES / geometry.cluster()).clamp(1, READ_AHEAD_MAX) as usize;
+        ReadAhead { file, cluster: geometry.cluster() as usize, depth, offsets, reads: Default::default() }
+    }
+
+    async fn next(&mut self) -> Result<Buf, Error> {
+        while self.reads.len() < self.depth
+            && let Some(offset) = self.offsets.next()
+        {
+            self.reads.push_back(self.file.read(offset, self.cluster));
+        }
+        match self.reads.pop_front() {
+            Some(read) => read.await,
+            None => Ok(Buf::zeroed(0)),
+        }
+    }
+}
