@@ -156,8 +156,9 @@ impl Blocking {
     }
 }
 
-/// See [`ImageFile::data_run`]; stores that cannot tell have data everywhere.
-fn data_run(file: &File, offset: u64, length: u64) -> (u64, bool) {
+/// What the store of a regular file of `length` bytes has from `offset` on, as [`ImageFile::data_run`] says it. Stores that cannot
+/// tell have data everywhere.
+pub fn data_run(file: &File, offset: u64, length: u64) -> (u64, bool) {
     use rustix::fs::{SeekFrom, seek};
     if offset >= length {
         return (u64::MAX - offset, false);

@@ -34,15 +34,6 @@ impl LayerFiles {
             snapshot: self.snapshot.clone(),
         }
     }
-
-    /// Bytes of the disk of this image alone.
-    ///
-    /// # Errors
-    /// Those of [`Format::describe`].
-    pub async fn size(&self) -> Result<u64, Error> {
-        let file = self.files.first().ok_or_else(|| Error::invalid("an image needs its file"))?;
-        Ok(self.format.describe(file.clone()).await?.size)
-    }
 }
 
 /// Opens a chain, the first image on top, as one disk; only the top is writable, if anything is.
@@ -67,6 +58,21 @@ pub async fn open(images: &[LayerFiles], writable: bool, budget: &Rc<Budget>) ->
     }
     layers.reverse();
     Volume::new(layers)
+}
+
+/// Opens one image of a chain without what is below it, which has `below_size` bytes: to look at what it has itself. Where it has
+/// nothing, reading is not to be believed.
+///
+/// # Errors
+/// Those of the driver.
+pub async fn open_alone(
+    image: &LayerFiles,
+    writable: bool,
+    below_size: Option<u64>,
+    budget: &Rc<Budget>,
+) -> Result<Volume, Error> {
+    let driver = image.format.open(image.how(writable, below_size, budget)).await?;
+    Volume::new(vec![Layer { driver, files: image.files.clone() }])
 }
 
 /// Ends the use of a disk that was written: what a tool reports as done is durable.

@@ -58,10 +58,7 @@ impl<K: Kernel> Shard<K> {
         self.audit_gates(&check)
     }
 
-    fn audit_disks(
-        &self,
-        check: Check<'_>,
-    ) -> Result<(), String> {
+    fn audit_disks(&self, check: Check<'_>) -> Result<(), String> {
         let mut bounces = 0;
         for (slot, entry) in &self.disks {
             let what = |what: &'static str| move || format!("{what} of disk {}", entry.id.0);
@@ -88,10 +85,7 @@ impl<K: Kernel> Shard<K> {
         check(&|| "bounce buffers of the shard".into(), u64::from(self.bounces), bounces)
     }
 
-    fn audit_gates(
-        &self,
-        check: Check<'_>,
-    ) -> Result<(), String> {
+    fn audit_gates(&self, check: Check<'_>) -> Result<(), String> {
         let mut out = HashMap::<u64, u64>::new();
         for op in self.ops.iter() {
             let gated = match op {
