@@ -12,6 +12,7 @@
 #          --metrics ADDR     where Prometheus may ask (default: 127.0.0.1:9680)
 #          --binary FILE      use this program instead of building one
 #          --no-packages      install nothing
+# The first three are not for --system: the service reads /etc/blktapd/blktapd.toml.
 #
 # It may be run again: a daemon that runs is used, disks that are attached stay.
 
@@ -21,7 +22,7 @@ set -euo pipefail
 
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
-run_dir='' state_dir='' metrics=127.0.0.1:9680 binary='' packages=yes system='' stop=''
+run_dir='' state_dir='' metrics='' binary='' packages=yes system='' stop=''
 while [ $# -gt 0 ]; do
     case $1 in
     --run-dir | --state-dir | --metrics | --binary)
@@ -40,6 +41,11 @@ while [ $# -gt 0 ]; do
 done
 
 is_root() { [ "$(id -u)" = 0 ]; }
+
+# The service takes them from its configuration; a demonstration beside it would ask the wrong sockets.
+[ -z "$system" ] || [ -z "$run_dir$state_dir$metrics" ] ||
+    die "--system takes no --run-dir, --state-dir or --metrics: the service reads /etc/blktapd/blktapd.toml"
+metrics=${metrics:-127.0.0.1:9680}
 
 if [ -n "$run_dir" ]; then
     state_dir=${state_dir:-$run_dir/state}
@@ -89,7 +95,11 @@ our_daemon() {
 
 stop_daemon() {
     local pid waited=0
-    pid=$(our_daemon) || { note "no daemon of an earlier run is in $run_dir"; return 0; }
+    if ! pid=$(our_daemon); then
+        note "no daemon of an earlier run is in $run_dir"
+        ! systemctl --quiet is-active blktapd.service 2>/dev/null || note "the service runs: systemctl stop blktapd ends it"
+        return 0
+    fi
     kill -TERM "$pid"
     while kill -0 "$pid" 2>/dev/null; do
         [ "$waited" -lt 600 ] || die "the daemon (process $pid) did not stop within a minute; its log is $log_file"
@@ -152,6 +162,7 @@ start_in_background() {
 start_as_service() {
     is_root || die "--system installs a service: run it as root"
     [ -d /run/systemd/system ] || die "--system needs systemd as this machine's init, which it is not; leave the option out"
+    ! our_daemon >/dev/null || die "a daemon of an earlier run has $run_dir: end it first (deploy/quickstart.sh --stop)"
     rm -f /usr/local/bin/blktapd
     install -m 755 "$blktapd" /usr/local/bin/blktapd
     install -D -m 644 "$repo_dir/deploy/systemd/blktapd.service" /etc/systemd/system/blktapd.service

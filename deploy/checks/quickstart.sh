@@ -11,7 +11,9 @@ quickstart() {
 }
 # The daemon that it starts is in a session of its own and has its own folder for RAM disks, so both need an end of theirs.
 # (exit keeps the status for end_check.)
-trap 'status=$?; quickstart --stop >/dev/null || true; rm -rf "/dev/shm/blktapd${run_dir//\//-}"; (exit $status); end_check' EXIT
+shm=${run_dir//-/%2D}
+shm=/dev/shm/blktapd${shm//\//-}
+trap 'status=$?; quickstart --stop >/dev/null || true; rm -rf "$shm"; (exit $status); end_check' EXIT
 
 quickstart
 first=$(cat "$run_dir/quickstart.pid")

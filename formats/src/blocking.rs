@@ -31,6 +31,19 @@ fn errno(error: &std::io::Error) -> i32 {
     error.raw_os_error().unwrap_or(5)
 }
 
+/// The answer of a future that never waits, as those over [`Blocking`] files do; one that waits all the same is polled until it
+/// is done.
+pub fn wait<T>(future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    loop {
+        if let std::task::Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+        std::thread::yield_now();
+    }
+}
+
 fn done<T: 'static>(result: Result<T, Error>) -> Pending<'static, T> {
     Box::pin(std::future::ready(result))
 }
@@ -81,6 +94,18 @@ impl Blocking {
     }
 
     fn read_now(&self, offset: u64, len: usize) -> Result<Buf, Error> {
+        // Whole blocks, so that a file that somebody opened with O_DIRECT will do.
+        const BLOCK: u64 = 4096;
+        let start = offset - offset % BLOCK;
+        let whole = ((offset + len as u64).next_multiple_of(BLOCK) - start) as usize;
+        if start != offset || whole != len {
+            let buf = self.read_blocks(start, whole)?;
+            return Ok(Buf::copy_of(&buf[(offset - start) as usize..][..len]));
+        }
+        self.read_blocks(offset, len)
+    }
+
+    fn read_blocks(&self, offset: u64, len: usize) -> Result<Buf, Error> {
         let mut buf = Buf::zeroed(len);
         let mut at = 0;
         while at < len {

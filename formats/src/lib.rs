@@ -16,6 +16,8 @@ pub mod raw_driver;
 pub mod registry;
 pub mod size;
 pub mod spec;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tools;
 pub mod vhd;
 pub mod volume;

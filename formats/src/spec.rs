@@ -108,6 +108,10 @@ fn quoted(text: &str) -> String {
 pub enum ImageType {
     /// A file or block device that holds the disk's bytes; `aio` is another name for it.
     Raw,
+    /// A VHD image: fixed, dynamic or differencing.
+    Vhd,
+    /// A qcow2 image.
+    Qcow2,
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
@@ -115,17 +119,25 @@ pub enum ImageType {
 }
 
 /// Names in the grammar, canonical ones first.
-const TYPES: &[(&str, ImageType)] =
-    &[("raw", ImageType::Raw), ("ram", ImageType::Ram), ("null", ImageType::Null), ("aio", ImageType::Raw)];
+const TYPES: &[(&str, ImageType)] = &[
+    ("raw", ImageType::Raw),
+    ("vhd", ImageType::Vhd),
+    ("qcow2", ImageType::Qcow2),
+    ("ram", ImageType::Ram),
+    ("null", ImageType::Null),
+    ("aio", ImageType::Raw),
+];
 /// Formats of which the name is known, to be refused by name. `vhdx` and `qed` are not on the list: nobody promised them.
-const NOT_BUILT: &[&str] = &["vhd", "qcow", "qcow2", "vmdk"];
-const KNOWN: &str = "the types are raw (or aio), ram and null; this version has no decorators";
+const NOT_BUILT: &[&str] = &["qcow", "vmdk"];
+const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, ram and null; this version has no decorators";
 
 impl ImageType {
     /// The canonical name.
     pub fn name(self) -> &'static str {
         match self {
             ImageType::Raw => "raw",
+            ImageType::Vhd => "vhd",
+            ImageType::Qcow2 => "qcow2",
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -177,7 +189,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw, vhd, qcow2: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -207,6 +219,15 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
+/// Options of an image of a format: `vhd:`, `qcow2:`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FormatOptions {
+    /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
+    pub cache: CacheMode,
+    /// `snapshot=NAME`: a snapshot inside the image (qcow2), served read-only.
+    pub snapshot: Option<String>,
+}
+
 /// Options of `ram:`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamOptions {
@@ -234,6 +255,15 @@ pub enum Target {
         path: PathBuf,
         /// Options.
         options: RawOptions,
+    },
+    /// An image of a format, with what is below it.
+    Image {
+        /// `vhd` or `qcow2`: its name in [`crate::registry`].
+        format: ImageType,
+        /// Absolute.
+        path: PathBuf,
+        /// Options.
+        options: FormatOptions,
     },
     /// A RAM disk.
     Ram {
@@ -282,7 +312,8 @@ impl ImageSpec {
     /// Parses and checks what was typed in the directory `base` (absolute): relative paths of files are joined to it.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<ImageSpec, SpecError> {
         let (mut spec, offsets) = parse(text)?;
-        if spec.image_type == ImageType::Raw && !spec.path.is_empty() {
+        let is_file = matches!(spec.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2);
+        if is_file && !spec.path.is_empty() {
             spec.path = joined(base, &spec.path)?;
         }
         if spec.image_type == ImageType::Ram
@@ -305,6 +336,20 @@ impl ImageSpec {
                 self.check_keys(&["cache", "sector"], offsets)?;
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
+            }
+            ImageType::Vhd | ImageType::Qcow2 => {
+                let keys: &[&str] =
+                    if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
+                self.check_keys(keys, offsets)?;
+                let what = format!("the path of {}", self.image_type);
+                let path = checked_path(&what, &self.path, offsets.path)?;
+                let snapshot = self.options.get("snapshot").cloned();
+                if snapshot.as_deref() == Some("") {
+                    let message = "snapshot= is empty: give the name or number of a snapshot of the image";
+                    return Err(error(SpecErrorKind::OptionValue, offsets.value("snapshot"), message));
+                }
+                let options = FormatOptions { cache: self.cache_option(offsets)?, snapshot };
+                Ok(Target::Image { format: self.image_type, path, options })
             }
             ImageType::Ram => {
                 self.check_keys(&["huge", "init", "size"], offsets)?;
@@ -341,13 +386,17 @@ impl ImageSpec {
         }
     }
 
-    fn raw_options(&self, offsets: &Offsets) -> Result<RawOptions, SpecError> {
-        let cache = match self.options.get("cache").map(String::as_str) {
+    fn cache_option(&self, offsets: &Offsets) -> Result<CacheMode, SpecError> {
+        Ok(match self.options.get("cache").map(String::as_str) {
             None | Some("none") => CacheMode::None,
             Some("writeback") => CacheMode::Writeback,
             Some("writethrough") => CacheMode::Writethrough,
             Some(_) => return Err(self.bad_value("cache", "none, writeback or writethrough", offsets)),
-        };
+        })
+    }
+
+    fn raw_options(&self, offsets: &Offsets) -> Result<RawOptions, SpecError> {
+        let cache = self.cache_option(offsets)?;
         let sector = match self.options.get("sector").map(String::as_str) {
             None => None,
             Some("512") => Some(512),

@@ -19,6 +19,10 @@ use crate::files::{FileKey, Files, OpenError, OpenErrorKind, OpenRequest, Releas
 use crate::problem::{Problem, ProblemKind};
 use crate::ram_dir::RamDir;
 
+mod chain;
+
+use chain::Wanted;
+
 /// How long closing a file may take before it goes on in the background.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -40,6 +44,8 @@ pub struct OpenImage {
 #[derive(Debug, Clone)]
 enum Held {
     File(FileKey),
+    /// Files of a chain, those of the first image first.
+    Chain(Vec<FileKey>),
     Ram(String),
     Nothing,
 }
@@ -58,6 +64,8 @@ impl OpenImage {
 /// All images of the process.
 pub struct Images {
     files: Files,
+    /// As the configuration has them now.
+    allowed_dirs: Mutex<Vec<PathBuf>>,
     ram_dir: RamDir,
     budget: Arc<RamBudget>,
     rams: Mutex<HashMap<String, Ram>>,
@@ -76,6 +84,7 @@ impl Images {
     /// No image is open. The run directory must exist.
     pub fn new(settings: &Settings) -> Result<Images, Problem> {
         Ok(Images {
+            allowed_dirs: Mutex::new(settings.allowed_dirs.clone()),
             files: Files::new(settings.allowed_dirs.clone(), &settings.run_dir).map_err(problem)?,
             ram_dir: RamDir::new(settings.ram_dir.clone(), &settings.run_dir),
             budget: Arc::new(RamBudget::new(settings.ram_limit_bytes.unwrap_or(u64::MAX))),
@@ -87,7 +96,14 @@ impl Images {
     /// Takes over what a reload may change.
     pub fn reconfigure(&self, settings: &Settings) -> Result<(), Problem> {
         self.budget.set_limit_bytes(settings.ram_limit_bytes.unwrap_or(u64::MAX));
-        self.files.set_allowed_roots(settings.allowed_dirs.clone()).map_err(problem)
+        self.files.set_allowed_roots(settings.allowed_dirs.clone()).map_err(problem)?;
+        *self.allowed_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+            settings.allowed_dirs.clone();
+        Ok(())
+    }
+
+    fn allowed_dirs(&self) -> Vec<PathBuf> {
+        self.allowed_dirs.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
     /// The memory of all RAM disks.
@@ -111,6 +127,10 @@ impl Images {
                 note: None,
                 held: Held::Nothing,
             }),
+            Target::Image { format, path, options } => {
+                let wanted = Wanted { format: format.name(), path, options, read_only, disk, deadline };
+                self.open_chain(wanted).await
+            }
             Target::Raw { path, options } => self.open_file(path, options, read_only, disk, deadline).await,
             Target::Ram { name, options } => {
                 let turn = tokio::time::timeout_at(deadline, self.ram_turn.lock()).await;
@@ -135,8 +155,15 @@ impl Images {
     ) -> Result<OpenImage, Problem> {
         let deadline = deadline.saturating_duration_since(Instant::now());
         let user = disk.to_owned();
-        let request =
-            OpenRequest { path, read_only, cache: options.cache, sector: options.sector, user, deadline };
+        let request = OpenRequest {
+            path,
+            read_only,
+            cache: options.cache,
+            sector: options.sector,
+            formatted: false,
+            user,
+            deadline,
+        };
         let opened = self.files.open(request).await.map_err(problem)?;
         Ok(OpenImage {
             backend: Backend::File(opened.image),
@@ -238,6 +265,7 @@ impl Images {
             read_only: true,
             cache: CacheMode::Writeback,
             sector: None,
+            formatted: false,
             user: initial_user(name),
             deadline: deadline.saturating_duration_since(Instant::now()),
         };
@@ -268,14 +296,19 @@ impl Images {
                     }
                 }
             }
-            Held::File(key) => {
-                self.files.reap();
-                let released = self.files.release(key, disk, RELEASE_TIMEOUT).await;
-                match released {
-                    Released::Closed | Released::StillUsed => {}
-                    Released::Closing | Released::Zombie | Released::Unknown => {
-                        tracing::warn!(disk, "its image is not closed yet: {released:?}");
-                    }
+            Held::File(key) => self.release_files(&[key], disk).await,
+            Held::Chain(keys) => self.release_files(&keys, disk).await,
+        }
+    }
+
+    async fn release_files(&self, keys: &[FileKey], disk: &str) {
+        self.files.reap();
+        for &key in keys {
+            let released = self.files.release(key, disk, RELEASE_TIMEOUT).await;
+            match released {
+                Released::Closed | Released::StillUsed => {}
+                Released::Closing | Released::Zombie | Released::Unknown => {
+                    tracing::warn!(disk, "its image is not closed yet: {released:?}");
                 }
             }
         }
@@ -313,6 +346,11 @@ impl Images {
             Held::Nothing => Some(0),
             Held::Ram(name) => self.lock_rams().get(name).map(|ram| ram.disk.allocated_bytes()),
             Held::File(key) => self.files.allocated_bytes(*key, Duration::from_secs(1)).await.ok(),
+            Held::Chain(keys) => {
+                // The first image's own: what is below it may belong to others, too.
+                let key = *keys.first()?;
+                self.files.allocated_bytes(key, Duration::from_secs(1)).await.ok()
+            }
         }
     }
 

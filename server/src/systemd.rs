@@ -57,6 +57,10 @@ pub async fn heartbeat(daemon: Arc<Daemon>) {
         if failed > 0 {
             new.push_str(&format!(", {failed} failed"));
         }
+        let ended = daemon.fleet.shards().iter().filter(|shard| shard.state() == ShardState::Ended).count();
+        if ended > 0 {
+            new.push_str(&format!(", {ended} shards ended (restart when it suits)"));
+        }
         if !stalled.is_empty() {
             new.push_str(&format!(", shards stalled: {stalled:?}"));
             tracing::error!("shards do not turn: {stalled:?}");

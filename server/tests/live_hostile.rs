@@ -11,13 +11,14 @@ mod live_process;
 mod live_rig;
 
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use live_client::{Client, Load, READ, TRIM, WRITE, go, greeted, head, option};
-use live_process::{descriptor_list, descriptors, memory_kib};
+use live_process::{cpu_ticks, descriptor_list, descriptors, memory_kib};
 use live_rig::{Random, Rig, Running, raw, wait_until};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -326,6 +327,69 @@ fn clients_that_never_read_their_replies_cost_a_bounded_amount() {
     drop(deaf);
     wait_for_calm(&rig, before, 16 * 1024);
     load.finish();
+}
+
+/// Turns of the one shard so far, and ticks of CPU of the whole daemon.
+fn work(rig: &Rig) -> (u64, u64) {
+    (rig.ctl_json(&["shards"])[0]["turns"].as_u64().unwrap(), cpu_ticks(rig.pid()))
+}
+
+/// A shard waits for a client in the kernel, whether the client has nothing to say, stopped in the middle of a request, or
+/// takes no replies; the sockets are non-blocking, and that must not turn the wait into a spin.
+#[test]
+fn a_shard_does_not_turn_for_clients_that_keep_it_waiting() {
+    // A port that was free a moment ago.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let rig = Rig::with(1, &["--nbd-listen", &format!("127.0.0.1:{port}")]);
+    rig.attach("d1", "null:?size=64M", &[]);
+    trait Stream: Read + Write {}
+    impl<T: Read + Write> Stream for T {}
+    let connect = |tcp: bool| -> Box<dyn Stream> {
+        let mut stream: Box<dyn Stream> = if tcp {
+            let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+            stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+            Box::new(stream)
+        } else {
+            let stream = UnixStream::connect(rig.socket("d1")).unwrap();
+            stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+            Box::new(stream)
+        };
+        stream.read_exact(&mut [0; 18]).unwrap();
+        stream.write_all(&[&3u32.to_be_bytes()[..], &option(1, b"d1")].concat()).unwrap();
+        stream.read_exact(&mut [0; 10]).unwrap();
+        stream
+    };
+    let mut waiting = Vec::new();
+    for tcp in [false, true] {
+        let mut idle = connect(tcp);
+        idle.write_all(&head(READ, 1, 0, 512)).unwrap();
+        idle.read_exact(&mut [0; 16 + 512]).unwrap();
+        let mut half_head = connect(tcp);
+        half_head.write_all(&head(READ, 1, 0, 512)[..9]).unwrap();
+        let mut half_payload = connect(tcp);
+        half_payload.write_all(&[head(WRITE, 1, 0, 1 << 20), vec![7; 100_000]].concat()).unwrap();
+        let mut deaf = connect(tcp);
+        let sent = (0..1_000_000).take_while(|_| deaf.write_all(&head(READ, 1, 0, 1 << 20)).is_ok()).count();
+        assert!(sent < 1_000_000, "the daemon takes requests without end");
+        // One that takes a little now and then: each time the rest has to be waited for again.
+        let mut slow = connect(tcp);
+        slow.write_all(&head(READ, 1, 0, 16 << 20)).unwrap();
+        waiting.extend([idle, half_head, half_payload, deaf, slow]);
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    let before = work(&rig);
+    for round in 0..30 {
+        for slow in [4, 9] {
+            waiting[slow].read_exact(&mut vec![0; 4096 + round]).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let after = work(&rig);
+    let (turns, ticks) = (after.0 - before.0, after.1 - before.1);
+    println!("{turns} turns and {ticks} ticks of CPU in 3 s");
+    // A tick each second, a command, and at most one for each of the 60 times that a slow client took something.
+    assert!(turns <= 80, "{turns} turns");
+    assert!(ticks <= 20, "{ticks} ticks of CPU in about 300");
 }
 
 #[test]

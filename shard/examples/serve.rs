@@ -80,6 +80,7 @@ fn open_file(path: &str) -> Result<Arc<ImageFile>, Failure> {
         cache: CacheMode::None,
         kind: FileKind::Regular,
         length,
+        length_now: length.into(),
         punts: false,
         store: 1,
     }))

@@ -61,6 +61,8 @@ pub struct ImageFile {
     pub kind: FileKind,
     /// Length in bytes when it was opened (may be no multiple of a sector).
     pub length: u64,
+    /// Length in bytes as the drivers of its image have changed it since; written by the one shard that has it.
+    pub length_now: std::sync::atomic::AtomicU64,
     /// Direct I/O of this file system always blocks, so that the kernel punts it to a worker (everything but block devices, ext4
     /// and xfs): all of it counts against the bound of its store. Else only what has to wait does.
     pub punts: bool,

@@ -4,10 +4,11 @@
 //! Everything here is of one thread. An operation is in the port's queue when its future is made, and goes on when that is
 //! dropped: its memory belongs to the reactor.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Poll, Wake, Waker};
 
 use formats::error::Error;
@@ -162,7 +163,8 @@ pub(crate) struct ShardFile {
     /// Slot of its disk in the reactor.
     pub slot: u32,
     pub name: Arc<str>,
-    pub length: Rc<Cell<u64>>,
+    /// Its length, where it is kept for whoever opens the image next.
+    pub image: Arc<crate::api::ImageFile>,
     pub device: bool,
     pub writable: bool,
     /// Alignment of memory that the store wants, bytes.
@@ -189,7 +191,7 @@ impl ImageFile for ShardFile {
     }
 
     fn length(&self) -> u64 {
-        self.length.get()
+        self.image.length_now.load(Ordering::Relaxed)
     }
 
     fn is_device(&self) -> bool {
@@ -244,14 +246,14 @@ impl ImageFile for ShardFile {
                 })
                 .collect()
         };
-        let (name, length) = (self.name.clone(), self.length.clone());
+        let (name, image) = (self.name.clone(), self.image.clone());
         Box::pin(async move {
             let mut result = Ok(());
             for piece in pieces {
                 result = result.and(piece.await.map(drop));
             }
             result.map_err(|errno| Error::io(&name, what, errno))?;
-            length.set(length.get().max(end));
+            image.length_now.fetch_max(end, Ordering::Relaxed);
             Ok(())
         })
     }
@@ -261,18 +263,18 @@ impl ImageFile for ShardFile {
     }
 
     fn extend(&self, length: u64) -> Pending<'static, ()> {
-        if length <= self.length.get() {
+        if length <= self.length() {
             return Box::pin(std::future::ready(Ok(())));
         }
-        let what = format!("growing from {} to {length} bytes", self.length.get());
+        let what = format!("growing from {} to {length} bytes", self.length());
         if self.device || !self.writable {
             return self.failed(what, if self.device { libc::ENOSPC } else { libc::EROFS });
         }
         let done = self.run(Work::Extend { length }, what);
-        let now = self.length.clone();
+        let image = self.image.clone();
         Box::pin(async move {
             done.await?;
-            now.set(now.get().max(length));
+            image.length_now.fetch_max(length, Ordering::Relaxed);
             Ok(())
         })
     }
@@ -281,15 +283,15 @@ impl ImageFile for ShardFile {
         if self.device {
             return Box::pin(std::future::ready(Ok(())));
         }
-        let what = format!("cutting from {} to {length} bytes", self.length.get());
+        let what = format!("cutting from {} to {length} bytes", self.length());
         if !self.writable {
             return self.failed(what, libc::EROFS);
         }
         let done = self.run(Work::Truncate { length }, what);
-        let now = self.length.clone();
+        let image = self.image.clone();
         Box::pin(async move {
             done.await?;
-            now.set(length);
+            image.length_now.store(length, Ordering::Relaxed);
             Ok(())
         })
     }
@@ -355,7 +357,7 @@ impl Payload for ShardPayload {
         let done = file.run(work, what);
         Box::pin(async move {
             done.await?;
-            file.length.set(file.length.get().max(end));
+            file.image.length_now.fetch_max(end, Ordering::Relaxed);
             Ok(())
         })
     }

@@ -121,6 +121,7 @@ mod tests {
             cache: if direct { CacheMode::None } else { CacheMode::Writeback },
             kind: FileKind::Regular,
             length: 1 << 20,
+            length_now: (1 << 20).into(),
             punts: false,
             store: 1,
         };

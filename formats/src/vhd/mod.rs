@@ -183,6 +183,7 @@ async fn open_sparse(
         pinned: batmap.map_or_else(BlockSet::default, |batmap| batmap.full),
         full: RefCell::new(BlockSet::new(blocks)),
         reserve,
+        metadata_end: metadata.iter().map(|range| range.end).max().unwrap_or(0),
         reservations: RefCell::default(),
         plans: RefCell::default(),
         next_plan: Cell::new(0),

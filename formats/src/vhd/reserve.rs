@@ -76,6 +76,7 @@ pub struct Reserve {
     damaged_copy: Cell<bool>,
     /// The end of the file was changed.
     moved: Cell<bool>,
+    given_up: Cell<bool>,
     turn: async_lock::Mutex<()>,
 }
 
@@ -116,7 +117,9 @@ impl Reserve {
                 .unwrap_or((length / SECTOR).saturating_sub(1) * SECTOR),
             growth: Cell::new(GROWTH_BLOCKS_MIN / 2),
             damaged_copy: Cell::new(footers.copy.is_err() || footers.differ),
-            moved: Cell::new(false),
+            // A footer that is missing is written at the latest when the image is closed.
+            moved: Cell::new(footers.trailing.is_err()),
+            given_up: Cell::new(false),
             turn: async_lock::Mutex::new(()),
             file,
         }
@@ -136,6 +139,7 @@ impl Reserve {
     /// The mapping to a place was removed from the tables in memory, and nobody reads or writes there.
     pub fn release(&self, place: u32) {
         self.released.borrow_mut().push(place);
+        self.given_up.set(true);
     }
 
     /// Makes at least one place clean, unless somebody else did meanwhile.
@@ -204,6 +208,7 @@ impl Reserve {
             self.soiled.borrow_mut().extend(self.released.borrow_mut().drain(..released));
         }
         // Taken out first: were this future dropped, the zeroes would still be under way.
+        self.moved.set(true);
         let batch: Vec<u32> = {
             let mut soiled = self.soiled.borrow_mut();
             let rest = soiled.len().saturating_sub(RECYCLE_MAX);
@@ -272,9 +277,20 @@ impl Reserve {
         Ok(())
     }
 
-    /// Cuts off what is behind the last block, if the end of the file was moved. Everything else must be durable.
-    pub async fn close(&self) -> Result<(), Error> {
+    /// Places were given up: the last block may be another one now.
+    pub fn has_given_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Cuts off what is behind the last block, if the end of the file was moved. Everything else must be durable. `used_end`, if it is
+    /// known better now: first byte behind all blocks and metadata that are referred to.
+    pub async fn close(&self, used_end: Option<u64>) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
+        if let Some(used_end) = used_end {
+            self.moved.set(self.moved.get() || used_end < self.used_end.get());
+            self.used_end.set(used_end);
+        }
+        self.mend_copy().await?;
         if !self.moved.get() {
             return Ok(());
         }
@@ -283,7 +299,8 @@ impl Reserve {
             self.write_footer(self.device_footer).await?;
             return self.file.flush().await;
         }
-        cut_behind(&self.file, &self.footer.borrow().clone(), self.used_end.get()).await
+        let footer = self.footer.borrow().clone();
+        cut_behind(&self.file, &footer, self.used_end.get()).await
     }
 }
 

@@ -40,8 +40,8 @@ impl Sparse {
         let last = old_blocks.saturating_sub(1);
         let tail = old..size.min(u64::from(old_blocks) * self.shape.block);
         if let (false, Found::At(start)) = (tail.is_empty(), self.look_up(last).await?) {
-            let data = start + self.shape.bitmap - u64::from(last) * self.shape.block;
-            self.file.zero(data + tail.start..data + tail.end).await?;
+            let data = self.shape.data_offset(start, tail.start);
+            self.file.zero(data..data + (tail.end - tail.start)).await?;
         }
         {
             let mut full = self.full.borrow_mut();

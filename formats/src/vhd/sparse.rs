@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::bat::UNUSED;
+use super::bat::{self, UNUSED};
 use super::blocks::BlockSet;
 use super::footer::{Footer, SECTOR};
 use super::header::Header;
@@ -62,6 +62,8 @@ pub struct Sparse {
     pub(super) pinned: BlockSet,
     pub(super) full: RefCell<BlockSet>,
     pub(super) reserve: Reserve,
+    /// First byte behind headers and tables.
+    pub(super) metadata_end: u64,
     pub(super) reservations: RefCell<BTreeMap<u32, Reservation>>,
     pub(super) plans: RefCell<BTreeMap<u64, Vec<sparse_plan::Part>>>,
     pub(super) next_plan: Cell<u64>,
@@ -150,9 +152,9 @@ impl Sparse {
             Found::At(start) => start,
         };
         let block_start = u64::from(block) * self.shape.block;
-        let data = start + self.shape.bitmap - block_start;
+        let data = |at| self.shape.data_offset(start, at);
         if self.full.borrow().contains(block) || self.is_full(block, start) {
-            let place = Place::Data { file: FILE, offset: data + from, in_place: self.writable };
+            let place = Place::Data { file: FILE, offset: data(from), in_place: self.writable };
             push(out, from, to - from, place);
             return Ok(to);
         }
@@ -169,7 +171,7 @@ impl Sparse {
             };
             let end = to.min(block_start + (sector + sectors) * SECTOR);
             let place = match set {
-                true => Place::Data { file: FILE, offset: data + at, in_place: self.writable },
+                true => Place::Data { file: FILE, offset: data(at), in_place: self.writable },
                 false if self.is_differencing() => Place::Absent,
                 false => Place::Zero { allocated: true },
             };
@@ -247,7 +249,7 @@ impl Sparse {
                 }
                 Found::At(_) if how == Erase::ZeroKeep => self.zero_with_space(part).await?,
                 Found::At(start) => {
-                    let data = start + self.shape.bitmap + part.start - u64::from(block) * self.shape.block;
+                    let data = self.shape.data_offset(start, part.start);
                     self.file.zero(data..data + (part.end - part.start)).await?;
                 }
                 Found::Nowhere if how == Erase::ZeroKeep => self.zero_with_space(part).await?,
@@ -259,6 +261,18 @@ impl Sparse {
 
     fn may_unmap(&self, block: u32) -> bool {
         !self.pinned.contains(block) && !self.reservations.borrow().contains_key(&block)
+    }
+
+    /// First byte behind all blocks and metadata, by the table in the file.
+    async fn find_end(&self) -> Result<u64, Error> {
+        let mut end = self.metadata_end;
+        let blocks = 0..self.shape.blocks(self.size.get());
+        bat::for_each_piece(&self.file, &self.shape, blocks, |_, entries| {
+            let last = entries.filter(|entry| *entry != UNUSED).max();
+            end = end.max(last.map_or(0, |entry| u64::from(entry) * SECTOR + self.shape.stored()));
+        })
+        .await?;
+        Ok(end)
     }
 
     /// Whether all sectors of a range are in this file.
@@ -374,7 +388,8 @@ impl Driver for Sparse {
             }
             self.tables.write_back().await?;
             self.file.flush().await?;
-            self.reserve.close().await
+            let used_end = if self.reserve.has_given_up() { Some(self.find_end().await?) } else { None };
+            self.reserve.close(used_end).await
         })
     }
 

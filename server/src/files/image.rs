@@ -39,6 +39,8 @@ pub struct ImageOptions {
     pub cache: CacheMode,
     /// Sector size in bytes that clients shall see (512 or 4096); without it the unit of direct I/O decides.
     pub sector: Option<u32>,
+    /// The file holds an image of a format: its length is no disk's, and all of it is reached in one way.
+    pub formatted: bool,
 }
 
 impl ImageOptions {
@@ -95,7 +97,15 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
         CacheMode::Writeback | CacheMode::Writethrough => (1, 1),
     };
     // A page at least, so that the page cache of the tail holds nothing that O_DIRECT reaches; a device is whole blocks.
+    if options.formatted && device.is_none() && !length.is_multiple_of(u64::from(offset_align)) {
+        // Whole units of direct I/O would move the end of the file, where some formats have a structure of theirs.
+        // Its locks go with it.
+        drop(file);
+        let buffered = ImageOptions { cache: CacheMode::Writeback, ..*options };
+        return open_image(object, &buffered, fence);
+    }
     let tail = if device.is_some()
+        || options.formatted
         || length.is_multiple_of(u64::from(offset_align).max(PAGE))
         || offset_align == 1
     {
@@ -118,11 +128,31 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
         cache: options.cache,
         kind,
         length,
+        length_now: length.into(),
         punts,
         store,
     };
     geometry(path, &image, options.sector)?;
     Ok(image)
+}
+
+/// What an image of a format says of itself.
+///
+/// Errors: `Invalid` with the driver's words.
+pub fn describe(
+    path: &Path,
+    image: &ImageFile,
+    format: &'static dyn formats::driver::Format,
+) -> Result<formats::driver::Description, OpenError> {
+    let read = || {
+        // The same description, so that nothing is opened that was not checked; positioned reads leave it alone.
+        let fd = image.fd.try_clone().map_err(|error| {
+            formats::error::Error::io(&path.display().to_string(), "dup", error.raw_os_error().unwrap_or(5))
+        })?;
+        let file = formats::blocking::Blocking::new(File::from(fd), &path.display().to_string(), false)?;
+        formats::blocking::wait(format.describe(file))
+    };
+    read().map_err(|error| OpenError::new(OpenErrorKind::Invalid, error.message))
 }
 
 /// Size and sectors that clients see.

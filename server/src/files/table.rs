@@ -52,6 +52,8 @@ pub struct OpenRequest {
     pub cache: CacheMode,
     /// Sector size that clients shall see: 512 or 4096, or as the store suggests.
     pub sector: Option<u32>,
+    /// The file holds an image of a format, not the disk's bytes.
+    pub formatted: bool,
     /// The disk's name, for messages to those who want the file as well.
     pub user: String,
     /// For everything together, waiting for a fence included.
@@ -396,8 +398,12 @@ impl Files {
         let (lanes, fence) = (self.opener.lanes(), self.fence);
         let (mount, path) = (object.mount().clone(), request.path.as_path());
         let deadline = started + request.deadline;
-        let options =
-            ImageOptions { read_only: request.read_only, cache: request.cache, sector: request.sector };
+        let options = ImageOptions {
+            read_only: request.read_only,
+            cache: request.cache,
+            sector: request.sector,
+            formatted: request.formatted,
+        };
         let mut pause_ms = FENCE_PAUSE_MS.0;
         loop {
             let (pool, at, it, place) = (lanes.clone(), mount.clone(), object.clone(), place.clone());
@@ -507,18 +513,29 @@ impl Files {
         self.measure(key, deadline, "count its blocks", image::allocated_bytes).await
     }
 
+    /// What an open image of a format says of itself. Errors: `Timeout`, `Io`; `Invalid` with the driver's words.
+    pub async fn describe(
+        &self,
+        key: FileKey,
+        format: &'static dyn formats::driver::Format,
+        deadline: Duration,
+    ) -> Result<formats::driver::Description, OpenError> {
+        let ask = move |path: &Path, image: &ImageFile| image::describe(path, image, format);
+        self.measure(key, deadline, "read its header", ask).await
+    }
+
     /// The length in bytes that the file or device has now. Errors as above.
     pub async fn current_length(&self, key: FileKey, deadline: Duration) -> Result<u64, OpenError> {
         self.measure(key, deadline, "ask for its size", image::current_length).await
     }
 
-    async fn measure(
+    async fn measure<T: Send + 'static>(
         &self,
         key: FileKey,
         deadline: Duration,
         doing: &str,
-        ask: fn(&Path, &ImageFile) -> Result<u64, OpenError>,
-    ) -> Result<u64, OpenError> {
+        ask: impl FnOnce(&Path, &ImageFile) -> Result<T, OpenError> + Send + 'static,
+    ) -> Result<T, OpenError> {
         let open = self.table.lock().by_key.get(&key).and_then(|entry| match &entry.state {
             State::Open(held) => Some((held.clone(), entry.path.clone())),
             _ => None,

@@ -114,7 +114,13 @@ pub fn bind_unix(run_dir: &Path, path: &Path, access: &SocketAccess) -> Result<S
     let dressed = || -> std::io::Result<()> {
         listener.set_nonblocking(true)?;
         if let Some(gid) = gid {
-            nix::unistd::chown(&hidden, None, Some(gid))?;
+            nix::unistd::chown(&hidden, None, Some(gid)).map_err(|errno| {
+                let group = access.group.as_deref().unwrap_or_default();
+                std::io::Error::other(format!(
+                    "giving it to the group {group} failed: {errno}; the daemon has to be in that group (SupplementaryGroups= of \
+                     its service), or have CAP_CHOWN"
+                ))
+            })?;
         }
         std::fs::set_permissions(&hidden, std::fs::Permissions::from_mode(access.mode))?;
         std::fs::rename(&hidden, path)

@@ -36,7 +36,10 @@ pub enum End {
 
 /// What a socket can do here.
 pub trait Socket: AsyncRead + AsyncWrite + Unpin + Send {
-    /// The descriptor, for a shard.
+    /// The descriptor, for a shard. It is non-blocking, as tokio made it, and stays so. io_uring does not look at O_NONBLOCK when
+    /// it receives and sends: only MSG_DONTWAIT (the shard's first try to send) ends an operation with EAGAIN, everything else
+    /// waits in the ring by a poll of its own, without a worker thread and without a turn of the shard. Blocking sockets
+    /// were seen to behave the same; `a_shard_does_not_turn_for_clients_that_keep_it_waiting` is the test.
     fn into_fd(self) -> io::Result<OwnedFd>;
 }
 

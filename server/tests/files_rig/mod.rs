@@ -64,6 +64,7 @@ pub fn request(path: &Path) -> OpenRequest {
         read_only: false,
         cache: CacheMode::None,
         sector: None,
+        formatted: false,
         user: "d1".into(),
         deadline: PATIENCE,
     }

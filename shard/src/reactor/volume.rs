@@ -12,7 +12,6 @@
 //! A panic in a driver quarantines its disk: the volume and its futures are dropped, operations that are out keep their memory (it
 //! is the reactor's), and when they have ended the image is opened anew, which is what a restart after a crash does.
 
-use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -213,7 +212,7 @@ impl<K: Kernel> Shard<K> {
             port: port.clone(),
             slot: self.insert_entry(config, Some(owner)),
             name: name.clone(),
-            length: Rc::new(Cell::new(image.length)),
+            image: image.clone(),
             device: matches!(image.kind, FileKind::Block { .. }),
             writable,
             memory_align: image.memory_align.max(1),

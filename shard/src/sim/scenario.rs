@@ -176,6 +176,7 @@ impl Sim {
             cache,
             kind,
             length,
+            length_now: length.into(),
             punts,
             store: file.store,
         });

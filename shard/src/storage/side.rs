@@ -248,6 +248,7 @@ mod tests {
             cache: CacheMode::Writeback,
             kind: FileKind::Regular,
             length,
+            length_now: length.into(),
             punts: false,
             store: 1,
         })
