@@ -380,12 +380,7 @@ pub struct Snapshot {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SnapshotChange {
     /// Keep the active state under a name that no snapshot has yet.
-    Create {
-        /// The name.
-        name: String,
-        /// Seconds since 1970, to be noted as the time of making.
-        created: u64,
-    },
+    Create(String),
     /// Make the active state what the snapshot is; the active state is lost.
     Apply(String),
     /// Forget a snapshot and give back what only it had.
@@ -442,6 +437,17 @@ pub trait Format: Sync {
         let message =
             format!("{}: {}", file.name(), refused(self.name(), "cannot have another parent").message);
         Box::pin(std::future::ready(Err(Error::new(crate::error::ErrorKind::Unsupported, message))))
+    }
+
+    /// Makes the disk of an image that nobody has open smaller: what is behind `size` is lost. A crash leaves the old size or the new
+    /// one.
+    fn shrink(&self, open: Open, size: u64) -> Pending<'_, ()> {
+        Box::pin(async move {
+            let driver = self.open(open).await?;
+            driver.resize(size).await?;
+            driver.flush().await?;
+            driver.close().await
+        })
     }
 
     /// The snapshots inside an image, oldest first. Changes nothing.

@@ -91,6 +91,7 @@ fn offline_file(file: &OpenFile) -> Result<OfflineFile, Failure> {
         cache,
         kind,
         length,
+        length_now: length.into(),
         punts,
         store,
     };

@@ -1,7 +1,5 @@
 //! New images: `create`, `snapshot`, and what `convert` and `dd` need to make one.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use formats::driver::{Create, Snapshot, SnapshotChange};
 use formats::file::ImageFile;
 use formats::metadata::Budget;
@@ -222,10 +220,7 @@ fn internal(
             output::print(json, &list_json(&found), &list_text(&found))?;
             return Ok(0);
         }
-        Internal::Create => {
-            let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            SnapshotChange::Create { name: snapshot.to_owned(), created }
-        }
+        Internal::Create => SnapshotChange::Create(snapshot.to_owned()),
         Internal::Apply => SnapshotChange::Apply(snapshot.to_owned()),
         Internal::Delete => SnapshotChange::Delete(snapshot.to_owned()),
     };

@@ -48,13 +48,15 @@ impl FromStr for ImageName {
             match (key.as_str(), value.as_str()) {
                 ("snapshot", _) => name.snapshot = Some(value),
                 ("cache", "none") => {}
-                ("cache", "writeback") => name.buffered = true,
+                ("cache", "writeback" | "writethrough") => name.buffered = true,
                 ("cache", _) => {
-                    return Err(format!("option cache is {value:?}: expected none or writeback"));
+                    return Err(format!(
+                        "option cache is {value:?}: expected none, writeback or writethrough"
+                    ));
                 }
                 _ => {
                     return Err(format!(
-                        "{key:?} is no option of images here: there are snapshot=NAME and cache=none|writeback"
+                        "{key:?} is no option of images here: there are snapshot=NAME and cache=none|writeback|writethrough"
                     ));
                 }
             }

@@ -166,9 +166,13 @@ pub fn resize(
             "{name} has {old} bytes, and {size} are less: what is behind them would be lost; say --shrink if that is right"
         )));
     }
-    let shape = chain.shape();
+    let (shape, below_size) = (chain.shape(), chain.below_size());
     let new = engine::run(&chain.files(), move |files, budget| async move {
         let images: Vec<LayerFiles> = shape.take(&mut files.into_iter());
+        if size < old {
+            images[0].format.shrink(images[0].how(true, below_size, &budget), size).await?;
+            return layers::open(&images, false, &budget).await.map(|volume| volume.size());
+        }
         let volume = layers::open(&images, true, &budget).await?;
         let resized = volume.resize(size).await;
         let finished = layers::finish(&volume).await;
