@@ -190,9 +190,8 @@ impl Kernel for Uring {
             Op::Recv { fd, addr, len } => {
                 opcode::Recv::new(Fd(fd), addr as *mut u8, len).ioprio(POLL_FIRST).build()
             }
-            Op::RecvMsg { fd, header } => {
-                opcode::RecvMsg::new(Fd(fd), header as *mut libc::msghdr).ioprio(POLL_FIRST).build()
-            }
+            // In the middle of a write: a client sends payload right behind its header, so one more look may save a sleep.
+            Op::RecvMsg { fd, header } => opcode::RecvMsg::new(Fd(fd), header as *mut libc::msghdr).build(),
             Op::SendMsg { fd, header } => opcode::SendMsg::new(Fd(fd), header as *const libc::msghdr)
                 .flags((libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32)
                 .build(),
