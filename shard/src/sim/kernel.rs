@@ -501,6 +501,15 @@ impl Kernel for SimKernel {
         self.world.borrow_mut().start(self.shard, user_data, op);
     }
 
+    fn receive_now(&mut self, op: Op) -> i32 {
+        let mut world = self.world.borrow_mut();
+        match op {
+            Op::Recv { fd, addr, len } => world.receive_now(fd, &[(addr, len as usize)]),
+            Op::RecvMsg { fd, header } => world.receive_now(fd, &memory::ranges(header)),
+            other => panic!("not a receive: {other:?}"),
+        }
+    }
+
     fn set_timer(&mut self, at: Nanos) {
         let mut world = self.world.borrow_mut();
         let late = world.sequence % 60 * MICROSECOND;
