@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::args::ImageArgs;
 use crate::limit_change::LimitChange;
 use crate::model::ErrorPolicy;
 
@@ -29,6 +30,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Talk to a running daemon
     Ctl(Box<CtlArgs>),
+    /// Work on images that nobody uses
+    Image(Box<ImageArgs>),
     /// Check whether this host, and directories of images on it, can serve disks
     Doctor {
         /// Directories where images are or will be

@@ -81,7 +81,7 @@ impl BatmapHeader {
         let mut header = BatmapHeader::new_zeroed();
         header.cookie = COOKIE;
         header.offset = U64::new(header_offset + SECTOR);
-        header.sectors = U32::new(entries.div_ceil(8).next_multiple_of(SECTOR as u32) / SECTOR as u32);
+        header.sectors = U32::new(entries.div_ceil(8).div_ceil(SECTOR as u32));
         header.version = U32::new(VERSION);
         header.checksum = U32::new(u32::MAX);
         header

@@ -22,7 +22,7 @@ pub fn run(bytes: &[u8], first: u64, from: u64, to: u64, low_bits_first: bool) -
     let whole = if bit { 0xff } else { 0 };
     let mut at = from + 1;
     while at < to {
-        if at % 8 == 0 && at + 8 <= to && bytes.get(((at - first) / 8) as usize) == Some(&whole) {
+        if at.is_multiple_of(8) && at + 8 <= to && bytes.get(((at - first) / 8) as usize) == Some(&whole) {
             at += 8;
         } else if is_set(bytes, first, at, low_bits_first) == bit {
             at += 1;
@@ -39,8 +39,11 @@ pub fn set(bytes: &mut [u8], first: u64, from: u64, to: u64, low_bits_first: boo
     let mut at = from;
     while at < to {
         let Some(byte) = bytes.get_mut(((at - first) / 8) as usize) else { break };
-        let (bits, next) =
-            if at % 8 == 0 && at + 8 <= to { (0xff, at + 8) } else { (mask(at, low_bits_first), at + 1) };
+        let (bits, next) = if at.is_multiple_of(8) && at + 8 <= to {
+            (0xff, at + 8)
+        } else {
+            (mask(at, low_bits_first), at + 1)
+        };
         changed |= *byte & bits != bits;
         *byte |= bits;
         at = next;

@@ -64,7 +64,7 @@ pub async fn check(open: Open, repair: Option<Repair>) -> Result<Findings, Error
         None => {
             check.findings.allocated_bytes = layout.size;
             check.findings.end = layout.data_end + SECTOR;
-            if layout.data_end - layout.size >= SECTOR {
+            if layout.data_end - layout.size >= SECTOR && !file.is_device() {
                 let bytes = layout.data_end - layout.size;
                 check.findings.leak(1, format!("{bytes} bytes between the disk and its footer"));
             }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::footer::{Footer, SECTOR};
-use super::geometry::{Geometry, disk_size};
+use super::geometry::disk_size;
 use super::layout::Layout;
 use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Fill, Place, Plan, Under, Usage};
 use crate::error::{Error, ErrorKind};
@@ -71,10 +71,8 @@ impl Fixed {
 /// becomes one whose size is exact when no geometry fits.
 pub fn set_size(footer: &mut Footer, size: u64) {
     footer.set_size(size);
-    if disk_size(footer, u64::MAX) != size || Geometry::of_size(size).sectors() * SECTOR != size {
-        if !footer.is_tap() {
-            footer.creator_app = *b"qem2";
-        }
+    if disk_size(footer, u64::MAX) != size {
+        footer.creator_app = *b"qem2";
     }
 }
 
@@ -97,7 +95,7 @@ pub fn check_resize(name: &str, footer: &Footer, writable: bool, old: u64, new: 
         );
         return Err(Error::unsupported(name, what));
     }
-    if new % SECTOR != 0 || new > super::header::SIZE_MAX {
+    if !new.is_multiple_of(SECTOR) || new > super::header::SIZE_MAX {
         return Err(Error::invalid(format!(
             "{name}: a size of {new} bytes: a VHD has a multiple of 512 bytes up to 2040 GiB"
         )));

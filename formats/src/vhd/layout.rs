@@ -199,7 +199,7 @@ fn check_header(name: &str, header: &Header, footer: &Footer, data_end: u64) -> 
     let end = at.checked_add(header.table_bytes()).filter(|end| *end <= data_end);
     let header_at = footer.data_offset.get();
     let on_header = end.is_some_and(|end| at < header_at + HEADER_BYTES && header_at < end);
-    if at % SECTOR != 0 || at < SECTOR || end.is_none() || on_header {
+    if !at.is_multiple_of(SECTOR) || at < SECTOR || end.is_none() || on_header {
         let what = format!(
             "the block table is said to be at {at} with {entries} entries, which is not a free part of the file"
         );
@@ -241,6 +241,11 @@ impl Shape {
     /// Where the BAT's entry of a block is.
     pub fn entry_offset(&self, block: u32) -> u64 {
         self.table_offset + u64::from(block) * 4
+    }
+
+    /// Where the disk's byte `offset` is in the file when its block begins at `start`.
+    pub fn data_offset(&self, start: u64, offset: u64) -> u64 {
+        start + self.bitmap + offset % self.block
     }
 
     /// Bytes that a block takes in the file.

@@ -6,10 +6,11 @@
 //! ```
 //! A place is *clean* when its data is known to read as zero, its bitmap is what a new block wants (all ones without a parent,
 //! so that only the BAT changes at run time; all zeroes with one), and both are durable. Clean places come from
-//! - *growth*: the file is made longer by many blocks at once, the footer written at the new end, one flush. The old footer
-//!   stays where it is: new places begin behind it, so nothing of it is ever overwritten before the new one is durable. Until
-//!   then a crash may leave the file longer without a footer at its end: the copy at offset 0 stands in (see
-//!   [`super::layout`]). On a block device the footer stays at the device's end and the places are zeroed;
+//! - *growth*: the file is made longer by many blocks at once, by the one write that puts the footer at the new end; that is
+//!   durable before anything else is written there. The old footer stays where it is, in a gap that alignment leaves anyway: new
+//!   places begin behind it. So a file system that writes a sector and the length that it brings together (all that journal
+//!   do) leaves a footer at the end at every instant; on others the copy at offset 0 stands in (see [`super::layout`]). On
+//!   a block device the footer stays at the device's end and the places are zeroed;
 //! - *recycling*: places that were given up by an erase, or that nobody referred to when the image was opened. They are zeroed, but
 //!   only after the removal of their old mapping is durable.
 //!
@@ -76,6 +77,7 @@ pub struct Reserve {
     damaged_copy: Cell<bool>,
     /// The end of the file was changed.
     moved: Cell<bool>,
+    given_up: Cell<bool>,
     turn: async_lock::Mutex<()>,
 }
 
@@ -116,7 +118,9 @@ impl Reserve {
                 .unwrap_or((length / SECTOR).saturating_sub(1) * SECTOR),
             growth: Cell::new(GROWTH_BLOCKS_MIN / 2),
             damaged_copy: Cell::new(footers.copy.is_err() || footers.differ),
-            moved: Cell::new(false),
+            // A footer that is missing is written at the latest when the image is closed.
+            moved: Cell::new(footers.trailing.is_err()),
+            given_up: Cell::new(false),
             turn: async_lock::Mutex::new(()),
             file,
         }
@@ -136,6 +140,7 @@ impl Reserve {
     /// The mapping to a place was removed from the tables in memory, and nobody reads or writes there.
     pub fn release(&self, place: u32) {
         self.released.borrow_mut().push(place);
+        self.given_up.set(true);
     }
 
     /// Makes at least one place clean, unless somebody else did meanwhile.
@@ -178,16 +183,18 @@ impl Reserve {
         // Whatever becomes of the operations below: nothing else is ever put where they write.
         let first = u64::from(*first) * SECTOR;
         self.moved.set(true);
-        let mut operations = Vec::new();
         if self.file.is_device() {
             self.tail.set(end);
             self.file.zero(first..end).await?;
         } else {
             self.tail.set(end + SECTOR);
-            operations.push(self.write_footer(end));
+            self.write_footer(end).await?;
         }
-        operations.extend(self.write_bitmaps(&places));
-        all(operations).await?;
+        if self.ones && !self.file.is_device() {
+            // A bitmap that made the file longer without the footer would leave none at the end.
+            self.file.flush().await?;
+        }
+        all(self.write_bitmaps(&places)).await?;
         self.file.flush().await?;
         self.growth.set(wanted);
         self.clean.borrow_mut().extend(places);
@@ -204,6 +211,7 @@ impl Reserve {
             self.soiled.borrow_mut().extend(self.released.borrow_mut().drain(..released));
         }
         // Taken out first: were this future dropped, the zeroes would still be under way.
+        self.moved.set(true);
         let batch: Vec<u32> = {
             let mut soiled = self.soiled.borrow_mut();
             let rest = soiled.len().saturating_sub(RECYCLE_MAX);
@@ -272,9 +280,20 @@ impl Reserve {
         Ok(())
     }
 
-    /// Cuts off what is behind the last block, if the end of the file was moved. Everything else must be durable.
-    pub async fn close(&self) -> Result<(), Error> {
+    /// Places were given up: the last block may be another one now.
+    pub fn has_given_up(&self) -> bool {
+        self.given_up.get()
+    }
+
+    /// Cuts off what is behind the last block, if the end of the file was moved. Everything else must be durable. `used_end`, if it is
+    /// known better now: first byte behind all blocks and metadata that are referred to.
+    pub async fn close(&self, used_end: Option<u64>) -> Result<(), Error> {
         let _turn = self.turn.lock().await;
+        if let Some(used_end) = used_end {
+            self.moved.set(self.moved.get() || used_end < self.used_end.get());
+            self.used_end.set(used_end);
+        }
+        self.mend_copy().await?;
         if !self.moved.get() {
             return Ok(());
         }
@@ -283,7 +302,8 @@ impl Reserve {
             self.write_footer(self.device_footer).await?;
             return self.file.flush().await;
         }
-        cut_behind(&self.file, &self.footer.borrow().clone(), self.used_end.get()).await
+        let footer = self.footer.borrow().clone();
+        cut_behind(&self.file, &footer, self.used_end.get()).await
     }
 }
 

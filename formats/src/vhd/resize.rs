@@ -10,7 +10,6 @@ use super::bat::{self, UNUSED};
 use super::fixed::{check_resize, set_size};
 use super::footer::SECTOR;
 use super::sparse::{Found, Sparse};
-use crate::driver::Order;
 use crate::error::Error;
 
 /// Bytes that are hidden at a time when the parent is larger than the disk.
@@ -40,8 +39,8 @@ impl Sparse {
         let last = old_blocks.saturating_sub(1);
         let tail = old..size.min(u64::from(old_blocks) * self.shape.block);
         if let (false, Found::At(start)) = (tail.is_empty(), self.look_up(last).await?) {
-            let data = start + self.shape.bitmap - u64::from(last) * self.shape.block;
-            self.file.zero(data + tail.start..data + tail.end).await?;
+            let data = self.shape.data_offset(start, tail.start);
+            self.file.zero(data..data + (tail.end - tail.start)).await?;
         }
         {
             let mut full = self.full.borrow_mut();
@@ -79,8 +78,7 @@ impl Sparse {
         })
         .await?;
         for block in used {
-            let entry = self.shape.entry_offset(block);
-            self.tables.update(entry, &UNUSED.to_be_bytes(), Order::Anytime).await?;
+            self.set_entry(block, UNUSED).await?;
         }
         Ok(())
     }

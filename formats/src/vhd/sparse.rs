@@ -7,6 +7,10 @@
 //!                             commit sets the BAT's entry: at any time, since what it makes visible is zero (no parent), or
 //!                             has no bits yet (a parent); then, with a parent, the bits, after the data
 //! ```
+//! What is visible to a look-up is not safe against the death of the process before it is settled (in the log, or in the file). Of a
+//! block with changes that are not, nothing is written in place: another write to it is planned and committed, and so waits
+//! until they are. This covers sectors that a first commit made visible beside its own, and commits whose settling failed.
+//!
 //! Invariants: a block's place is checked against the whole table when the image is opened ([`super::bat::walk`]) and against the
 //! file at each look-up; a block in `full` has all bits set; a block in `pinned` is never given up (its batmap bit is set).
 
@@ -15,7 +19,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::bat::UNUSED;
+use super::bat::{self, UNUSED};
 use super::blocks::BlockSet;
 use super::footer::{Footer, SECTOR};
 use super::header::Header;
@@ -61,7 +65,12 @@ pub struct Sparse {
     pub(super) damaged: BlockSet,
     pub(super) pinned: BlockSet,
     pub(super) full: RefCell<BlockSet>,
+    /// Blocks with changes that may not be settled, and the number of the last one of each.
+    pub(super) unsettled: RefCell<BTreeMap<u32, u64>>,
+    pub(super) last_change: Cell<u64>,
     pub(super) reserve: Reserve,
+    /// First byte behind headers and tables.
+    pub(super) metadata_end: u64,
     pub(super) reservations: RefCell<BTreeMap<u32, Reservation>>,
     pub(super) plans: RefCell<BTreeMap<u64, Vec<sparse_plan::Part>>>,
     pub(super) next_plan: Cell<u64>,
@@ -150,9 +159,10 @@ impl Sparse {
             Found::At(start) => start,
         };
         let block_start = u64::from(block) * self.shape.block;
-        let data = start + self.shape.bitmap - block_start;
+        let data = |at| self.shape.data_offset(start, at);
+        let in_place = self.writable && !self.unsettled.borrow().contains_key(&block);
         if self.full.borrow().contains(block) || self.is_full(block, start) {
-            let place = Place::Data { file: FILE, offset: data + from, in_place: self.writable };
+            let place = Place::Data { file: FILE, offset: data(from), in_place };
             push(out, from, to - from, place);
             return Ok(to);
         }
@@ -169,7 +179,7 @@ impl Sparse {
             };
             let end = to.min(block_start + (sector + sectors) * SECTOR);
             let place = match set {
-                true => Place::Data { file: FILE, offset: data + at, in_place: self.writable },
+                true => Place::Data { file: FILE, offset: data(at), in_place },
                 false if self.is_differencing() => Place::Absent,
                 false => Place::Zero { allocated: true },
             };
@@ -192,6 +202,41 @@ impl Sparse {
             self.full.borrow_mut().insert(block);
         }
         full
+    }
+
+    /// Changes the tables for a block, if what is to be changed is in memory.
+    pub(super) fn change(&self, block: u32, offset: u64, bytes: &[u8], order: Order) -> bool {
+        let done = self.tables.set(offset, bytes, order);
+        if done {
+            self.last_change.set(self.last_change.get() + 1);
+            self.unsettled.borrow_mut().insert(block, self.last_change.get());
+        }
+        done
+    }
+
+    /// Sets the BAT's entry of a block.
+    pub(super) async fn set_entry(&self, block: u32, entry: u32) -> Result<(), Error> {
+        let offset = self.shape.entry_offset(block);
+        while !self.change(block, offset, &entry.to_be_bytes(), Order::Anytime) {
+            self.tables.load(offset).await?;
+        }
+        Ok(())
+    }
+
+    /// What was changed before is safe against the death of the process.
+    pub(super) async fn settle(&self) -> Result<(), Error> {
+        let until = self.last_change.get();
+        self.tables.settle().await?;
+        self.unsettled.borrow_mut().retain(|_, change| *change > until);
+        Ok(())
+    }
+
+    /// What was changed before is in the file.
+    async fn write_back(&self) -> Result<(), Error> {
+        let until = self.last_change.get();
+        self.tables.write_back().await?;
+        self.unsettled.borrow_mut().retain(|_, change| *change > until);
+        Ok(())
     }
 
     /// Reads the bits of sectors of a block that is there.
@@ -223,7 +268,7 @@ impl Sparse {
         let range = range.start..range.end.min(self.size.get());
         if !self.is_differencing() {
             self.erase_blocks(range, how).await?;
-            self.tables.settle().await?;
+            self.settle().await?;
             return Ok(Erased::Done);
         }
         if how == Erase::Discard && !self.holds_all(range.clone()).await? {
@@ -240,14 +285,13 @@ impl Sparse {
             let whole = part == self.block_range(block);
             match self.look_up(block).await? {
                 Found::At(start) if whole && how != Erase::ZeroKeep && self.may_unmap(block) => {
-                    let entry = self.shape.entry_offset(block);
-                    self.tables.update(entry, &UNUSED.to_be_bytes(), Order::Anytime).await?;
+                    self.set_entry(block, UNUSED).await?;
                     self.full.borrow_mut().remove(block);
                     self.reserve.release((start / SECTOR) as u32);
                 }
                 Found::At(_) if how == Erase::ZeroKeep => self.zero_with_space(part).await?,
                 Found::At(start) => {
-                    let data = start + self.shape.bitmap + part.start - u64::from(block) * self.shape.block;
+                    let data = self.shape.data_offset(start, part.start);
                     self.file.zero(data..data + (part.end - part.start)).await?;
                 }
                 Found::Nowhere if how == Erase::ZeroKeep => self.zero_with_space(part).await?,
@@ -259,6 +303,18 @@ impl Sparse {
 
     fn may_unmap(&self, block: u32) -> bool {
         !self.pinned.contains(block) && !self.reservations.borrow().contains_key(&block)
+    }
+
+    /// First byte behind all blocks and metadata, by the table in the file.
+    async fn find_end(&self) -> Result<u64, Error> {
+        let mut end = self.metadata_end;
+        let blocks = 0..self.shape.blocks(self.size.get());
+        bat::for_each_piece(&self.file, &self.shape, blocks, |_, entries| {
+            let last = entries.filter(|entry| *entry != UNUSED).max();
+            end = end.max(last.map_or(0, |entry| u64::from(entry) * SECTOR + self.shape.stored()));
+        })
+        .await?;
+        Ok(end)
     }
 
     /// Whether all sectors of a range are in this file.
@@ -356,11 +412,11 @@ impl Driver for Sparse {
     }
 
     fn flush(&self) -> Pending<'_, ()> {
-        Box::pin(self.tables.write_back())
+        Box::pin(self.write_back())
     }
 
     fn tidy(&self) -> Pending<'_, ()> {
-        Box::pin(self.tables.write_back())
+        Box::pin(self.write_back())
     }
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {
@@ -372,9 +428,10 @@ impl Driver for Sparse {
             if !self.writable {
                 return Ok(());
             }
-            self.tables.write_back().await?;
+            self.write_back().await?;
             self.file.flush().await?;
-            self.reserve.close().await
+            let used_end = if self.reserve.has_given_up() { Some(self.find_end().await?) } else { None };
+            self.reserve.close(used_end).await
         })
     }
 

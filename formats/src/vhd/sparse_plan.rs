@@ -80,8 +80,8 @@ impl Sparse {
     /// their own.
     async fn fills(&self, part: &Part, request: &Range<u64>, fills: &mut Vec<Fill>) -> Result<(), Error> {
         let Range { start, end } = part.range;
-        let data = part.start + self.shape.bitmap - u64::from(part.block) * self.shape.block;
-        let fill = |range: Range<u64>, under| Fill { offset: data + range.start, range, file: FILE, under };
+        let offset = |at| self.shape.data_offset(part.start, at);
+        let fill = |range: Range<u64>, under| Fill { offset: offset(range.start), range, file: FILE, under };
         let head = if start < request.start { start + SECTOR } else { start };
         let tail = if request.end < end { (end - SECTOR).max(head) } else { end };
         if start < head {
@@ -113,7 +113,7 @@ impl Sparse {
                 Some(true) => return Ok(Under::Kept),
                 // A place without its bit may hold anything, and its filler is told that it is zero.
                 Some(false) => {
-                    let data = part.start + self.shape.bitmap + sector.start * SECTOR;
+                    let data = self.shape.data_offset(part.start, at);
                     self.file.write(data, Buf::zeroed(SECTOR as usize)).await?;
                     return Ok(below);
                 }
@@ -132,7 +132,7 @@ impl Sparse {
                 self.end_part(&part);
             }
         }
-        self.tables.settle().await
+        self.settle().await
     }
 
     async fn commit_part(&self, part: &Part) -> Result<(), Error> {
@@ -142,8 +142,7 @@ impl Sparse {
             self.set_bits(part).await?;
         }
         let Some(Reservation { place, .. }) = fresh else { return Ok(()) };
-        let entry = self.shape.entry_offset(part.block);
-        self.tables.update(entry, &place.to_be_bytes(), Order::Anytime).await?;
+        self.set_entry(part.block, place).await?;
         if let Some(reservation) = self.reservations.borrow_mut().get_mut(&part.block) {
             reservation.committed = true;
         }
@@ -177,7 +176,7 @@ impl Sparse {
                 None => self.tables.load(offset).await?,
                 Some(false) => from = to,
                 // In memory a moment ago; else once more.
-                Some(true) if self.tables.set(offset, &bits[..len], Order::AfterData) => from = to,
+                Some(true) if self.change(part.block, offset, &bits[..len], Order::AfterData) => from = to,
                 Some(true) => {}
             }
         }
@@ -211,8 +210,7 @@ impl Sparse {
         let parts = self.plans.borrow_mut().remove(&plan.id).unwrap_or_default();
         let draft = Draft { disk: self, parts };
         let zeroes = draft.parts.iter().filter(|part| !self.is_clean(part)).map(|part| {
-            let data =
-                part.start + self.shape.bitmap + part.range.start - u64::from(part.block) * self.shape.block;
+            let data = self.shape.data_offset(part.start, part.range.start);
             self.file.zero(data..data + (part.range.end - part.range.start))
         });
         super::reserve::all(zeroes.collect()).await?;

@@ -137,7 +137,14 @@ impl Images {
             files.push(file);
             names.push(path.display().to_string().into());
         }
-        chain.layers.push(ChainLayer { format, files, names, writable: !read_only, snapshot: None });
+        chain.layers.push(ChainLayer {
+            format,
+            files,
+            names,
+            writable: !read_only,
+            flush: false,
+            snapshot: None,
+        });
         Ok((image, description))
     }
 

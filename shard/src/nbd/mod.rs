@@ -376,7 +376,8 @@ impl Conn {
     /// Keeps buffers and has done nothing about it for `patience`.
     pub fn is_stalled(&self, now: Nanos, patience: Nanos) -> bool {
         let receives_nothing = self.send_op.is_some() && now > self.sent_at + patience;
-        let sends_nothing = matches!(self.rx, Rx::Payload { .. }) && now > self.received_at + patience;
+        let sends_nothing =
+            matches!(self.rx, Rx::Payload { data: Data::Pool(..), .. }) && now > self.received_at + patience;
         receives_nothing || (sends_nothing && !self.stopped)
     }
 

@@ -277,6 +277,13 @@ impl Conn {
     fn payload(&mut self, ctx: &mut ConnCtx<'_>) -> Option<Stop> {
         let Rx::Payload { command, offset, data, filled, len } = &mut self.rx else { return None };
         let (command, offset, len) = (*command, *offset, *len);
+        if let Data::Bytes(bytes) = data {
+            // It came from another shard, where it had its place in the budget.
+            let Some(buf) = ctx.pool.take(bytes.len(), true) else { return Some(Stop::Buffer) };
+            ctx.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(bytes);
+            self.buffers += buf.capacity() as u64;
+            *data = Data::Pool(buf, len);
+        }
         let Data::Pool(buf, _) = data else {
             self.close("a payload without a buffer");
             return None;

@@ -15,11 +15,11 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Puts a connection into service.
-    pub(super) fn add_conn(&mut self, disk: u32, make: impl FnOnce(&mut Pool, u32, u32, Nanos) -> Conn) {
+    pub(super) fn add_conn(&mut self, disk: u32, make: impl FnOnce(u32, u32, Nanos) -> Conn) {
         let generation = self.next_generation();
         let vacant = self.conns.vacant_entry();
         let slot = vacant.key() as u32;
-        vacant.insert(Box::new(make(&mut self.pool, slot, generation, self.now)));
+        vacant.insert(Box::new(make(slot, generation, self.now)));
         let entry = &mut self.disks[disk as usize];
         entry.conns.push(slot);
         self.counters.clients.add(1);

@@ -19,6 +19,7 @@ mod conns;
 mod meter;
 mod ops;
 mod settle;
+mod swap;
 mod volume;
 
 use std::cmp::Reverse;
@@ -131,6 +132,8 @@ struct Entry {
     engine: Option<Box<volume::Engine>>,
     /// Its image could not be opened: the command to answer, and why.
     failed_open: Option<(u64, String)>,
+    /// It is being given another image.
+    swap: Option<swap::Swap>,
     /// When an error of its image was told last.
     told: Option<Nanos>,
     /// Its file cannot tell that it would have to wait: all I/O counts as punted.
@@ -336,10 +339,13 @@ impl<K: Kernel> Shard<K> {
             self.tick();
         }
         self.account(start);
-        if let Some(tag) = self.stopping
-            && self.disks.is_empty()
-        {
-            self.events.send(Event::Reply { tag, result: Ok(crate::api::Reply::Done) });
+        // The one operation that stays is the poll of the inbox.
+        if self.stopping.is_some() && self.disks.is_empty() && self.ops.len() <= 1 {
+            // What was sent before the control thread could know: every command has its reply.
+            self.inbox();
+            if let Some(tag) = self.stopping {
+                self.reply(tag, Ok(crate::api::Reply::Done));
+            }
             return Ok(false);
         }
         Ok(true)

@@ -36,6 +36,8 @@ pub enum Event {
     Operator(usize),
     /// The store of a file answers again.
     Release(usize),
+    /// A shard whose address space for buffers was spent has some again.
+    Buffers(usize),
     /// A client that had stopped reads again.
     Read(usize),
 }
@@ -245,7 +247,7 @@ impl World {
                 self.clients_due.remove(&client);
                 return Some(event);
             }
-            Event::Operator(_) | Event::Read(_) => return Some(event),
+            Event::Operator(_) | Event::Read(_) | Event::Buffers(_) => return Some(event),
         }
         None
     }

@@ -1,0 +1,187 @@
+//! Goal: whatever instant the machine dies at, the image opens, shows what was flushed, and nothing that was never written there.
+//! Method: every change of the file is recorded while a workload runs; from the record crash states are made: what was flushed, plus a
+//! random part of what was not, in any order, torn at 512 bytes. Each is opened, checked and read. Flushed data has to be
+//! there; other bytes are old, new, or both in pieces of 512.
+
+use std::rc::Rc;
+
+use super::store::{Bytes, Mem, Op};
+use super::*;
+use crate::driver::Erase;
+use crate::raw_driver::Raw;
+use crate::vhd::layout::Layout;
+
+const SIZE: u64 = 96 << 10;
+const SECTORS: usize = (SIZE / 512) as usize;
+
+/// What may be in each sector: the last flushed value, and what was written since. A value is the byte that fills it.
+type Legal = Vec<Vec<u8>>;
+
+/// An instant of the workload: how much of the record there was, and what was legal.
+struct Instant {
+    ops: usize,
+    legal: Legal,
+    size: u64,
+}
+
+/// Runs a workload and returns the file before it, the record, and the instants.
+fn workload(differencing: bool, seed: u64) -> (Bytes, Vec<Op>, Vec<Instant>) {
+    let mem = Mem::new(Bytes::default());
+    let file: Rc<dyn ImageFile> = mem.clone();
+    let link = Link { paths: vec!["p".to_owned()], format: Some("raw".to_owned()), identity: None };
+    let backing = differencing.then_some((link, SIZE));
+    create(&file, Some(SIZE), backing, &[("block_size", "8192")]);
+    let before = mem.bytes.borrow().clone();
+    *mem.record.borrow_mut() = Some(Vec::new());
+    let disk = open(&file, differencing).unwrap();
+    let mut numbers = Numbers(seed);
+    let below = if differencing { 0xbb } else { 0 };
+    let mut legal: Legal = vec![vec![below]; SECTORS];
+    let mut instants = Vec::new();
+    let mut value = 1;
+    for step in 0..70 {
+        let from = numbers.below(SECTORS as u64) as usize;
+        let len = (1 + numbers.below(20) as usize).min(SECTORS - from);
+        let (offset, bytes) = (from as u64 * 512, len * 512);
+        match numbers.below(12) {
+            0 | 1 => {
+                block_on(disk.flush()).unwrap();
+                for sector in &mut legal {
+                    sector.drain(..sector.len() - 1);
+                }
+            }
+            2 => {
+                let (from, to) = (from / 16 * 16, SECTORS.min((from + len).next_multiple_of(16)));
+                block_on(disk.erase(from as u64 * 512, (to - from) as u64 * 512, Erase::Zero)).unwrap();
+                legal[from..to].iter_mut().for_each(|sector| sector.push(0));
+            }
+            3 => block_on(disk.tidy()).unwrap(),
+            4 if step == 30 => block_on(disk.resize(SIZE)).unwrap(),
+            _ => {
+                value = value % 180 + 1;
+                write(&disk, offset, &vec![value; bytes]).unwrap();
+                legal[from..from + len].iter_mut().for_each(|sector| sector.push(value));
+            }
+        }
+        let ops = mem.record.borrow().as_ref().map_or(0, Vec::len);
+        instants.push(Instant { ops, legal: legal.clone(), size: SIZE });
+    }
+    block_on(disk.close()).unwrap();
+    for sector in &mut legal {
+        sector.drain(..sector.len() - 1);
+    }
+    let record = mem.record.borrow_mut().take().unwrap();
+    instants.push(Instant { ops: record.len(), legal, size: SIZE });
+    (before, record, instants)
+}
+
+fn open(file: &Rc<dyn ImageFile>, differencing: bool) -> Result<Volume, Error> {
+    if !differencing {
+        return Volume::new(vec![layer(file, file.is_writable(), None)?]);
+    }
+    let parent: Rc<dyn ImageFile> =
+        Rc::new(Mem { writable: false, ..Mem::plain(Bytes::of(&vec![0xbb; SIZE as usize])) });
+    let driver = block_on(Raw.open(open_of(&parent, false, None))).unwrap();
+    let top = layer(file, file.is_writable(), Some(SIZE))?;
+    Volume::new(vec![top, Layer { driver, files: vec![parent] }])
+}
+
+/// A state that power loss may leave: all that was flushed, and of the rest what chance says.
+fn crashed(before: &Bytes, record: &[Op], numbers: &mut Numbers) -> Bytes {
+    let flushed = record.iter().rposition(|op| matches!(op, Op::Flush)).map_or(0, |at| at + 1);
+    let mut bytes = before.clone();
+    record[..flushed].iter().for_each(|op| bytes.apply(op));
+    let mut rest: Vec<&Op> = record[flushed..].iter().filter(|_| numbers.below(3) > 0).collect();
+    if numbers.below(2) == 0 {
+        for at in (1..rest.len()).rev() {
+            // Changes of the same bytes stay in order: the store serialises them.
+            let other = numbers.below(at as u64 + 1) as usize;
+            if !rest[other..=at]
+                .iter()
+                .enumerate()
+                .any(|(index, op)| rest[other..=at].iter().skip(index + 1).any(|later| overlap(op, later)))
+            {
+                rest.swap(at, other);
+            }
+        }
+    }
+    for op in rest {
+        match op {
+            Op::Write(at, data) if numbers.below(4) == 0 => {
+                for (index, sector) in data.chunks(512).enumerate().filter(|_| numbers.below(2) == 0) {
+                    bytes.write(at + index as u64 * 512, sector);
+                }
+            }
+            op => bytes.apply(op),
+        }
+    }
+    bytes
+}
+
+fn overlap(a: &Op, b: &Op) -> bool {
+    let range = |op: &Op| match op {
+        Op::Write(at, data) => *at..at + data.len() as u64,
+        Op::Zero(range) => range.clone(),
+        Op::Truncate(_) | Op::Flush => 0..u64::MAX,
+    };
+    let (a, b) = (range(a), range(b));
+    a.start < b.end && b.start < a.end
+}
+
+#[test]
+fn power_loss_at_any_instant() {
+    let (mut states, mut by_copy) = (0, 0);
+    // More: VHD_CRASH_RUNS=1000.
+    let runs = std::env::var("VHD_CRASH_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(1);
+    for (differencing, seed) in (0..runs).flat_map(|run| [(false, 2 * run), (true, 2 * run + 1)]) {
+        let (before, record, instants) = workload(differencing, seed);
+        let mut numbers = Numbers(seed + 100);
+        for (index, instant) in instants.iter().enumerate() {
+            // In the middle of the step after this instant, too: what it writes is legal then.
+            let until = instants.get(index + 1).map_or(instant.ops, |next| next.ops);
+            for _ in 0..2 {
+                let ops = instant.ops + numbers.below((until - instant.ops) as u64 + 1) as usize;
+                let state = crashed(&before, &record[..ops], &mut numbers);
+                let also = instants.get(index + 1).map_or(&instant.legal, |next| &next.legal);
+                by_copy += u64::from(judge(&state, differencing, &[&instant.legal, also], instant.size));
+                states += 1;
+            }
+        }
+    }
+    println!("{states} crash states");
+    assert_eq!(by_copy, 0, "states without a footer at the end");
+}
+
+/// Opens, checks and reads a state; true when the footer at its end was not there.
+fn judge(state: &Bytes, differencing: bool, legal: &[&Legal], size: u64) -> bool {
+    let file: Rc<dyn ImageFile> = Rc::new(Mem { writable: false, ..Mem::plain(state.clone()) });
+    let layout = block_on(Layout::read(&file)).unwrap();
+    let by_copy = layout.footers.trailing.is_err();
+    assert!(layout.footers.copy.is_ok(), "the copy is the way out");
+    let findings = check(&file, None);
+    let other_than_footer = findings.corruptions.iter().find(|line| !line.contains("its copy at 0 is used"));
+    assert_eq!(other_than_footer, None);
+    let disk = open(&file, differencing).unwrap();
+    assert_eq!(disk.size(), size);
+    for sector in 0..SECTORS {
+        let found = read(&disk, sector as u64 * 512, 512).unwrap();
+        let uniform = found.iter().all(|byte| *byte == found[0]);
+        let known = legal.iter().any(|legal| legal[sector].contains(&found[0]));
+        assert!(uniform && known, "sector {sector} holds {} of {:?}", found[0], legal[0][sector]);
+    }
+    // It can be written again, and is clean then.
+    let file: Rc<dyn ImageFile> = Mem::new(state.clone());
+    let disk = open(&file, differencing).unwrap();
+    for block in 0..SIZE / 8192 {
+        write(&disk, block * 8192 + 512, &[0xdd; 512]).unwrap();
+        let found = read(&disk, block * 8192, 512).unwrap();
+        assert!(legal.iter().any(|legal| legal[block as usize * 16].contains(&found[0])));
+    }
+    block_on(disk.close()).unwrap();
+    drop(disk);
+    // Without a new block nobody touches the end of the file: what the dead one left may be there still.
+    let findings = check(&file, Some(crate::driver::Repair::Leaks));
+    assert_eq!((findings.corruptions, findings.leaks_total), (Vec::new(), findings.repaired_total));
+    assert_clean(&file);
+    by_copy
+}

@@ -1,0 +1,96 @@
+//! Goal: plans that are out at the same time share blocks, and plans that are given up leave nothing behind. Method: plans made by
+//! hand against the driver.
+
+use std::rc::Rc;
+
+use super::store::{Bytes, Mem};
+use super::*;
+use crate::driver::{Driver, Place};
+
+fn disk(size: u64) -> (Rc<dyn ImageFile>, Rc<dyn Driver>) {
+    let file: Rc<dyn ImageFile> = Mem::new(Bytes::default());
+    create(&file, Some(size), None, &[("block_size", "8192")]);
+    let driver = layer(&file, true, None).unwrap().driver;
+    (file, driver)
+}
+
+fn place(driver: &Rc<dyn Driver>, offset: u64) -> Place {
+    let mut extents = Vec::new();
+    while driver.map(offset, 512, &mut extents).unwrap() == 0 {
+        block_on(driver.load(offset, 512)).unwrap();
+    }
+    extents[0].place
+}
+
+#[test]
+fn plans_of_one_block_share_its_place() {
+    let (file, driver) = disk(1 << 20);
+    let first = block_on(driver.plan_write(0, 512)).unwrap();
+    let second = block_on(driver.plan_write(1024, 512)).unwrap();
+    assert_eq!(first.fills[0].offset + 1024, second.fills[0].offset);
+    assert_eq!(place(&driver, 0), Place::Zero { allocated: false });
+    for plan in [&first, &second] {
+        block_on(file.write(plan.fills[0].offset, Buf::copy_of(&[7; 512]))).unwrap();
+    }
+    let offset = second.fills[0].offset;
+    block_on(driver.commit(second)).unwrap();
+    // The block is there, and the first plan's sectors are zero until it has ended, or as they are being written.
+    assert!(matches!(place(&driver, 1024), Place::Data { offset: at, .. } if at == offset));
+    driver.abort(first);
+    let third = block_on(driver.plan_write(4096, 512)).unwrap();
+    assert_eq!(third.fills[0].offset, offset + 3072);
+    block_on(driver.commit(third)).unwrap();
+    block_on(driver.close()).unwrap();
+    assert_clean(&file);
+}
+
+#[test]
+fn a_place_that_was_given_up_is_not_used_again() {
+    let (file, driver) = disk(1 << 20);
+    let plan = block_on(driver.plan_write(0, 8192)).unwrap();
+    let given_up = plan.fills[0].offset;
+    // Its payload arrives late.
+    driver.abort(plan);
+    block_on(file.write(given_up, Buf::copy_of(&[0xee; 8192]))).unwrap();
+    for block in 0..100u64 {
+        let plan = block_on(driver.plan_write(block * 8192, 512)).unwrap();
+        assert_ne!(plan.fills[0].offset, given_up);
+        block_on(driver.commit(plan)).unwrap();
+    }
+    block_on(driver.close()).unwrap();
+    // The next opening cleans it before it is used.
+    let volume = volume(&file, true);
+    for block in 100..128u64 {
+        write(&volume, block * 8192, &[1; 512]).unwrap();
+        assert_eq!(read(&volume, block * 8192 + 512, 512).unwrap(), [0; 512]);
+    }
+}
+
+#[test]
+fn an_error_fails_one_write_only() {
+    // Every change of the file fails from the N-th on, then works again: nothing is lost, the disk goes on.
+    for changes in 0..40 {
+        let file = Mem::new(Bytes::default());
+        let image: Rc<dyn ImageFile> = file.clone();
+        create(&image, Some(1 << 20), None, &[("block_size", "8192")]);
+        let disk = volume(&image, true);
+        let mut written = Vec::new();
+        file.changes_left.set(changes);
+        for block in 0..6u64 {
+            if write(&disk, block * 8192, &[block as u8 + 1; 512]).is_ok() {
+                written.push(block);
+            }
+        }
+        file.changes_left.set(u64::MAX);
+        for block in 6..12u64 {
+            write(&disk, block * 8192, &[block as u8 + 1; 512]).unwrap();
+            written.push(block);
+        }
+        for block in &written {
+            assert_eq!(read(&disk, block * 8192, 512).unwrap(), [*block as u8 + 1; 512], "{changes}");
+            assert_eq!(read(&disk, block * 8192 + 512, 512).unwrap(), [0; 512], "{changes}");
+        }
+        block_on(disk.close()).unwrap();
+        assert_clean(&image);
+    }
+}
