@@ -251,7 +251,8 @@ impl Image {
             }
         };
         let offset = word & TABLE_OFFSET_MASK;
-        let in_file = offset + self.geometry.cluster() <= self.end().max(self.reserve_end_offset());
+        let in_file =
+            offset.saturating_add(self.geometry.cluster()) <= self.end().max(self.reserve_end_offset());
         if word & !TABLE_OFFSET_MASK != 0 || !self.geometry.is_aligned(offset) || (offset != 0 && !in_file) {
             let what =
                 format!("entry {index} of its refcount table is {word:#x}, which is no place of a block");
@@ -412,6 +413,11 @@ impl Image {
                 end = end.max(index * per_block + used + 1);
                 break;
             }
+        }
+        if end > OFFSET_MASK >> self.geometry.cluster_bits {
+            let what =
+                format!("cluster {end} has a refcount and lies behind every file's end: repair it offline");
+            return Err(Error::corrupt(self.name(), what));
         }
         self.reserve.end.set(Some(end));
         Ok(end)
