@@ -8,6 +8,7 @@
 //! ```
 
 pub mod conformance;
+pub mod dm_log;
 pub mod fault;
 pub mod fuzz;
 pub mod history;
