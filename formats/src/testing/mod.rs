@@ -12,6 +12,8 @@ pub mod dm_log;
 pub mod fault;
 pub mod fuzz;
 pub mod history;
+#[cfg(test)]
+mod known_defects;
 pub mod log;
 mod mem_file;
 pub mod oracle;
