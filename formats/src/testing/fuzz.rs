@@ -322,7 +322,7 @@ mod tests {
         rig.store
             .run(async {
                 for number in 0..12u64 {
-                    let start = number * volume.size() / 12 & !511;
+                    let start = (number * volume.size() / 12) & !511;
                     write(&volume, start, &[number as u8 + 1; 5000]).await?;
                 }
                 volume.erase(0, 70_000, Erase::Zero).await?;

@@ -36,6 +36,9 @@ pub enum Stuck {
     Budget,
 }
 
+/// Picks operations.
+type Filter = Box<dyn Fn(&Op) -> bool>;
+
 /// What is told to who waits for an operation.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
@@ -75,7 +78,7 @@ pub struct Store {
     files: RefCell<Vec<File>>,
     in_flight: RefCell<Vec<InFlight>>,
     rules: RefCell<Vec<Rule>>,
-    hold: RefCell<Option<Box<dyn Fn(&Op) -> bool>>>,
+    hold: RefCell<Option<Filter>>,
     in_order: Cell<bool>,
     space_max_bytes: Cell<u64>,
     turns_left: Cell<u64>,
