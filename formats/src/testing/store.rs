@@ -453,11 +453,7 @@ impl Store {
             self.turns_left.set(turns);
             // Mostly the tasks go first; now and then several completions arrive before anybody looks.
             let step_first = !self.in_order.get() && rng.u8(..4) == 0;
-            let progress = if step_first {
-                self.step() || tasks.turn(&mut rng)
-            } else {
-                tasks.turn(&mut rng) || self.step()
-            };
+            let progress = (step_first && self.step()) || tasks.turn(&mut rng) || self.step();
             if !progress {
                 return Err(Stuck::Deadlock(self.in_flight()));
             }
