@@ -1,7 +1,7 @@
 //! Goal: the VHD driver keeps the contract of all drivers. Method: the conformance suites on every kind of image, alone and in
 //! chains, with and without an allocation log.
 
-use crate::raw::driver::Raw;
+use crate::raw_driver::Raw;
 use crate::testing::conformance::{all, concurrency, crash, enumerate, faults, for_seeds, model};
 use crate::testing::rig::{Case, LayerCase};
 use crate::testing::size_of_run;
