@@ -190,6 +190,8 @@ async fn open_sparse(
         writable: open.writable,
         damaged: walk.damaged,
         pinned: batmap.map_or_else(BlockSet::default, |batmap| batmap.full),
+        unsettled: RefCell::default(),
+        last_change: Cell::new(0),
         full: RefCell::new(BlockSet::new(blocks)),
         reserve,
         metadata_end: metadata.iter().map(|range| range.end).max().unwrap_or(0),

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::store::{Bytes, Mem, Op};
 use super::*;
 use crate::driver::Erase;
-use crate::raw::driver::Raw;
+use crate::raw_driver::Raw;
 use crate::vhd::layout::Layout;
 
 const SIZE: u64 = 96 << 10;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::store::{Bytes, Mem};
 use super::*;
 use crate::driver::Erase;
-use crate::raw::driver::Raw;
+use crate::raw_driver::Raw;
 
 /// An image under test: the file, what is below it, and what it holds.
 struct Subject {
