@@ -53,6 +53,7 @@ fn open_chain(chain: &str) -> Result<(Backend, u64), Failure> {
             names: vec![path.into()],
             writable: index == 0,
             snapshot: None,
+            log: None,
         });
     }
     Ok((Backend::Image(Arc::new(ImageChain { layers })), size.unwrap_or_default()))
