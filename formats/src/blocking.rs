@@ -161,6 +161,15 @@ impl Blocking {
             self.set_length(range.start)?;
             return self.set_length(length.max(range.end));
         }
+        if !self.device {
+            use rustix::fs::{FallocateFlags, fallocate};
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let punched = fallocate(&self.file, punch, range.start, range.end - range.start);
+            if punched.is_ok() && range.end <= self.length.get() {
+                return Ok(());
+            }
+            // A store without holes: zeroes are written.
+        }
         let zeroes = vec![0; ZERO_RUN.min((range.end - range.start) as usize)];
         let mut at = range.start;
         while at < range.end {
@@ -169,6 +178,26 @@ impl Blocking {
             at += run as u64;
         }
         Ok(())
+    }
+}
+
+/// What the store of a regular file of `length` bytes has from `offset` on, as [`ImageFile::data_run`] says it. Stores that cannot
+/// tell have data everywhere.
+pub fn data_run(file: &File, offset: u64, length: u64) -> (u64, bool) {
+    use rustix::fs::{SeekFrom, seek};
+    if offset >= length {
+        return (u64::MAX - offset, false);
+    }
+    let rest = length - offset;
+    match seek(file, SeekFrom::Data(offset)) {
+        Ok(data) if data > offset => (data - offset, false),
+        Ok(_) => match seek(file, SeekFrom::Hole(offset)) {
+            Ok(hole) if hole > offset => (hole - offset, true),
+            _ => (rest, true),
+        },
+        // No data up to the end.
+        Err(rustix::io::Errno::NXIO) => (rest, false),
+        Err(_) => (rest, true),
     }
 }
 
@@ -215,5 +244,9 @@ impl ImageFile for Blocking {
 
     fn zero(&self, range: Range<u64>) -> Pending<'static, ()> {
         done(if range.start < range.end { self.zero_now(range) } else { Ok(()) })
+    }
+
+    fn data_run(&self, offset: u64) -> Pending<'static, (u64, bool)> {
+        done(Ok(if self.device { (u64::MAX, true) } else { data_run(&self.file, offset, self.length.get()) }))
     }
 }

@@ -351,6 +351,43 @@ pub struct Create {
     pub options: Vec<(String, String)>,
 }
 
+/// What images of a format need in their file, for `measure`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes of the disk that get space together (cluster, block).
+    pub unit: u64,
+    /// Bytes that such a unit takes in the file.
+    pub unit_space: u64,
+    /// Bytes that everything else takes, at most.
+    pub overhead: u64,
+}
+
+/// A state of the disk that an image keeps beside its active one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Identifier, unique in the image.
+    pub id: String,
+    /// Name as a user gave it; may be empty, and need not be unique.
+    pub name: String,
+    /// Bytes of the disk then; `None` when the image does not say.
+    pub size: Option<u64>,
+    /// When it was made, seconds since 1970.
+    pub created: u64,
+    /// Bytes of the state of a running machine that are kept with it.
+    pub machine_bytes: u64,
+}
+
+/// What is to be done with the snapshots inside an image. A name is looked up as identifier first, as in [`Open::snapshot`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotChange {
+    /// Keep the active state under a name that no snapshot has yet.
+    Create(String),
+    /// Make the active state what the snapshot is; the active state is lost.
+    Apply(String),
+    /// Forget a snapshot and give back what only it had.
+    Delete(String),
+}
+
 /// A format: the one line of [`crate::registry`] that makes it known.
 pub trait Format: Sync {
     /// Its type in specifications: `vhd`, `qcow2`.
@@ -377,4 +414,54 @@ pub trait Format: Sync {
 
     /// Finds everything that is wrong with an image, and repairs what `repair` allows. `below_size` as in [`Open`].
     fn check(&self, open: Open, repair: Option<Repair>) -> Pending<'_, Findings>;
+
+    /// Paths of the further files that [`Format::create`] wants for these options, in its order; relative ones are relative to the
+    /// folder of the image.
+    ///
+    /// # Errors
+    /// The options make no sense.
+    fn data_files(&self, _create: &Create) -> Result<Vec<String>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// What an image made in this way needs in its file.
+    ///
+    /// # Errors
+    /// The options make no sense, or the format cannot say.
+    fn space(&self, _create: &Create) -> Result<Space, Error> {
+        Err(refused(self.name(), "cannot be measured: make the image and look at its length"))
+    }
+
+    /// Changes which image lies below: what the new one is called, its identity and its size; `None` for none at all. Changes that
+    /// reference alone and looks at no data. After a crash the image names the old one or the new one, whole.
+    fn set_backing(&self, file: Rc<dyn ImageFile>, _backing: Option<(Link, u64)>) -> Pending<'_, ()> {
+        let message =
+            format!("{}: {}", file.name(), refused(self.name(), "cannot have another parent").message);
+        Box::pin(std::future::ready(Err(Error::new(crate::error::ErrorKind::Unsupported, message))))
+    }
+
+    /// Makes the disk of an image that nobody has open smaller: what is behind `size` is lost. A crash leaves the old size or the new
+    /// one.
+    fn shrink(&self, open: Open, size: u64) -> Pending<'_, ()> {
+        Box::pin(async move {
+            let driver = self.open(open).await?;
+            driver.resize(size).await?;
+            driver.flush().await?;
+            driver.close().await
+        })
+    }
+
+    /// The snapshots inside an image, oldest first. Changes nothing.
+    fn snapshots(&self, _file: Rc<dyn ImageFile>) -> Pending<'_, Vec<Snapshot>> {
+        Box::pin(std::future::ready(Err(refused(self.name(), "has no snapshots inside the image"))))
+    }
+
+    /// Makes, applies or deletes a snapshot inside an image. After a crash the change is done or not, with leaks at most.
+    fn change_snapshots<'a>(&'a self, _open: Open, _change: &'a SnapshotChange) -> Pending<'a, ()> {
+        Box::pin(std::future::ready(Err(refused(self.name(), "has no snapshots inside the image"))))
+    }
+}
+
+fn refused(format: &str, what: &str) -> Error {
+    Error::new(crate::error::ErrorKind::Unsupported, format!("the format {format} {what}"))
 }

@@ -107,4 +107,10 @@ pub trait ImageFile: std::fmt::Debug {
 
     /// Makes a range read as zero, giving its space back where the store can do that.
     fn zero(&self, range: Range<u64>) -> Pending<'static, ()>;
+
+    /// What the store has from `offset` on: how many bytes are alike (never 0), and whether it has bytes there at all. False: a hole,
+    /// which reads as zero. Only a hint about cost where it is true; behind the end of the file there is a hole without an end.
+    fn data_run(&self, _offset: u64) -> Pending<'static, (u64, bool)> {
+        Box::pin(std::future::ready(Ok((u64::MAX, true))))
+    }
 }

@@ -19,5 +19,6 @@ pub mod size;
 pub mod spec;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod tools;
 pub mod vhd;
 pub mod volume;

@@ -17,8 +17,6 @@
 //! 3. A write of part of a physical block reads, changes and writes the whole block; [`cover`] names these blocks, so
 //!    that the caller can serialise the work on each.
 
-pub mod driver;
-
 use std::ops::Range;
 
 /// Unit of a disk's size, in bytes.

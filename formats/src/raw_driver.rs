@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use crate::driver::{
     Create, Description, Driver, Erase, Erased, Extent, FileIndex, Findings, Format, Open, Place, Plan,
-    Repair, Usage,
+    Repair, Space, Usage,
 };
 use crate::error::Error;
 use crate::file::{ImageFile, Pending};
@@ -30,6 +30,10 @@ fn size_of(file: &dyn ImageFile) -> Result<u64, Error> {
     served_size(length).ok_or_else(|| {
         Error::invalid(format!("{}: {length} bytes are more than a disk can have", file.name()))
     })
+}
+
+fn no_option(name: &str) -> Error {
+    Error::invalid(format!("a raw image has no option {name}: it has none at all"))
 }
 
 fn done<'a, T: 'a>(result: Result<T, Error>) -> Pending<'a, T> {
@@ -75,7 +79,7 @@ impl Format for Raw {
     ) -> Pending<'a, ()> {
         Box::pin(async move {
             if let Some((name, _)) = create.options.first() {
-                return Err(Error::invalid(format!("a raw image has no option {name}: it has none at all")));
+                return Err(no_option(name));
             }
             if create.backing.is_some() {
                 return Err(Error::invalid(
@@ -89,6 +93,13 @@ impl Format for Raw {
             file.extend(size).await?;
             file.flush().await
         })
+    }
+
+    fn space(&self, create: &Create) -> Result<Space, Error> {
+        match create.options.first() {
+            Some((name, _)) => Err(no_option(name)),
+            None => Ok(Space { unit: SECTOR_BYTES, unit_space: SECTOR_BYTES, overhead: 0 }),
+        }
     }
 
     fn check(&self, open: Open, _repair: Option<Repair>) -> Pending<'_, Findings> {

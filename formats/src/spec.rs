@@ -469,8 +469,42 @@ impl fmt::Display for Encoded<'_> {
     }
 }
 
+/// An image by the grammar alone: the name of its type is not looked at yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedImage {
+    /// Name of the type, as typed.
+    pub type_name: String,
+    /// Decoded; not empty, and made absolute.
+    pub path: PathBuf,
+    /// Options, decoded.
+    pub options: BTreeMap<String, String>,
+}
+
+impl NamedImage {
+    /// Parses what was typed in the directory `base` (absolute), for a type whose path is that of a file.
+    ///
+    /// # Errors
+    /// The grammar is broken, or the path cannot be one.
+    pub fn parse_relative_to(text: &str, base: &Path) -> Result<NamedImage, SpecError> {
+        let (type_name, path, options, offsets) = split(text)?;
+        if path.is_empty() {
+            let message = format!("{type_name} needs the path of its file: write {type_name}:/srv/disk.img");
+            return Err(error(SpecErrorKind::Path, offsets.path, message));
+        }
+        let path = checked_path(&format!("the path of {type_name}"), &joined(base, &path)?, offsets.path)?;
+        Ok(NamedImage { type_name: type_name.to_owned(), path, options })
+    }
+}
+
 /// The grammar alone, with the places of its parts.
 fn parse(text: &str) -> Result<(ImageSpec, Offsets), SpecError> {
+    let (name, path, options, offsets) = split(text)?;
+    let image_type = name.parse().map_err(|problem| SpecError { offset: Some(0), ..problem })?;
+    Ok((ImageSpec { image_type, path, options }, offsets))
+}
+
+/// Cuts a specification into type, path and options.
+fn split(text: &str) -> Result<(&str, String, BTreeMap<String, String>, Offsets), SpecError> {
     if text.len() > SPEC_MAX_BYTES {
         let message =
             format!("the image specification has {} bytes: at most {SPEC_MAX_BYTES} are read", text.len());
@@ -485,14 +519,14 @@ fn parse(text: &str) -> Result<(ImageSpec, Offsets), SpecError> {
             format!("{} does not start with a type: write TYPE:PATH, like raw:/srv/disk.img", quoted(text));
         return Err(error(SpecErrorKind::MissingType, Some(0), message));
     };
-    let image_type = name.parse().map_err(|problem| SpecError { offset: Some(0), ..problem })?;
 
     let path_offset = name.len() + 1;
     let (path, option_text) = match rest.split_once('?') {
         Some((path, options)) => (path, Some(options)),
         None => (rest, None),
     };
-    let mut spec = ImageSpec { image_type, path: decode(path, path_offset)?, options: BTreeMap::new() };
+    let mut found = BTreeMap::new();
+    let decoded = decode(path, path_offset)?;
     let mut offsets = Offsets { path: Some(path_offset), options: BTreeMap::new() };
 
     let mut offset = path_offset + path.len() + 1;
@@ -502,14 +536,14 @@ fn parse(text: &str) -> Result<(ImageSpec, Offsets), SpecError> {
             return Err(error(SpecErrorKind::OptionSyntax, Some(offset), message));
         };
         let value_offset = offset + key.len() + 1;
-        if spec.options.insert(key.to_owned(), decode(value, value_offset)?).is_some() {
+        if found.insert(key.to_owned(), decode(value, value_offset)?).is_some() {
             let message = format!("option {} is given twice: give it once", quoted(key));
             return Err(error(SpecErrorKind::DuplicateOption, Some(offset), message));
         }
         offsets.options.insert(key.to_owned(), (offset, value_offset));
         offset += option.len() + 1;
     }
-    Ok((spec, offsets))
+    Ok((name, decoded, found, offsets))
 }
 
 /// Decodes `%XX`; `offset` is where `text` stands in the whole, for messages.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::image::args::ImageArgs;
 use crate::limit_change::LimitChange;
 use crate::model::ErrorPolicy;
 
@@ -29,6 +30,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Talk to a running daemon
     Ctl(Box<CtlArgs>),
+    /// Work on images that nobody uses
+    Image(Box<ImageArgs>),
     /// Check whether this host, and directories of images on it, can serve disks
     Doctor {
         /// Directories where images are or will be
@@ -200,6 +203,18 @@ pub enum CtlCommand {
         /// After a failed fdatasync: go on although acknowledged data may be lost
         #[arg(long)]
         data_in_doubt: bool,
+        /// Run a paused disk on another image of the same size, TYPE:PATH
+        #[arg(long, value_name = "TYPE:PATH")]
+        image: Option<String>,
+    },
+    /// Put a new overlay over a disk, live; what the disk holds at that instant stays in its image
+    ///
+    /// `snapshot NAME TYPE:FILE` for one disk, `snapshot A=TYPE:FILE B=TYPE:FILE` for several at one instant, all or none. The
+    /// files are made; they must not exist.
+    Snapshot {
+        /// NAME TYPE:FILE, or NAME=TYPE:FILE for each disk
+        #[arg(required = true)]
+        disks: Vec<String>,
     },
     /// Give a disk up: its requests are answered with errors until it is detached, over restarts of the daemon as well
     Fail {

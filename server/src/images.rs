@@ -50,6 +50,16 @@ enum Held {
     Nothing,
 }
 
+impl Held {
+    fn files(&self) -> Vec<FileKey> {
+        match self {
+            Held::File(key) => vec![*key],
+            Held::Chain(keys) => keys.clone(),
+            Held::Ram(_) | Held::Nothing => Vec::new(),
+        }
+    }
+}
+
 /// Where the space of an image can be measured, without keeping it open.
 #[derive(Debug, Clone)]
 pub struct Measure(Held);
@@ -58,6 +68,24 @@ impl OpenImage {
     /// For [`Images::allocated_bytes`].
     pub fn measure(&self) -> Measure {
         Measure(self.held.clone())
+    }
+
+    /// No image, of a size in bytes.
+    pub fn nothing(size_bytes: u64) -> OpenImage {
+        OpenImage { backend: Backend::Null, size_bytes, block_bytes: 1, note: None, held: Held::Nothing }
+    }
+
+    /// An overlay takes over; this image is below it from now on.
+    pub fn put_on_top(&mut self, overlay: OpenImage) {
+        let mut keys = overlay.held.files();
+        keys.extend(self.held.files());
+        self.backend = overlay.backend;
+        self.held = Held::Chain(keys);
+    }
+
+    /// The files of the image that was put below an overlay last: all but the overlay's own.
+    pub fn below(&self) -> Vec<FileKey> {
+        self.held.files().split_off(1)
     }
 }
 

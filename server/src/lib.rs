@@ -7,6 +7,7 @@
 //!                          ▲             ▲             ▲
 //!                  http (API) ◀─ client  │          metrics
 //!                          nbd (listeners, negotiation)
+//! main ─▶ image (the offline tools)
 //! ```
 //!
 //! May import: `shard`; of `ring-bridge` and `formats` what control work needs (negotiation, grammar). Must never: touch a
@@ -24,6 +25,7 @@ pub mod files;
 pub mod fleet;
 pub mod generate;
 pub mod http;
+pub mod image;
 pub mod images;
 pub mod limit_change;
 pub mod logging;

@@ -8,9 +8,14 @@ use blktapd::problem::Problem;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explain(&error),
+    };
+    let result = match cli.command {
         Command::Serve(args) => blktapd::serve::serve(*args),
         Command::Ctl(args) => Ok(blktapd::client::ctl(*args)),
+        Command::Image(args) => Ok(blktapd::image::image(*args)),
         Command::Doctor { dirs, json } => Ok(doctor(&dirs, json)),
         Command::Generate { what } => blktapd::generate::generate(&what).map(|()| 0),
     };
@@ -22,6 +27,18 @@ fn main() -> ExitCode {
             let code = Problem { kind, message }.exit_code();
             ExitCode::from(if code == 2 { 2 } else { 1 })
         }
+    }
+}
+
+/// Prints what clap has to say: help, the version, or what is wrong with the command line.
+fn explain(error: &clap::Error) -> ExitCode {
+    let _ = error.print();
+    // With `image`, 2 is a finding.
+    let is_image = std::env::args_os().nth(1).is_some_and(|command| command == "image");
+    match error.exit_code() {
+        0 => ExitCode::SUCCESS,
+        _ if is_image => ExitCode::from(blktapd::image::USAGE),
+        code => ExitCode::from(u8::try_from(code).unwrap_or(2)),
     }
 }
 

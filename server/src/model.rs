@@ -515,11 +515,32 @@ fn optional_names_schema() -> Schema {
 }
 
 /// How to resume.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ResumeRequest {
     /// After a failed fdatasync: go on although acknowledged data may be lost.
     pub data_in_doubt: bool,
+    /// Another image for a paused disk, of the same size.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<Image>,
+}
+
+/// An overlay to put over a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotItem {
+    /// The disk.
+    pub disk: String,
+    /// The new image (qcow2 or vhd), whose file does not exist yet.
+    pub image: Image,
+}
+
+/// Disks that get overlays at one instant, all or none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// At least one.
+    pub disks: Vec<SnapshotItem>,
 }
 
 /// Where to move a disk.

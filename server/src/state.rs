@@ -145,6 +145,29 @@ impl StateStore {
         result
     }
 
+    /// Keeps several attachments, all or none. Returns when that is on the disk; after an error the state is as before.
+    pub async fn set_disks(&self, attachments: Vec<(String, Attachment)>) -> Result<(), Problem> {
+        let before: Vec<_> = self.change(|state| {
+            let set = |(name, attachment): (String, Attachment)| {
+                let before = state.disks.insert(name.clone(), attachment);
+                (name, before)
+            };
+            attachments.into_iter().map(set).collect()
+        });
+        let result = self.commit().await;
+        if result.is_err() {
+            self.change(|state| {
+                for (name, before) in before {
+                    match before {
+                        Some(before) => state.disks.insert(name, before),
+                        None => state.disks.remove(&name),
+                    };
+                }
+            });
+        }
+        result
+    }
+
     /// Keeps the limits of a group, or nothing. Returns when that is on the disk; after an error the state is as before.
     pub async fn set_group(&self, name: &str, limits: Option<Limits>) -> Result<(), Problem> {
         let exchange = |state: &mut State, value: Option<Limits>| match value {

@@ -52,6 +52,7 @@ fn open_chain(chain: &str) -> Result<(Backend, u64), Failure> {
             files: vec![open_file(path)?],
             names: vec![path.into()],
             writable: index == 0,
+            flush: false,
             snapshot: None,
             log: None,
         });

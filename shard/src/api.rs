@@ -102,6 +102,8 @@ pub struct ChainLayer {
     pub names: Vec<Arc<str>>,
     /// It may be changed: the first of a writable disk.
     pub writable: bool,
+    /// It was written until now: it is flushed before the chain is used.
+    pub flush: bool,
     /// A snapshot inside of it to serve.
     pub snapshot: Option<String>,
     /// Where its allocations are noted: of a writable one, unless there was no room for a log. What it holds is carried out before the
@@ -222,6 +224,14 @@ pub enum Command {
         /// The operator accepts that acknowledged data may be lost.
         data_in_doubt: bool,
     },
+    /// Give a paused disk another image of the same size, with its connections and the requests that wait. The old one is flushed
+    /// and closed first; when the new one cannot be opened the old one is again. Reply: `Done`.
+    Swap {
+        /// Which disk.
+        disk: DiskId,
+        /// The new image.
+        backend: Backend,
+    },
     /// Give a disk up: held and new requests are answered with errors. Reply: `Done`.
     Fail {
         /// Which disk.
@@ -238,7 +248,7 @@ pub enum Command {
         /// Which disk.
         disk: DiskId,
     },
-    /// Serve a parked disk. Reply: `Done`.
+    /// Serve a parked disk. Reply: `Done`, or `NotTaken` from a shard that is stopping or has a disk of that identity.
     Unpark(Box<ParkedDisk>),
     /// Histograms and queue depths of one disk. Reply: `Stats`.
     Stats {
@@ -276,6 +286,9 @@ pub enum Reply {
     },
     /// The disk with its connections, ready for another shard.
     Parked(Box<ParkedDisk>),
+    /// The shard does not serve the parked disk. Nothing of it was lost: any other shard can take it, also the one that it
+    /// came from.
+    NotTaken(Box<ParkedDisk>),
     /// Figures of one disk.
     Stats(Box<DiskStats>),
     /// Connections of one disk.

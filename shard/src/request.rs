@@ -162,6 +162,8 @@ pub struct Request {
     pub len: u64,
     /// Data: of a write from the start, of a read when it was started.
     pub payload: Option<Buf>,
+    /// Data of a write that came from another shard and has no buffer here yet.
+    pub carried: Option<Vec<u8>>,
     /// Who asked; `None` when the connection has gone or the reactor itself asks.
     pub origin: Option<Origin>,
     /// The volume that it runs for; `None` for requests of clients and of the reactor itself.
@@ -199,6 +201,7 @@ impl Request {
             offset,
             len,
             payload: None,
+            carried: None,
             origin,
             via: None,
             guard: None,

@@ -62,6 +62,17 @@ struct TableUse {
     active: Option<u64>,
 }
 
+/// A table, for [`Survey::separate`].
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// Number in `fixed`.
+    Fixed(usize),
+    /// Number of a refcount block.
+    Block(usize),
+    /// Offset of an L2 table.
+    L2(u64),
+}
+
 /// Counts of the clusters of one window.
 #[derive(Default)]
 pub(super) struct Counts {
@@ -193,6 +204,7 @@ impl<'a> Survey<'a> {
     pub async fn run(&mut self) -> Result<(), Error> {
         self.collect().await?;
         self.collect_blocks().await?;
+        self.separate();
         let mut first = 0;
         loop {
             let mut counts = Counts { first, ..Counts::default() };
@@ -373,37 +385,72 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
+    /// Finds tables that lie on each other. A refcount block that does is not used; nothing is repaired while others do, since a
+    /// repair of one would damage the other.
+    fn separate(&mut self) {
+        let cluster = self.geometry().cluster();
+        let fixed = self
+            .fixed
+            .iter()
+            .enumerate()
+            .map(|(index, (range, _))| (range.start, range.end, Place::Fixed(index)));
+        let blocks = self.blocks.iter().enumerate().filter(|(_, block)| **block != 0);
+        let blocks = blocks.map(|(index, block)| (*block, *block + cluster, Place::Block(index)));
+        let tables = self.tables.iter().map(|(table, _)| (*table, *table + cluster, Place::L2(*table)));
+        let mut places: Vec<(u64, u64, Place)> = fixed.chain(blocks).chain(tables).collect();
+        places.retain(|(start, end, _)| start < end);
+        places.sort_unstable_by_key(|(start, ..)| *start);
+        let mut before: Option<(u64, Place)> = None;
+        for (start, end, place) in places {
+            // Tables own whole clusters.
+            let end = self.geometry().round_up(end);
+            if let Some((_, other)) = before.filter(|(before_end, _)| *before_end > start) {
+                self.overlap(place, other);
+            }
+            if before.is_none_or(|(before_end, _)| before_end < end) {
+                before = Some((end, place));
+            }
+        }
+    }
+
+    fn overlap(&mut self, one: Place, other: Place) {
+        let line = format!("{} lies on {}", self.describe(one), self.describe(other));
+        let block = match (one, other) {
+            (Place::Block(index), _) | (_, Place::Block(index)) => index,
+            _ => {
+                self.damage(line);
+                self.fix = Fix::default();
+                self.blind = true;
+                return;
+            }
+        };
+        self.findings.corruption(line);
+        self.blocks[block] = 0;
+        self.needs_rebuild = true;
+    }
+
+    fn describe(&self, place: Place) -> String {
+        match place {
+            Place::Fixed(index) => self.fixed[index].1.clone(),
+            Place::Block(index) => format!("refcount block {index}"),
+            Place::L2(table) => format!("the L2 table at {table}"),
+        }
+    }
+
     /// Counts all references to clusters of the window.
     async fn count(&mut self, counts: &mut Counts) -> Result<(), Error> {
         let bits = self.geometry().cluster_bits;
-        let fixed = std::mem::take(&mut self.fixed);
-        for (range, what) in &fixed {
+        for (range, _) in &self.fixed {
             for cluster in range.start >> bits..range.end.div_ceil(1 << bits) {
-                let before = counts.add(cluster, TABLE, 1).unwrap_or(0);
-                if before & COUNT > 0 {
-                    self.damage(format!("{what} lies on another table, in cluster {cluster}"));
-                }
+                counts.add(cluster, TABLE, 1);
             }
         }
-        self.fixed = fixed;
-        for index in 0..self.blocks.len() {
-            let cluster = self.blocks[index] >> bits;
-            if cluster > 0 && counts.add(cluster, TABLE, 1).unwrap_or(0) & COUNT > 0 {
-                if !self.quiet {
-                    self.findings.corruption(format!(
-                        "refcount block {index} lies on another table, in cluster {cluster}"
-                    ));
-                }
-                self.needs_rebuild = true;
-            }
+        for block in self.blocks.iter().filter(|block| **block != 0) {
+            counts.add(block >> bits, TABLE, 1);
         }
-        for index in 0..self.tables.len() {
-            let (table, uses) = self.tables[index];
+        for (table, uses) in &self.tables {
             let active = if uses.active.is_some() { ACTIVE } else { 0 };
-            let before = counts.add(table >> bits, L2 | active, uses.references).unwrap_or(0);
-            if before & COUNT > 0 {
-                self.damage(format!("an L2 table lies on another table, in cluster {}", table >> bits));
-            }
+            counts.add(table >> bits, L2 | active, uses.references);
         }
         let tables = self.tables.clone();
         let mut reads = ReadAhead::new(self.file, self.geometry(), tables.iter().map(|(offset, _)| *offset));

@@ -45,6 +45,8 @@ pub(super) struct Reserve {
     filling: RefCell<Vec<Range<u64>>>,
     freed: RefCell<Vec<Range<u64>>>,
     settling: RefCell<Vec<Range<u64>>>,
+    /// Not to be used again before the image is closed.
+    abandoned: RefCell<Vec<u64>>,
     /// Clusters to have ready; 0: not used yet.
     target: Cell<u64>,
     /// Where the search for free clusters goes on.
@@ -87,6 +89,11 @@ impl Reserve {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => freed.push(range),
         }
+    }
+
+    /// Keeps a cluster from being used until the image is closed.
+    pub fn abandon(&self, cluster: u64) {
+        self.abandoned.borrow_mut().push(cluster);
     }
 
     /// Ranges on their way back.
@@ -157,6 +164,7 @@ impl Image {
 
     /// One round: see the module. `need` is how many clusters somebody waits for. The caller holds `refcounts_turn`.
     async fn round(&self, need: u64) -> Result<(), Error> {
+        self.finish_late().await?;
         let reserve = &self.reserve;
         reserve.settling.borrow_mut().append(&mut reserve.freed.borrow_mut());
         let settles = !reserve.settling.borrow().is_empty();
@@ -222,7 +230,7 @@ impl Image {
             self.refs.forget(bytes.clone());
             if !self.file.is_device() && bytes.start < self.file.length() {
                 // Not doing it costs space only.
-                let _ = self.file.zero(bytes.start..bytes.end.min(self.file.length())).await;
+                let _ = self.finish(self.file.zero(bytes.start..bytes.end.min(self.file.length()))).await;
             }
             self.reserve.cursor.set(self.reserve.cursor.get().min(range.start));
         }
@@ -368,7 +376,7 @@ impl Image {
         let bits = self.geometry.cluster_bits;
         self.claim(range.clone()).await?;
         self.file.extend(range.end << bits).await?;
-        self.file.zero(range.start << bits..range.end << bits).await
+        self.finish(self.file.zero(range.start << bits..range.end << bits)).await
     }
 
     /// Claims clusters behind all others.
@@ -379,7 +387,7 @@ impl Image {
         let former = if self.file.is_device() { u64::MAX } else { self.file.length() };
         self.file.extend(range.end << bits).await?;
         if range.start << bits < former {
-            self.file.zero(range.start << bits..(range.end << bits).min(former)).await?;
+            self.finish(self.file.zero(range.start << bits..(range.end << bits).min(former))).await?;
         }
         self.reserve.end.set(Some(range.end));
         self.claim(range).await
@@ -584,10 +592,14 @@ impl Image {
         let mut place = [0; 12];
         place[..8].copy_from_slice(&offset.to_be_bytes());
         place[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
-        self.file.write(48, Buf::copy_of(&place)).await?;
+        // Made and believed at once: a caller that goes away leaves file and memory with the same table.
+        let switch = self.file.write(48, Buf::copy_of(&place));
+        self.reftable.set(TablePlace { offset, entries: (table.len() / 8) as u64 });
+        if let Err(error) = self.finish(switch).await {
+            self.reftable.set(old);
+            return Err(error);
+        }
         self.file.flush().await?;
-        let new = TablePlace { offset, entries: (table.len() / 8) as u64 };
-        self.reftable.set(new);
         let old_bytes = old.offset..old.offset + old.entries * 8;
         self.refs.forget(old_bytes.clone());
         self.move_fixed(old_bytes.clone(), offset..offset + table.len() as u64);
@@ -614,6 +626,7 @@ impl Image {
     pub async fn empty_reserve(&self) -> Result<(), Error> {
         let _turn = self.refcounts_turn.lock().await;
         let mut unused: Vec<Range<u64>> = self.reserve.ready.borrow_mut().drain(..).collect();
+        unused.extend(self.reserve.abandoned.borrow_mut().drain(..).map(|cluster| cluster..cluster + 1));
         self.reserve.freed.borrow_mut().extend(unused.iter().cloned());
         self.round(0).await?;
         self.refs.write_back().await?;

@@ -16,7 +16,7 @@ use super::extensions;
 use super::header::{self, Geometry, KNOWN_BYTES, L1_MAX_BYTES, MAGIC, RawHeader, V2_BYTES};
 use super::l2::Entry;
 use super::refcount;
-use crate::driver::{Budget, Create, Open, Order};
+use crate::driver::{Budget, Create, Open, Order, Space};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
 use crate::size::parse_size;
@@ -275,6 +275,34 @@ impl Layout {
         }
         Ok(())
     }
+}
+
+/// See [`crate::driver::Format::data_files`].
+pub(super) fn data_files(create: &Create) -> Result<Vec<String>, Error> {
+    Ok(parse_options(create)?.data_file.into_iter().collect())
+}
+
+/// See [`crate::driver::Format::space`]: with the tables of a disk that has a place for every cluster, as `qemu-img measure` counts.
+pub(super) fn space(create: &Create) -> Result<Space, Error> {
+    let geometry = parse_options(create)?.geometry;
+    let size = create.size.ok_or_else(|| Error::invalid("an image needs a size to be measured"))?;
+    let cluster = geometry.cluster();
+    let layout = Layout::new(&geometry, size)?;
+    let data = if geometry.data_file { 0 } else { size.div_ceil(cluster) };
+    let tables = size.div_ceil(geometry.l2_covers());
+    // Header, L1 table, L2 tables, and refcounts of all that and of themselves.
+    let fixed = 1 + geometry.clusters_of(layout.l1_entries * 8) + tables;
+    let (mut blocks, mut table) = (1, 1);
+    loop {
+        let needed = (fixed + data + blocks + table).div_ceil(geometry.block_entries());
+        let needed_table = geometry.clusters_of(needed * 8);
+        if needed <= blocks && needed_table <= table {
+            break;
+        }
+        (blocks, table) = (needed.max(blocks), needed_table.max(table));
+    }
+    let unit_space = if geometry.data_file { 0 } else { cluster };
+    Ok(Space { unit: cluster, unit_space, overhead: (fixed + blocks + table) * cluster })
 }
 
 /// See [`crate::driver::Format::create`].

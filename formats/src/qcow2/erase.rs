@@ -27,6 +27,7 @@ impl Image {
     /// See [`crate::driver::Driver::erase`]. The range may end at the end of the disk within a granule.
     pub async fn erase(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
         self.begin_changes().await?;
+        self.finish_late().await?;
         if let Some(data) = self.data.as_ref().filter(|_| self.header.data_file_raw()) {
             // The data file must read right by itself.
             data.zero(range).await?;
@@ -190,7 +191,7 @@ impl Image {
         if let Some(old) = std::mem::replace(pending, next) {
             let old = old.start..old.end.min(file.length());
             if !old.is_empty() {
-                file.zero(old).await?;
+                self.finish(file.zero(old)).await?;
             }
         }
         Ok(())

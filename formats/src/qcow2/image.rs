@@ -13,7 +13,7 @@ use super::l2::{Entry, State};
 use super::plan::{Joined, Piece};
 use crate::driver::{Extent, FileIndex, Place};
 use crate::error::{Error, ErrorKind};
-use crate::file::{Buf, ImageFile};
+use crate::file::{Buf, ImageFile, Pending};
 use crate::metadata::{SLICE_BYTES, Tables};
 
 /// The image's own file.
@@ -63,8 +63,46 @@ pub(super) struct Image {
     pub next_plan: Cell<u64>,
     /// Clusters that got a place and no entry yet, by their number on the disk: plans for other subclusters join them.
     pub joined: RefCell<HashMap<u64, Joined, foldhash::fast::FixedState>>,
+    /// Clusters of the disk whose entry was changed and is not safe against the death of the process yet, with the number of commits
+    /// that will make it so: a write to such a place must not be acknowledged before, so map does not call them in place.
+    pub unsettled: RefCell<HashMap<u64, u32, foldhash::fast::FixedState>>,
+    /// Operations whose caller went away before they ended: nothing may rely on their range until they have.
+    late: RefCell<Vec<Pending<'static, ()>>>,
     change_turn: async_lock::Mutex<()>,
     changed: Cell<bool>,
+}
+
+/// An operation that is awaited; it is kept when its caller goes away.
+struct Kept<'a> {
+    image: &'a Image,
+    operation: Option<Pending<'static, ()>>,
+}
+
+impl Drop for Kept<'_> {
+    fn drop(&mut self) {
+        self.image.late.borrow_mut().extend(self.operation.take());
+    }
+}
+
+/// Clusters that are unsettled while this lives; those of a commit that did not end stay so.
+pub(super) struct Unsettled<'a> {
+    image: &'a Image,
+    clusters: Vec<u64>,
+}
+
+impl Unsettled<'_> {
+    /// They are settled.
+    pub fn settled(self) {
+        let mut unsettled = self.image.unsettled.borrow_mut();
+        for cluster in &self.clusters {
+            if let Some(commits) = unsettled.get_mut(cluster) {
+                *commits -= 1;
+                if *commits == 0 {
+                    unsettled.remove(cluster);
+                }
+            }
+        }
+    }
 }
 
 /// Bytes of a slice of the tables of an image.
@@ -113,11 +151,45 @@ impl Image {
             plans: RefCell::default(),
             next_plan: Cell::new(1),
             joined: RefCell::default(),
+            unsettled: RefCell::default(),
+            late: RefCell::default(),
             change_turn: async_lock::Mutex::new(()),
             changed: Cell::new(false),
             file,
             data,
         }
+    }
+
+    /// Waits for an operation that must not be forgotten when the caller goes away.
+    pub async fn finish(&self, operation: Pending<'static, ()>) -> Result<(), Error> {
+        let mut kept = Kept { image: self, operation: Some(operation) };
+        let result = match &mut kept.operation {
+            Some(operation) => operation.await,
+            None => Ok(()),
+        };
+        kept.operation = None;
+        result
+    }
+
+    /// Waits for the operations whose callers went away.
+    pub async fn finish_late(&self) -> Result<(), Error> {
+        loop {
+            let Some(operation) = self.late.borrow_mut().pop() else { return Ok(()) };
+            self.finish(operation).await?;
+        }
+    }
+
+    /// Notes that entries of these clusters of the disk are about to change.
+    pub fn unsettle(&self, clusters: Vec<u64>) -> Unsettled<'_> {
+        let mut unsettled = self.unsettled.borrow_mut();
+        clusters.iter().for_each(|cluster| *unsettled.entry(*cluster).or_default() += 1);
+        Unsettled { image: self, clusters }
+    }
+
+    /// The entry of a cluster of the disk is not settled.
+    pub fn is_unsettled(&self, guest: u64) -> bool {
+        let unsettled = self.unsettled.borrow();
+        !unsettled.is_empty() && unsettled.contains_key(&guest)
     }
 
     /// Path, for messages.
@@ -294,17 +366,16 @@ impl Image {
             return push(out, own, wanted.start, cluster_end - wanted.start, Place::Encoded);
         }
         let granule = self.geometry.granule();
+        let in_place = self.writable && entry.copied && !self.is_unsettled(guest);
         let mut at = wanted.start;
         while at < cluster_end {
             let sub = ((at - guest) / granule) as u32;
             let run = entry.run(sub, self.geometry.subclusters());
             let run_end = (guest + u64::from(sub + run) * granule).min(cluster_end);
             let place = match (entry.state(sub), entry.host) {
-                (State::Data, Some(host)) => Place::Data {
-                    file: self.payload().0,
-                    offset: host + (at - guest),
-                    in_place: self.writable && entry.copied,
-                },
+                (State::Data, Some(host)) => {
+                    Place::Data { file: self.payload().0, offset: host + (at - guest), in_place }
+                }
                 (State::Zero, host) => Place::Zero { allocated: host.is_some() },
                 _ => Place::Absent,
             };

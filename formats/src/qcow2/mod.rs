@@ -21,10 +21,13 @@
 
 use std::rc::Rc;
 
-use crate::driver::{Create, Description, Driver, Findings, Format, Link, Open, Repair};
+use crate::driver::{
+    Create, Description, Driver, Findings, Format, Link, Open, Repair, SnapshotChange, Space,
+};
 use crate::error::Error;
 use crate::file::{ImageFile, Pending};
 
+mod backing;
 mod bitmap;
 mod check;
 mod clusters;
@@ -84,6 +87,39 @@ impl Format for Qcow2 {
 
     fn check(&self, open: Open, repair: Option<Repair>) -> Pending<'_, Findings> {
         Box::pin(repair::check(open, repair))
+    }
+
+    fn data_files(&self, create: &Create) -> Result<Vec<String>, Error> {
+        create::data_files(create)
+    }
+
+    fn space(&self, create: &Create) -> Result<Space, Error> {
+        create::space(create)
+    }
+
+    fn set_backing(&self, file: Rc<dyn ImageFile>, backing: Option<(Link, u64)>) -> Pending<'_, ()> {
+        Box::pin(backing::set(file, backing))
+    }
+
+    fn shrink(&self, open: Open, size: u64) -> Pending<'_, ()> {
+        Box::pin(resize::shrink(open, size))
+    }
+
+    fn snapshots(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Vec<crate::driver::Snapshot>> {
+        Box::pin(async move {
+            let found = snapshots::list_snapshots(file).await?;
+            Ok(found.into_iter().map(Into::into).collect())
+        })
+    }
+
+    fn change_snapshots<'a>(&'a self, open: Open, change: &'a SnapshotChange) -> Pending<'a, ()> {
+        Box::pin(async move {
+            match change {
+                SnapshotChange::Create(name) => snapshots::create_snapshot(open, name).await.map(drop),
+                SnapshotChange::Apply(wanted) => snapshots::apply_snapshot(open, wanted).await,
+                SnapshotChange::Delete(wanted) => snapshots::delete_snapshot(open, wanted).await,
+            }
+        })
     }
 }
 

@@ -77,6 +77,7 @@ impl Image {
     /// See [`crate::driver::Driver::plan_write`].
     pub async fn plan_write(&self, offset: u64, len: u64) -> Result<Plan, Error> {
         self.begin_changes().await?;
+        self.finish_late().await?;
         let granule = self.geometry.granule();
         let request = offset..offset + len;
         let range = offset & !(granule - 1)..(offset + len).next_multiple_of(granule);
@@ -149,7 +150,7 @@ impl Image {
         for sub in subclusters {
             let start = guest + u64::from(sub) * granule;
             let place = host + (start - guest);
-            let under = self.under(&entry, sub, start, fresh);
+            let mut under = self.under(&entry, sub, start, fresh);
             if !(under == Under::Kept && entry.copied && entry.state(sub) == State::Data) {
                 new_data |= mask(sub, sub + 1);
             }
@@ -157,16 +158,22 @@ impl Image {
                 order = Order::AfterData;
             }
             let covered = request.start <= start && request.end >= start + granule;
-            if under == Under::Below && !fresh && !covered {
-                // Old bytes are in the place, and the caller writes what is not zero below only.
-                self.payload().1.zero(place..place + granule).await?;
+            if matches!(under, Under::Below | Under::Zeroes) && !covered {
+                if !fresh {
+                    // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it
+                    // leaves behind when it goes away lands in its own range only.
+                    self.finish(self.payload().1.zero(place..place + granule)).await?;
+                }
+                if under == Under::Zeroes {
+                    under = Under::Kept;
+                }
             }
             push_fill(
                 fills,
                 Fill { range: start..start + granule, file: self.payload().0, offset: place, under },
             );
         }
-        if new_data == 0 && !fresh {
+        if new_data == 0 && !fresh && !self.is_unsettled(guest) {
             draft.pieces.truncate(number);
         } else {
             draft.pieces[number].subclusters = new_data;
@@ -212,8 +219,9 @@ impl Image {
 
     fn give_up(&self, piece: &Piece) {
         if piece.fresh && self.leave(piece, false) {
+            // Writes of a caller that went away may land in it later: nobody else gets it while the image is open.
             let cluster = piece.host >> self.geometry.cluster_bits;
-            self.reserve.free(cluster..cluster + 1);
+            self.reserve.abandon(cluster);
         }
     }
 
@@ -228,6 +236,7 @@ impl Image {
         let Some(pieces) = self.plans.borrow_mut().remove(&plan.id) else {
             return Err(Error::invalid(format!("{}: there is no plan {}", self.name(), plan.id)));
         };
+        let unsettled = self.unsettle(pieces.iter().map(|piece| piece.guest).collect());
         let mut left = Draft { image: self, pieces, pool: Vec::new() };
         while let Some(piece) = left.pieces.first() {
             let table = piece.entry_at & !(self.geometry.cluster() - 1);
@@ -249,7 +258,9 @@ impl Image {
             }
             left.pieces.remove(0);
         }
-        self.maps.settle().await
+        self.maps.settle().await?;
+        unsettled.settled();
+        Ok(())
     }
 
     /// Offset of the L2 table for an offset on the disk, one that belongs to the active state alone: makes or copies one if need be.
@@ -328,6 +339,7 @@ impl Image {
             order: Order::AfterData,
         };
         let written = self.file.write(host, copy).await;
+        let unsettled = self.unsettle(vec![guest]);
         let set = match written {
             Ok(()) => {
                 let new = Entry { host: Some(host), copied: true, ..entry };
@@ -337,7 +349,10 @@ impl Image {
         };
         let given_up = if set.is_ok() { old >> self.geometry.cluster_bits } else { range.start };
         self.reserve.free(given_up..given_up + 1);
-        set
+        set?;
+        self.maps.settle().await?;
+        unsettled.settled();
+        Ok(())
     }
 
     /// A range cannot be served because it is compressed.

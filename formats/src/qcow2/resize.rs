@@ -82,9 +82,13 @@ impl Image {
         place[..4].copy_from_slice(&(entries as u32).to_be_bytes());
         place[4..].copy_from_slice(&at.to_be_bytes());
         self.maps.forget(at..at + table.len() as u64);
-        self.file.write(36, Buf::copy_of(&place)).await?;
-        self.file.flush().await?;
+        let switch = self.file.write(36, Buf::copy_of(&place));
         self.l1.set(TablePlace { offset: at, entries });
+        if let Err(error) = self.finish(switch).await {
+            self.l1.set(old);
+            return Err(error);
+        }
+        self.file.flush().await?;
         let old_bytes = old.offset..old.offset + old.entries * 8;
         let old_clusters =
             old_bytes.start >> geometry.cluster_bits..old_bytes.end.div_ceil(geometry.cluster());

@@ -80,6 +80,18 @@ impl Snapshot {
     }
 }
 
+impl From<Snapshot> for crate::driver::Snapshot {
+    fn from(one: Snapshot) -> crate::driver::Snapshot {
+        crate::driver::Snapshot {
+            id: one.id,
+            name: one.name,
+            size: one.size,
+            created: one.seconds.into(),
+            machine_bytes: one.state_bytes,
+        }
+    }
+}
+
 /// The snapshots of an image and the bytes of their table.
 #[derive(Debug, Clone, Default)]
 pub(super) struct SnapshotTable {

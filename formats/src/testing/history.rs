@@ -57,8 +57,7 @@ pub struct History {
 
 /// The bytes of block `block` as write number `entry` leaves them.
 pub fn stamp(entry: u64, block: u64) -> [u8; BLOCK_BYTES] {
-    let mut bytes = [0; BLOCK_BYTES];
-    fastrand::Rng::with_seed(entry.rotate_left(32) ^ block).fill(&mut bytes[24..]);
+    let mut bytes = [(entry.wrapping_mul(31) ^ block) as u8 | 1; BLOCK_BYTES];
     for (at, word) in [STAMP, entry, block].into_iter().enumerate() {
         bytes[at * 8..at * 8 + 8].copy_from_slice(&word.to_le_bytes());
     }
@@ -81,6 +80,17 @@ impl History {
     /// Of a disk that holds `initial` (durably); moments are those of the recording of `store`.
     pub fn new(store: &Rc<Store>, initial: Vec<u8>) -> History {
         History { store: store.clone(), initial, inner: RefCell::default() }
+    }
+
+    /// What happened to a block, in words: what, when it began and ended.
+    pub fn tell(&self, block: u64) -> String {
+        let inner = self.inner.borrow();
+        let numbers = inner.by_block.get(block as usize).map_or(&[][..], |numbers| &numbers[..]);
+        let of = |number: &u32| {
+            let Entry { deed, blocks, began, ended, ok } = &inner.entries[*number as usize];
+            format!("{number}: {deed:?} of {blocks:?}, began {began}, ended {ended:?}, ok {ok}")
+        };
+        numbers.iter().map(of).collect::<Vec<_>>().join("\n")
     }
 
     /// The present moment, for [`History::judge_read`].

@@ -9,9 +9,11 @@
 
 pub mod conformance;
 pub mod fault;
+pub mod fuzz;
 pub mod history;
 pub mod log;
 mod mem_file;
+pub mod oracle;
 pub mod pages;
 pub mod record;
 pub mod replay;

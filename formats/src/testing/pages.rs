@@ -193,6 +193,7 @@ impl Pages {
     pub fn truncate(&mut self, length: u64) {
         if !self.is_device() && length < self.length {
             self.zero(length..self.length);
+            self.pages.split_off(&length.div_ceil(PAGE_BYTES));
             self.length = length;
         }
     }

@@ -24,6 +24,9 @@ use crate::file::Buf;
 /// The longest single read that a driver may ask for, in bytes; more is memory that an image can make us take.
 pub const READ_MAX_BYTES: usize = 64 << 20;
 
+/// Polls and completions that a store allows unless told otherwise: a test needs far fewer.
+pub const TURNS_MAX: u64 = 3_000_000;
+
 /// Why futures were given up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stuck {
@@ -97,7 +100,7 @@ impl Store {
             hold: RefCell::default(),
             in_order: Cell::new(false),
             space_max_bytes: Cell::new(u64::MAX),
-            turns_left: Cell::new(u64::MAX),
+            turns_left: Cell::new(TURNS_MAX),
             submitted: Cell::new(0),
             completed: Cell::new(0),
             faults: Cell::new(0),
@@ -139,6 +142,11 @@ impl Store {
     /// A copy of what a file holds now.
     pub fn pages(&self, file: usize) -> Pages {
         self.files.borrow()[file].pages.clone()
+    }
+
+    /// The name of a file.
+    pub fn name(&self, file: usize) -> String {
+        self.files.borrow()[file].name.clone()
     }
 
     /// Changes what a file holds, behind everybody's back.

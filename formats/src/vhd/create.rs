@@ -26,7 +26,7 @@ use super::header::{
     BLOCK_BYTES_DEFAULT, BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, ENTRIES_MAX, HEADER_BYTES, Header, SIZE_MAX,
 };
 use super::locator::{self, Utf16};
-use crate::driver::{Create, Link};
+use crate::driver::{Create, Link, Space};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
 use crate::size::{format_size, parse_size};
@@ -231,6 +231,23 @@ fn entries(options: &Options, size: u64) -> Result<u32, Error> {
     })
 }
 
+/// See [`crate::driver::Format::space`]. Without a parent.
+pub(super) fn space(create: &Create) -> Result<Space, Error> {
+    let options = Options::parse(&create.options)?;
+    let size = create.size.ok_or_else(|| Error::invalid("an image needs a size to be measured"))?;
+    if options.fixed {
+        return Ok(Space { unit: SECTOR, unit_space: 0, overhead: size.next_multiple_of(SECTOR) + SECTOR });
+    }
+    let entries = entries(&options, size)?;
+    let block = u64::from(options.block);
+    let bitmap = (block / SECTOR).div_ceil(8).next_multiple_of(SECTOR);
+    let table = (u64::from(entries) * 4).next_multiple_of(SECTOR);
+    let batmap = SECTOR + u64::from(entries).div_ceil(8).next_multiple_of(SECTOR);
+    // Data lies on 4 KiB, so that a bitmap takes that.
+    let unit_space = block + bitmap.next_multiple_of(4096);
+    Ok(Space { unit: block, unit_space, overhead: TABLE_OFFSET + table + batmap + 4096 + SECTOR })
+}
+
 /// Writes header, tables and the copy of the footer; returns where they end.
 async fn write_tables(
     file: &Rc<dyn ImageFile>,
@@ -263,7 +280,7 @@ async fn write_tables(
 }
 
 /// Writes what names the parent, from `at` on; returns where it ends.
-async fn write_locators(
+pub(super) async fn write_locators(
     file: &Rc<dyn ImageFile>,
     header: &mut Header,
     parent: &Link,

@@ -11,7 +11,7 @@
 //! | [`bat`] | the block table and the walk over it |
 //! | [`fixed`], [`sparse`], [`sparse_plan`] | the drivers |
 //! | [`reserve`] | places for new blocks |
-//! | [`resize`], [`create`], [`check`] | what they say |
+//! | [`resize`], [`create`], [`check`], `parent` | what they say |
 //!
 //! # What a crash leaves
 //! Every state is opened by this driver and by others: data is where the BAT says, an entry of the BAT is written only over a place
@@ -35,6 +35,7 @@ pub mod geometry;
 pub mod header;
 pub mod layout;
 pub mod locator;
+mod parent;
 pub mod reserve;
 pub mod resize;
 pub mod sparse;
@@ -46,7 +47,7 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use crate::driver::{Create, Description, Driver, Findings, Format, Identity, Link, Open, Repair};
+use crate::driver::{Create, Description, Driver, Findings, Format, Identity, Link, Open, Repair, Space};
 use crate::error::{Error, ErrorKind};
 use crate::file::{ImageFile, Pending};
 use crate::metadata::Tables;
@@ -102,6 +103,14 @@ impl Format for Vhd {
 
     fn check(&self, open: Open, repair: Option<Repair>) -> Pending<'_, Findings> {
         Box::pin(check::check(open, repair))
+    }
+
+    fn space(&self, create: &Create) -> Result<Space, Error> {
+        create::space(create)
+    }
+
+    fn set_backing(&self, file: Rc<dyn ImageFile>, backing: Option<(Link, u64)>) -> Pending<'_, ()> {
+        Box::pin(parent::set(file, backing))
     }
 }
 
@@ -181,6 +190,8 @@ async fn open_sparse(
         writable: open.writable,
         damaged: walk.damaged,
         pinned: batmap.map_or_else(BlockSet::default, |batmap| batmap.full),
+        unsettled: RefCell::default(),
+        last_change: Cell::new(0),
         full: RefCell::new(BlockSet::new(blocks)),
         reserve,
         metadata_end: metadata.iter().map(|range| range.end).max().unwrap_or(0),

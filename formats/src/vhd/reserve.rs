@@ -6,10 +6,11 @@
 //! ```
 //! A place is *clean* when its data is known to read as zero, its bitmap is what a new block wants (all ones without a parent,
 //! so that only the BAT changes at run time; all zeroes with one), and both are durable. Clean places come from
-//! - *growth*: the file is made longer by many blocks at once, the footer written at the new end, one flush. The old footer
-//!   stays where it is: new places begin behind it, so nothing of it is ever overwritten before the new one is durable. Until
-//!   then a crash may leave the file longer without a footer at its end: the copy at offset 0 stands in (see
-//!   [`super::layout`]). On a block device the footer stays at the device's end and the places are zeroed;
+//! - *growth*: the file is made longer by many blocks at once, by the one write that puts the footer at the new end; that is
+//!   durable before anything else is written there. The old footer stays where it is, in a gap that alignment leaves anyway: new
+//!   places begin behind it. So a file system that writes a sector and the length that it brings together (all that journal
+//!   do) leaves a footer at the end at every instant; on others the copy at offset 0 stands in (see [`super::layout`]). On
+//!   a block device the footer stays at the device's end and the places are zeroed;
 //! - *recycling*: places that were given up by an erase, or that nobody referred to when the image was opened. They are zeroed, but
 //!   only after the removal of their old mapping is durable.
 //!
@@ -182,16 +183,18 @@ impl Reserve {
         // Whatever becomes of the operations below: nothing else is ever put where they write.
         let first = u64::from(*first) * SECTOR;
         self.moved.set(true);
-        let mut operations = Vec::new();
         if self.file.is_device() {
             self.tail.set(end);
             self.file.zero(first..end).await?;
         } else {
             self.tail.set(end + SECTOR);
-            operations.push(self.write_footer(end));
+            self.write_footer(end).await?;
         }
-        operations.extend(self.write_bitmaps(&places));
-        all(operations).await?;
+        if self.ones && !self.file.is_device() {
+            // A bitmap that made the file longer without the footer would leave none at the end.
+            self.file.flush().await?;
+        }
+        all(self.write_bitmaps(&places)).await?;
         self.file.flush().await?;
         self.growth.set(wanted);
         self.clean.borrow_mut().extend(places);

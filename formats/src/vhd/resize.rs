@@ -10,7 +10,6 @@ use super::bat::{self, UNUSED};
 use super::fixed::{check_resize, set_size};
 use super::footer::SECTOR;
 use super::sparse::{Found, Sparse};
-use crate::driver::Order;
 use crate::error::Error;
 
 /// Bytes that are hidden at a time when the parent is larger than the disk.
@@ -79,8 +78,7 @@ impl Sparse {
         })
         .await?;
         for block in used {
-            let entry = self.shape.entry_offset(block);
-            self.tables.update(entry, &UNUSED.to_be_bytes(), Order::Anytime).await?;
+            self.set_entry(block, UNUSED).await?;
         }
         Ok(())
     }

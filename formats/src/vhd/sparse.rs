@@ -7,6 +7,10 @@
 //!                             commit sets the BAT's entry: at any time, since what it makes visible is zero (no parent), or
 //!                             has no bits yet (a parent); then, with a parent, the bits, after the data
 //! ```
+//! What is visible to a look-up is not safe against the death of the process before it is settled (in the log, or in the file). Of a
+//! block with changes that are not, nothing is written in place: another write to it is planned and committed, and so waits
+//! until they are. This covers sectors that a first commit made visible beside its own, and commits whose settling failed.
+//!
 //! Invariants: a block's place is checked against the whole table when the image is opened ([`super::bat::walk`]) and against the
 //! file at each look-up; a block in `full` has all bits set; a block in `pinned` is never given up (its batmap bit is set).
 
@@ -61,6 +65,9 @@ pub struct Sparse {
     pub(super) damaged: BlockSet,
     pub(super) pinned: BlockSet,
     pub(super) full: RefCell<BlockSet>,
+    /// Blocks with changes that may not be settled, and the number of the last one of each.
+    pub(super) unsettled: RefCell<BTreeMap<u32, u64>>,
+    pub(super) last_change: Cell<u64>,
     pub(super) reserve: Reserve,
     /// First byte behind headers and tables.
     pub(super) metadata_end: u64,
@@ -153,8 +160,9 @@ impl Sparse {
         };
         let block_start = u64::from(block) * self.shape.block;
         let data = |at| self.shape.data_offset(start, at);
+        let in_place = self.writable && !self.unsettled.borrow().contains_key(&block);
         if self.full.borrow().contains(block) || self.is_full(block, start) {
-            let place = Place::Data { file: FILE, offset: data(from), in_place: self.writable };
+            let place = Place::Data { file: FILE, offset: data(from), in_place };
             push(out, from, to - from, place);
             return Ok(to);
         }
@@ -171,7 +179,7 @@ impl Sparse {
             };
             let end = to.min(block_start + (sector + sectors) * SECTOR);
             let place = match set {
-                true => Place::Data { file: FILE, offset: data(at), in_place: self.writable },
+                true => Place::Data { file: FILE, offset: data(at), in_place },
                 false if self.is_differencing() => Place::Absent,
                 false => Place::Zero { allocated: true },
             };
@@ -194,6 +202,41 @@ impl Sparse {
             self.full.borrow_mut().insert(block);
         }
         full
+    }
+
+    /// Changes the tables for a block, if [`Tables::set`] can: else [`Tables::prepare`] comes first.
+    pub(super) fn change(&self, block: u32, offset: u64, bytes: &[u8], order: Order) -> bool {
+        let done = self.tables.set(offset, bytes, order);
+        if done {
+            self.last_change.set(self.last_change.get() + 1);
+            self.unsettled.borrow_mut().insert(block, self.last_change.get());
+        }
+        done
+    }
+
+    /// Sets the BAT's entry of a block.
+    pub(super) async fn set_entry(&self, block: u32, entry: u32) -> Result<(), Error> {
+        let offset = self.shape.entry_offset(block);
+        while !self.change(block, offset, &entry.to_be_bytes(), Order::Anytime) {
+            self.tables.prepare(offset, 4).await?;
+        }
+        Ok(())
+    }
+
+    /// What was changed before is safe against the death of the process.
+    pub(super) async fn settle(&self) -> Result<(), Error> {
+        let until = self.last_change.get();
+        self.tables.settle().await?;
+        self.unsettled.borrow_mut().retain(|_, change| *change > until);
+        Ok(())
+    }
+
+    /// What was changed before is in the file.
+    async fn write_back(&self) -> Result<(), Error> {
+        let until = self.last_change.get();
+        self.tables.write_back().await?;
+        self.unsettled.borrow_mut().retain(|_, change| *change > until);
+        Ok(())
     }
 
     /// Reads the bits of sectors of a block that is there.
@@ -225,7 +268,7 @@ impl Sparse {
         let range = range.start..range.end.min(self.size.get());
         if !self.is_differencing() {
             self.erase_blocks(range, how).await?;
-            self.tables.settle().await?;
+            self.settle().await?;
             return Ok(Erased::Done);
         }
         if how == Erase::Discard && !self.holds_all(range.clone()).await? {
@@ -242,8 +285,7 @@ impl Sparse {
             let whole = part == self.block_range(block);
             match self.look_up(block).await? {
                 Found::At(start) if whole && how != Erase::ZeroKeep && self.may_unmap(block) => {
-                    let entry = self.shape.entry_offset(block);
-                    self.tables.update(entry, &UNUSED.to_be_bytes(), Order::Anytime).await?;
+                    self.set_entry(block, UNUSED).await?;
                     self.full.borrow_mut().remove(block);
                     self.reserve.release((start / SECTOR) as u32);
                 }
@@ -370,11 +412,11 @@ impl Driver for Sparse {
     }
 
     fn flush(&self) -> Pending<'_, ()> {
-        Box::pin(self.tables.write_back())
+        Box::pin(self.write_back())
     }
 
     fn tidy(&self) -> Pending<'_, ()> {
-        Box::pin(self.tables.write_back())
+        Box::pin(self.write_back())
     }
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {
@@ -386,7 +428,7 @@ impl Driver for Sparse {
             if !self.writable {
                 return Ok(());
             }
-            self.tables.write_back().await?;
+            self.write_back().await?;
             self.file.flush().await?;
             let used_end = if self.reserve.has_given_up() { Some(self.find_end().await?) } else { None };
             self.reserve.close(used_end).await

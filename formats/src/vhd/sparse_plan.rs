@@ -132,7 +132,7 @@ impl Sparse {
                 self.end_part(&part);
             }
         }
-        self.tables.settle().await
+        self.settle().await
     }
 
     async fn commit_part(&self, part: &Part) -> Result<(), Error> {
@@ -142,8 +142,7 @@ impl Sparse {
             self.set_bits(part).await?;
         }
         let Some(Reservation { place, .. }) = fresh else { return Ok(()) };
-        let entry = self.shape.entry_offset(part.block);
-        self.tables.update(entry, &place.to_be_bytes(), Order::Anytime).await?;
+        self.set_entry(part.block, place).await?;
         if let Some(reservation) = self.reservations.borrow_mut().get_mut(&part.block) {
             reservation.committed = true;
         }
@@ -176,7 +175,7 @@ impl Sparse {
             match self.tables.get(offset, len, look) {
                 None => self.tables.load(offset).await?,
                 Some(false) => from = to,
-                Some(true) if self.tables.set(offset, &bits[..len], Order::AfterData) => from = to,
+                Some(true) if self.change(part.block, offset, &bits[..len], Order::AfterData) => from = to,
                 Some(true) => self.tables.prepare(offset, len).await?,
             }
         }

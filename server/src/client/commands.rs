@@ -8,7 +8,7 @@ use super::{Failure, output, tables, top};
 use crate::args::{AttachArgs, CtlArgs, CtlCommand, QosArgs};
 use crate::model::{
     AttachRequest, Disk, DiskStats, Event, Group, Image, MoveRequest, QosRequest, Reload, ResumeRequest,
-    Shard, Version,
+    Shard, SnapshotItem, SnapshotRequest, Version,
 };
 use crate::problem::Problem;
 
@@ -39,10 +39,18 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
             let path = disk_path(&name, "/pause")?;
             changed(json, &connection.change(Method::POST, &path, NO_BODY).await?)?;
         }
-        CtlCommand::Resume { name, data_in_doubt } => {
+        CtlCommand::Resume { name, data_in_doubt, image } => {
             let path = disk_path(&name, "/resume")?;
-            let body = ResumeRequest { data_in_doubt };
+            let image = image.map(|image| image_here(&image)).transpose()?;
+            let body = ResumeRequest { data_in_doubt, image };
             changed(json, &connection.change(Method::POST, &path, Some(&body)).await?)?;
+        }
+        CtlCommand::Snapshot { disks } => {
+            let body = SnapshotRequest { disks: snapshot_items(&disks)? };
+            let disks: Vec<Disk> = connection.change(Method::POST, "/v1/snapshot", Some(&body)).await?;
+            if json {
+                output::json(&disks)?;
+            }
         }
         CtlCommand::Fail { name } => {
             let path = disk_path(&name, "/fail")?;
@@ -97,16 +105,40 @@ fn disk_path(name: &str, rest: &str) -> Result<String, Failure> {
     Ok(format!("/v1/disks/{name}{rest}"))
 }
 
-async fn attach_disk(connection: &Connection, args: AttachArgs, json: bool) -> Result<(), Failure> {
-    let path = disk_path(&args.name, "")?;
-    // A relative path means the caller's directory, which the daemon does not know.
+/// An image as it was typed. A relative path means the caller's directory, which the daemon does not know.
+fn image_here(text: &str) -> Result<Image, Failure> {
     let here = std::env::current_dir().map_err(|error| Failure {
         message: format!("the current directory is unknown: {error}"),
         exit_code: 1,
     })?;
-    let image = ImageSpec::parse_relative_to(&args.image, &here).map_err(Problem::from)?;
+    Ok(Image::Parts(ImageSpec::parse_relative_to(text, &here).map_err(Problem::from)?))
+}
+
+/// `NAME TYPE:FILE`, or `NAME=TYPE:FILE` for each disk.
+fn snapshot_items(arguments: &[String]) -> Result<Vec<SnapshotItem>, Failure> {
+    let item = |disk: &str, image: &str| {
+        formats::spec::check_disk_name(disk).map_err(Problem::from)?;
+        Ok(SnapshotItem { disk: disk.to_owned(), image: image_here(image)? })
+    };
+    if let [name, image] = arguments
+        && !name.contains('=')
+    {
+        return Ok(vec![item(name, image)?]);
+    }
+    let pairs = arguments.iter().map(|argument| match argument.split_once('=') {
+        Some((name, image)) => item(name, image),
+        None => Err(Problem::invalid(format!(
+            "{argument:?} names no overlay: write NAME TYPE:FILE for one disk, or NAME=TYPE:FILE for each of several"
+        ))
+        .into()),
+    });
+    pairs.collect()
+}
+
+async fn attach_disk(connection: &Connection, args: AttachArgs, json: bool) -> Result<(), Failure> {
+    let path = disk_path(&args.name, "")?;
     let request = AttachRequest {
-        image: Image::Parts(image),
+        image: image_here(&args.image)?,
         read_only: args.read_only,
         nbd: args.nbd,
         limits: args.limits,

@@ -130,6 +130,9 @@ impl Daemon {
             }
             // An attempt that had begun before has brought it up as it was.
         }
+        if let Some(image) = &request.image {
+            self.change_image(disk, &image.spec()?, deadline).await?;
+        }
         let (id, shard) = live(disk)?;
         let doubts = disk.counters.data_in_doubt.get();
         let command = Command::Resume { disk: id, data_in_doubt: request.data_in_doubt };

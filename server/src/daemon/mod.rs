@@ -6,6 +6,7 @@
 //! attach   attach, and bringing a disk up            detach    drain, force, zombies
 //! control  pause, resume, fail, limits               moving    to another shard and back
 //! restore  disks of the last run, tried until they work
+//! snapshot overlays at one instant, other images for paused disks
 //! reports  what shards say by themselves             shutdown  drain and flush everything
 //! ```
 //! Invariants: commands on one name run one after the other ([`Daemon::lock_name`]), those on different names do not wait for
@@ -21,6 +22,7 @@ mod moving;
 mod reports;
 mod restore;
 mod shutdown;
+mod snapshot;
 mod view;
 
 use std::collections::{BTreeMap, HashMap};

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use shard::api::{Command, DiskId, Reply};
+use shard::api::{Command, DiskId, Reply, ShardError, ShardErrorKind};
+use shard::executor::ShardGone;
 use shard::park::ParkedDisk;
 use tokio::sync::OwnedRwLockWriteGuard;
 use tokio::time::Instant;
@@ -97,6 +98,14 @@ impl Daemon {
         to: usize,
     ) -> Result<(), Problem> {
         let error = match self.fleet.call(to, Command::Unpark(parked)).await {
+            Ok(Reply::NotTaken(parked)) => {
+                // Whole as it is, it goes back with its connections.
+                if let Ok(Reply::Done) = self.fleet.call(from, Command::Unpark(parked)).await {
+                    let why = format!("shard {to} is stopping; it runs on shard {from} again");
+                    return Err(Problem::failed(format!("disk {} was not moved: {why}", disk.name)));
+                }
+                ShardError { kind: ShardErrorKind::Failed, message: ShardGone(from).to_string() }
+            }
             Ok(_) => return Ok(()),
             Err(error) => error,
         };

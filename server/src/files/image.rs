@@ -380,7 +380,7 @@ pub(crate) fn probe_alignment(file: &File, length: u64) -> Option<(u32, u32)> {
 
 /// The buffered descriptor for the bytes behind the last whole unit of direct I/O.
 /// Whether the kernel's direct I/O on this file system may block its caller: true unless it is known not to.
-fn punts_direct_io(file: &File) -> bool {
+pub(crate) fn punts_direct_io(file: &File) -> bool {
     use nix::sys::statfs::{EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
     match fstatfs(file) {
         Ok(stat) => !matches!(stat.filesystem_type(), EXT4_SUPER_MAGIC | XFS_SUPER_MAGIC),

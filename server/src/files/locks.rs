@@ -156,6 +156,17 @@ pub fn take(fd: impl AsFd, access: Access) -> io::Result<Option<Conflict>> {
     Ok(None)
 }
 
+/// A writer becomes a reader: others may read the file, and nobody can write it.
+pub fn become_reader(fd: impl AsFd) -> io::Result<()> {
+    for byte in Access::Write.held_bytes() {
+        if !Access::Read.held_bytes().any(|kept| kept == byte) {
+            let lock = byte_lock(libc::F_UNLCK, byte);
+            fcntl(fd.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map_err(io::Error::from)?;
+        }
+    }
+    Ok(())
+}
+
 fn hold(fd: impl AsFd, byte: i64) -> io::Result<()> {
     let lock = byte_lock(libc::F_RDLCK, byte);
     fcntl(fd.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop).map_err(io::Error::from)

@@ -6,14 +6,16 @@
 //! type is checked. Only a regular file or a block device goes on to [`super::image`], which opens that very
 //! object, not the path again.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use tokio::time::Instant;
 
 use super::lanes::{Lanes, OnLane};
@@ -107,6 +109,72 @@ impl Opener {
             .await?
     }
 
+    /// Makes a new file at `path` and runs `fill` on it, on the lane of its mount; a file that cannot be filled is removed.
+    ///
+    /// Errors: those of [`Opener::find`] for its directory; `Busy` when there is something at `path` already.
+    pub async fn create(
+        &self,
+        path: &Path,
+        deadline: Instant,
+        fill: impl FnOnce(File) -> Result<(), OpenError> + Send + 'static,
+    ) -> Result<(), OpenError> {
+        let (directory, roots, mount) = self.directory_of(path, deadline).await?;
+        let (named, name) = (path.to_owned(), path.file_name().unwrap_or_default().to_owned());
+        let work = move || {
+            let directory = open_directory(&named, &directory, &roots)?;
+            let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let made = openat(&directory, &*name, flags, Mode::from_bits_truncate(0o600));
+            let file = made.map_err(|errno| match errno {
+                Errno::EEXIST => {
+                    let message =
+                        format!("{} exists: nothing is overwritten; name a new file", named.display());
+                    OpenError::new(OpenErrorKind::Busy, message)
+                }
+                errno => OpenError::from_io(&named, "make it", &errno.into()),
+            })?;
+            let filled = fill(File::from(file)).and_then(|()| {
+                fsync(&directory)
+                    .map_err(|errno| OpenError::from_io(&named, "fsync its directory", &errno.into()))
+            });
+            if filled.is_err() {
+                let _ = unlinkat(&directory, &*name, UnlinkatFlags::NoRemoveDir);
+            }
+            filled
+        };
+        self.lanes.run(&mount, deadline, path, "make it", work).await?
+    }
+
+    /// Removes a file that was made by [`Opener::create`].
+    pub async fn remove(&self, path: &Path, deadline: Instant) -> Result<(), OpenError> {
+        let (directory, roots, mount) = self.directory_of(path, deadline).await?;
+        let (named, name) = (path.to_owned(), path.file_name().unwrap_or_default().to_owned());
+        let work = move || {
+            let directory = open_directory(&named, &directory, &roots)?;
+            unlinkat(&directory, &*name, UnlinkatFlags::NoRemoveDir)
+                .map_err(|errno| OpenError::from_io(&named, "remove it", &errno.into()))
+        };
+        self.lanes.run(&mount, deadline, path, "remove it", work).await?
+    }
+
+    /// The plain directory of a new file, the allowed directories, and the mount.
+    async fn directory_of(
+        &self,
+        path: &Path,
+        deadline: Instant,
+    ) -> Result<(PathBuf, Arc<[PathBuf]>, Arc<Mount>), OpenError> {
+        check_absolute(path)?;
+        let (Some(parent), Some(_)) = (path.parent(), path.file_name()) else {
+            let message = format!("{} names no file", path.display());
+            return Err(OpenError::new(OpenErrorKind::Invalid, message));
+        };
+        let roots = self.roots();
+        if !roots.is_empty() && !roots.iter().any(|root| path.starts_with(root)) {
+            return Err(outside(path, path, &roots));
+        }
+        let (plain, mount) = self.follow_links(parent, deadline).await?;
+        Ok((plain, roots, mount))
+    }
+
     /// The same object's path without symbolic links and `..`, and its mount.
     async fn follow_links(&self, path: &Path, deadline: Instant) -> Result<(PathBuf, Arc<Mount>), OpenError> {
         let mut current = path.to_owned();
@@ -185,6 +253,21 @@ fn check_absolute(path: &Path) -> Result<(), OpenError> {
         path.display().to_string()
     );
     Err(OpenError::new(OpenErrorKind::Invalid, message))
+}
+
+/// Opens the directory that a new file shall be in.
+fn open_directory(named: &Path, plain: &Path, roots: &[PathBuf]) -> Result<OwnedFd, OpenError> {
+    if !roots.is_empty() {
+        // Found beneath an allowed directory; opened again to work in it.
+        let parent = named.parent().unwrap_or(named);
+        let found = open_beneath(parent, plain, roots)?;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        return openat(&found, ".", flags, Mode::empty())
+            .map_err(|errno| OpenError::from_io(named, "open its directory", &errno.into()));
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(plain, flags, Mode::empty())
+        .map_err(|errno| OpenError::from_io(named, "open its directory", &errno.into()))
 }
 
 /// Opens the object beneath one of `roots`; the kernel refuses every step that leaves the root.

@@ -513,6 +513,34 @@ impl Files {
         self.measure(key, deadline, "count its blocks", image::allocated_bytes).await
     }
 
+    /// Makes a new file and fills it. Errors: see [`super::opener::Opener::create`].
+    pub async fn create(
+        &self,
+        path: &Path,
+        deadline: Instant,
+        fill: impl FnOnce(std::fs::File) -> Result<(), OpenError> + Send + 'static,
+    ) -> Result<(), OpenError> {
+        self.opener.create(path, deadline, fill).await
+    }
+
+    /// Removes a file that was made by [`Files::create`] and is not open.
+    pub async fn remove(&self, path: &Path, deadline: Instant) -> Result<(), OpenError> {
+        self.opener.remove(path, deadline).await
+    }
+
+    /// The writer of a file only reads it from now on: other disks may read it as well. Errors: `Timeout`, `Io`.
+    pub async fn become_reader(&self, key: FileKey, deadline: Duration) -> Result<(), OpenError> {
+        let unlock = |path: &Path, image: &ImageFile| {
+            super::locks::become_reader(&image.fd)
+                .map_err(|error| OpenError::from_io(path, "unlock it", &error))
+        };
+        self.measure(key, deadline, "give its write lock back", unlock).await?;
+        if let Some(entry) = self.table.lock().by_key.get_mut(&key) {
+            entry.writable = false;
+        }
+        Ok(())
+    }
+
     /// What an open image of a format says of itself. Errors: `Timeout`, `Io`; `Invalid` with the driver's words.
     pub async fn describe(
         &self,

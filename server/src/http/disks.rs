@@ -9,6 +9,7 @@ use super::{Api, Errors};
 use crate::daemon::deadline_after;
 use crate::model::{
     AttachRequest, Deadline, DetachQuery, Disk, DiskStats, MoveRequest, QosRequest, ResumeRequest,
+    SnapshotRequest,
 };
 use crate::problem::Problem;
 
@@ -117,6 +118,19 @@ pub async fn resume(
     let deadline = deadline_after(query.timeout_s)?;
     let daemon = api.daemon.clone();
     api.daemon.run(async move { daemon.resume(&name, request, deadline).await }).await.map(Json)
+}
+
+/// Put new overlays over disks at one instant, all or none; what they hold then stays in their images.
+#[utoipa::path(post, path = "/v1/snapshot", tag = "disks", request_body = SnapshotRequest, params(Deadline),
+    responses((status = 200, body = Vec<Disk>), Errors))]
+pub async fn snapshot(
+    State(api): State<Api>,
+    Params(query): Params<Deadline>,
+    Body(request): Body<SnapshotRequest>,
+) -> Result<Json<Vec<Disk>>, Problem> {
+    let deadline = deadline_after(query.timeout_s)?;
+    let daemon = api.daemon.clone();
+    api.daemon.run(async move { daemon.snapshot(request.disks, deadline).await }).await.map(Json)
 }
 
 /// Give a disk up: its requests are answered with errors until it is detached, over restarts as well.

@@ -90,6 +90,7 @@ fn api() -> OpenApiRouter<Api> {
         .routes(routes!(disks::qos))
         .routes(routes!(disks::pause))
         .routes(routes!(disks::resume))
+        .routes(routes!(disks::snapshot))
         .routes(routes!(disks::fail))
         .routes(routes!(disks::move_disk))
         .routes(routes!(host::groups))

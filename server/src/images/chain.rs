@@ -9,14 +9,14 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use formats::driver::{Description, Format, Link};
-use formats::spec::FormatOptions;
+use formats::driver::{Create, Description, Format, Link};
+use formats::spec::{FormatOptions, ImageSpec, Target};
 use formats::volume::DEPTH_MAX;
 use shard::api::{Backend, ChainLayer, FileKind, ImageChain, ImageFile};
 use tokio::time::Instant;
 
 use super::{Held, Images, OpenImage, problem};
-use crate::files::{FileKey, OpenRequest};
+use crate::files::{FileKey, OpenError, OpenErrorKind, OpenRequest};
 use crate::problem::{Problem, ProblemKind};
 
 /// An image of a format that a disk wants.
@@ -137,7 +137,14 @@ impl Images {
             files.push(file);
             names.push(path.display().to_string().into());
         }
-        chain.layers.push(ChainLayer { format, files, names, writable: !read_only, snapshot: None });
+        chain.layers.push(ChainLayer {
+            format,
+            files,
+            names,
+            writable: !read_only,
+            flush: false,
+            snapshot: None,
+        });
         Ok((image, description))
     }
 
@@ -282,4 +289,80 @@ fn check_identity(link: &Link, parent: &Description, child: &Path, chain: &mut C
         ));
     }
     Ok(())
+}
+
+/// Overlays of live snapshots.
+impl Images {
+    /// Makes the file of an overlay. Nothing is overwritten, and nothing stays behind after an error.
+    pub async fn create_overlay(
+        &self,
+        spec: &ImageSpec,
+        create: Create,
+        disk: &str,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let path = PathBuf::from(&spec.path);
+        let format = format_named(spec.image_type.name())
+            .ok_or_else(|| image_problem(format!("the format {} is not built in", spec.image_type)))?;
+        let name = path.display().to_string();
+        tracing::debug!(disk, "making the overlay {name}");
+        let fill = move |file: std::fs::File| {
+            let make = || {
+                let file = formats::blocking::Blocking::new(file, &name, true)?;
+                formats::blocking::wait(async {
+                    format.create(file.clone(), Vec::new(), &create).await?;
+                    formats::file::ImageFile::flush(&*file).await
+                })
+            };
+            make()
+                .map_err(|error: formats::error::Error| OpenError::new(OpenErrorKind::Invalid, error.message))
+        };
+        self.files.create(&path, deadline, fill).await.map_err(problem)
+    }
+
+    /// Opens an overlay that was just made, without what is below it.
+    pub async fn open_overlay(
+        &self,
+        spec: &ImageSpec,
+        disk: &str,
+        deadline: Instant,
+    ) -> Result<OpenImage, Problem> {
+        let Target::Image { format, path, options } = spec.target()? else {
+            return Err(image_problem(format!("{spec} is no overlay")));
+        };
+        let wanted = Wanted { format: format.name(), path, options, read_only: false, disk, deadline };
+        let mut chain = Chain::default();
+        let format = format_named(wanted.format)
+            .ok_or_else(|| image_problem(format!("the format {} is not built in", wanted.format)))?;
+        let opened = self.open_layer(&wanted, &mut chain, format, wanted.path.clone(), false, None).await;
+        let keys = std::mem::take(&mut chain.keys);
+        match opened {
+            Ok((_, description)) => {
+                let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
+                let held = Held::Chain(keys);
+                Ok(OpenImage { backend, size_bytes: description.size, block_bytes: 1, note: None, held })
+            }
+            Err(error) => {
+                drop(chain);
+                self.release_files(&keys, disk).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Removes the file of an overlay that is not used.
+    pub async fn remove_overlay(&self, spec: &ImageSpec, deadline: Instant) {
+        if let Err(error) = self.files.remove(Path::new(&spec.path), deadline).await {
+            tracing::warn!("the overlay of a snapshot that failed is left: {error}");
+        }
+    }
+
+    /// A writer only reads these files from now on.
+    pub async fn become_reader(&self, keys: &[FileKey], disk: &str) {
+        for &key in keys {
+            if let Err(error) = self.files.become_reader(key, std::time::Duration::from_secs(5)).await {
+                tracing::warn!(disk, "others cannot share an image below a snapshot yet: {error}");
+            }
+        }
+    }
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use prometheus::proto::{MetricFamily, MetricType};
-use shard::limits::Limits;
+use prometheus::proto::MetricType;
+use shard::limits::{Limits, Rate};
 use shard::stats::{DiskCounters, OpClass};
 
-use super::family::Family;
+use super::text::TextFamily;
 use crate::daemon::Daemon;
 use crate::model::{self, State};
 
@@ -102,8 +102,8 @@ fn is(sample: &Sample, state: State) -> f64 {
     f64::from(u8::from(sample.info.state == state))
 }
 
-/// All families of disks.
-pub fn collect(daemon: &Arc<Daemon>) -> Vec<MetricFamily> {
+/// Writes all families of disks.
+pub fn write(daemon: &Arc<Daemon>, out: &mut String) {
     let samples: Vec<Sample> = daemon
         .all_disks()
         .iter()
@@ -113,24 +113,26 @@ pub fn collect(daemon: &Arc<Daemon>) -> Vec<MetricFamily> {
             counters: disk.counters.clone(),
         })
         .collect();
-    let mut families = Vec::new();
     for (name, help, kind, read) in SCALARS {
-        let mut family = Family::new(&format!("blktapd_disk_{name}"), help, *kind);
+        let name = format!("blktapd_disk_{name}");
+        let mut family = TextFamily::new(out, &name, help, *kind);
         for sample in &samples {
             if let Some(value) = read(sample) {
                 family.value(&[("disk", &sample.info.name)], value);
             }
         }
-        families.push(family);
     }
-    families.extend([errors(&samples), info(&samples), states(&samples)]);
-    families.extend(durations(&samples));
-    families.extend(limits(&samples));
-    families.into_iter().filter_map(Family::finish).collect()
+    errors(&samples, out);
+    info(&samples, out);
+    states(&samples, out);
+    durations(&samples, out);
+    queue_durations(&samples, out);
+    limits(&samples, out);
 }
 
-fn errors(samples: &[Sample]) -> Family {
-    let mut family = Family::new(
+fn errors(samples: &[Sample], out: &mut String) {
+    let mut family = TextFamily::new(
+        out,
         "blktapd_disk_io_errors_total",
         "Requests answered with an error, by operation.",
         MetricType::COUNTER,
@@ -141,42 +143,49 @@ fn errors(samples: &[Sample]) -> Family {
             family.value(&[("disk", &sample.info.name), ("op", class.label())], errors as f64);
         }
     }
-    family
 }
 
-fn durations(samples: &[Sample]) -> [Family; 2] {
-    let mut service = Family::new(
+fn durations(samples: &[Sample], out: &mut String) {
+    let mut family = TextFamily::new(
+        out,
         "blktapd_disk_request_duration_seconds",
         "Time from the first operation of the kernel to the answer, by operation; waiting before that is \
          blktapd_disk_queue_duration_seconds.",
         MetricType::HISTOGRAM,
     );
-    let mut queue = Family::new(
+    for sample in samples {
+        for class in OpClass::ALL {
+            if has_done(sample, class) {
+                let labels = [("disk", sample.info.name.as_str()), ("op", class.label())];
+                family.histogram(&labels, [&sample.counters.ops[class as usize].service]);
+            }
+        }
+    }
+}
+
+fn has_done(sample: &Sample, class: OpClass) -> bool {
+    let op = &sample.counters.ops[class as usize];
+    op.completed.get() + op.errors.get() > 0
+}
+
+/// Not by operation: that would double the size of a scrape, and which limit delays whom is told by `ctl stats`.
+fn queue_durations(samples: &[Sample], out: &mut String) {
+    let mut family = TextFamily::new(
+        out,
         "blktapd_disk_queue_duration_seconds",
         "Time from the arrival of a request to the first operation of the kernel (limits, pauses, budgets), all operations.",
         MetricType::HISTOGRAM,
     );
     for sample in samples {
-        let disk = ("disk", sample.info.name.as_str());
-        let ops = &sample.counters.ops;
-        let mut any = false;
-        for class in OpClass::ALL {
-            let op = &ops[class as usize];
-            if op.completed.get() + op.errors.get() > 0 {
-                service.histogram(&[disk, ("op", class.label())], [&op.service]);
-                any = true;
-            }
-        }
-        // Not by operation: that would double the size of a scrape, and which limit delays whom is told by `ctl stats`.
-        if any {
-            queue.histogram(&[disk], ops.iter().map(|op| &op.queue));
+        if OpClass::ALL.iter().any(|class| has_done(sample, *class)) {
+            family.histogram(&[("disk", &sample.info.name)], sample.counters.ops.iter().map(|op| &op.queue));
         }
     }
-    [service, queue]
 }
 
-fn info(samples: &[Sample]) -> Family {
-    let mut family = Family::new(
+fn info(samples: &[Sample], out: &mut String) {
+    let mut family = TextFamily::new(
+        out,
         "blktapd_disk_info",
         "What is known about a disk besides its name: image, type, frontend, mode, groups.",
         MetricType::GAUGE,
@@ -197,44 +206,43 @@ fn info(samples: &[Sample]) -> Family {
         ];
         family.value(&labels, 1.0);
     }
-    family
 }
 
-fn states(samples: &[Sample]) -> Family {
+fn states(samples: &[Sample], out: &mut String) {
     let mut family =
-        Family::new("blktapd_disk_state", "1 for the state that the disk is in.", MetricType::GAUGE);
+        TextFamily::new(out, "blktapd_disk_state", "1 for the state that the disk is in.", MetricType::GAUGE);
     for Sample { info, .. } in samples {
         family.value(&[("disk", &info.name), ("state", info.state.name())], 1.0);
     }
-    family
 }
 
-fn limits(samples: &[Sample]) -> [Family; 2] {
-    let mut iops = Family::new(
-        "blktapd_disk_qos_limit_iops",
-        "Limit on operations per second, by direction; absent when there is none.",
-        MetricType::GAUGE,
-    );
-    let mut bps = Family::new(
-        "blktapd_disk_qos_limit_bytes_per_second",
-        "Limit on bytes per second, by direction; absent when there is none.",
-        MetricType::GAUGE,
-    );
-    for Sample { info, limits, .. } in samples {
-        let rates = [
-            ("total", limits.iops_total, limits.bps_total),
-            ("read", limits.iops_read, limits.bps_read),
-            ("write", limits.iops_write, limits.bps_write),
-        ];
-        for (direction, operations, bytes) in rates {
-            let labels = [("disk", info.name.as_str()), ("direction", direction)];
-            if operations.per_second > 0 {
-                iops.value(&labels, operations.per_second as f64);
-            }
-            if bytes.per_second > 0 {
-                bps.value(&labels, bytes.per_second as f64);
+fn limits(samples: &[Sample], out: &mut String) {
+    type Get = fn(&Rate, &Rate) -> u64;
+    let families: [(&str, &str, Get); 2] = [
+        (
+            "blktapd_disk_qos_limit_iops",
+            "Limit on operations per second, by direction; absent when there is none.",
+            |iops, _| iops.per_second,
+        ),
+        (
+            "blktapd_disk_qos_limit_bytes_per_second",
+            "Limit on bytes per second, by direction; absent when there is none.",
+            |_, bps| bps.per_second,
+        ),
+    ];
+    for (name, help, get) in families {
+        let mut family = TextFamily::new(out, name, help, MetricType::GAUGE);
+        for Sample { info, limits, .. } in samples {
+            let rates = [
+                ("total", get(&limits.iops_total, &limits.bps_total)),
+                ("read", get(&limits.iops_read, &limits.bps_read)),
+                ("write", get(&limits.iops_write, &limits.bps_write)),
+            ];
+            for (direction, per_second) in rates {
+                if per_second > 0 {
+                    family.value(&[("disk", &info.name), ("direction", direction)], per_second as f64);
+                }
             }
         }
     }
-    [iops, bps]
 }

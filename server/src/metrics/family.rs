@@ -40,13 +40,7 @@ impl Family {
         labels: &[(&str, &str)],
         parts: impl IntoIterator<Item = &'a BucketCounts>,
     ) {
-        let mut counts = [0; BUCKETS_NS.len() + 1];
-        let mut sum_ns = 0;
-        for part in parts {
-            let (part_counts, part_sum_ns) = part.read();
-            counts.iter_mut().zip(part_counts).for_each(|(count, more)| *count += more);
-            sum_ns += part_sum_ns;
-        }
+        let (counts, sum_ns) = total(parts);
         let mut so_far = 0;
         let buckets = BUCKETS_NS.iter().zip(counts).map(|(bound, count)| {
             so_far += count;
@@ -68,6 +62,18 @@ impl Family {
     pub fn finish(self) -> Option<MetricFamily> {
         (!self.0.get_metric().is_empty()).then_some(self.0)
     }
+}
+
+/// The sum of some histograms: counts (not cumulative) and nanoseconds.
+pub fn total<'a>(parts: impl IntoIterator<Item = &'a BucketCounts>) -> ([u64; BUCKETS_NS.len() + 1], u64) {
+    let mut counts = [0; BUCKETS_NS.len() + 1];
+    let mut sum_ns: u64 = 0;
+    for part in parts {
+        let (part_counts, part_sum_ns) = part.read();
+        counts.iter_mut().zip(part_counts).for_each(|(count, more)| *count += more);
+        sum_ns = sum_ns.wrapping_add(part_sum_ns);
+    }
+    (counts, sum_ns)
 }
 
 fn label_pairs(labels: &[(&str, &str)]) -> Vec<LabelPair> {

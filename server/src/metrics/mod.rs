@@ -2,13 +2,16 @@
 //!
 //! Names follow node_exporter's diskstats with the prefix `blktapd_disk_` and one stable label, `disk`; what else is known about
 //! a disk is in `blktapd_disk_info`. Histograms of an operation appear with its first request, so that idle disks cost little.
+//! What there is for each disk is written directly ([`text`]), everything else through the collector.
 //! A scrape runs on a thread of its own and touches no shard: counters have one writer and are read without locks.
 
 mod disks;
 mod family;
 mod process;
 mod shards;
+mod text;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use prometheus::core::{Collector, Desc};
@@ -22,6 +25,8 @@ use crate::problem::Problem;
 pub struct Metrics {
     registry: Registry,
     source: Source,
+    /// Size of the last scrape, about.
+    last_bytes: AtomicUsize,
 }
 
 /// Where the collector finds the daemon during a scrape.
@@ -40,8 +45,7 @@ impl Collector for DaemonCollector {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let Some(daemon) = lock(&self.source.0).clone() else { return Vec::new() };
-        let mut families = disks::collect(&daemon);
-        families.extend(shards::collect(&daemon));
+        let mut families = shards::collect(&daemon);
         families.extend(process::collect());
         families
     }
@@ -64,7 +68,7 @@ impl Metrics {
         registry
             .register(Box::new(DaemonCollector { description, source: source.clone() }))
             .map_err(failed)?;
-        Ok(Metrics { registry, source })
+        Ok(Metrics { registry, source, last_bytes: AtomicUsize::new(0) })
     }
 
     /// The text of a scrape.
@@ -78,10 +82,13 @@ impl Metrics {
     fn render(&self, daemon: &Arc<Daemon>) -> Result<String, Problem> {
         *lock(&self.source.0) = Some(daemon.clone());
         let families = self.registry.gather();
-        let mut text = String::new();
+        let mut text = String::with_capacity(self.last_bytes.load(Ordering::Relaxed));
+        disks::write(daemon, &mut text);
         TextEncoder::new()
             .encode_utf8(&families, &mut text)
             .map_err(|error| Problem::failed(format!("the metrics cannot be written: {error}")))?;
+        // Room for a few lines more, so that the next one need not grow.
+        self.last_bytes.store(text.len() + text.len() / 8, Ordering::Relaxed);
         Ok(text)
     }
 }

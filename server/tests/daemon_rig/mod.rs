@@ -89,6 +89,7 @@ fn kind_of(command: &Command) -> &'static str {
         Command::Stats { .. } => "stats",
         Command::Clients { .. } => "clients",
         Command::Stop => "stop",
+        Command::Swap { .. } => "swap",
         Command::InjectPanic { .. } => "panic",
         Command::InjectShardPanic => "shard panic",
     }

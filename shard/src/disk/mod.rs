@@ -516,6 +516,16 @@ impl Disk {
         }
     }
 
+    /// Another image, while nothing is started; returns the old one.
+    pub fn set_backend(&mut self, backend: Backend) -> Backend {
+        debug_assert_eq!(self.started, 0);
+        let old = std::mem::replace(&mut self.config.backend, backend);
+        self.file = file::Edges::new(&self.config.backend);
+        self.space = space::Space::default();
+        self.sync = sync::SyncGroup::default();
+        old
+    }
+
     /// The size that the image has.
     pub fn set_size(&mut self, size_bytes: u64) {
         self.config.size_bytes = size_bytes;

@@ -36,9 +36,10 @@ pub const REQUESTS_MAX: u32 = 128;
 pub const HELD_MAX: u64 = 4 << 20;
 /// Replies that wait to be sent while requests are still read.
 const REPLIES_MAX: usize = 2 * REQUESTS_MAX as usize;
-/// Requests and bytes that one connection may start in one turn.
-const TURN_REQUESTS: u32 = 64;
-const TURN_BYTES: u64 = 1 << 20;
+/// Steps that one connection may take in one turn (a read takes two, a write four) and bytes that it may start.
+pub const TURN_STEPS: u32 = 256;
+/// See [`TURN_STEPS`].
+pub const TURN_BYTES: u64 = 1 << 20;
 /// Bytes of requests that are received at once.
 const INPUT: usize = 4096;
 /// Replies of one message.
@@ -233,8 +234,10 @@ pub struct ConnCtx<'a> {
     /// The disk's connections may take buffers (a disk may hold half of the budget; the first piece of a connection is always
     /// allowed).
     pub may_take: bool,
-    /// Bytes that the disk's connections may still start in this turn.
-    pub share: u64,
+    /// Steps (a request, or a piece of one) that the connection may still take in this turn.
+    pub steps: u32,
+    /// Bytes that it may still start in this turn.
+    pub bytes: u64,
     /// New requests for the disk.
     pub out: &'a mut Vec<Request>,
 }
@@ -376,7 +379,8 @@ impl Conn {
     /// Keeps buffers and has done nothing about it for `patience`.
     pub fn is_stalled(&self, now: Nanos, patience: Nanos) -> bool {
         let receives_nothing = self.send_op.is_some() && now > self.sent_at + patience;
-        let sends_nothing = matches!(self.rx, Rx::Payload { .. }) && now > self.received_at + patience;
+        let sends_nothing =
+            matches!(self.rx, Rx::Payload { data: Data::Pool(..), .. }) && now > self.received_at + patience;
         receives_nothing || (sends_nothing && !self.stopped)
     }
 

@@ -115,15 +115,8 @@ impl Conn {
         }
     }
 
-    /// Puts a connection together on this shard. A half received payload gets a buffer beyond the budget.
-    pub fn unpark(
-        parked: ParkedConn,
-        pool: &mut Pool,
-        disk: u32,
-        slot: u32,
-        generation: u32,
-        now: Nanos,
-    ) -> Conn {
+    /// Puts a connection together on this shard. A half received payload gets its buffer when the connection is first served.
+    pub fn unpark(parked: ParkedConn, disk: u32, slot: u32, generation: u32, now: Nanos) -> Conn {
         let mut conn = Conn::with(parked.fd, parked.agreed, parked.peer, disk, slot, generation, now);
         conn.since = parked.since;
         conn.preload(&parked.input);
@@ -134,22 +127,7 @@ impl Conn {
         conn.out = parked.out;
         conn.streaming = parked.streaming;
         conn.deferred = parked.deferred;
-        conn.rx = match parked.rx {
-            Rx::Payload { command, offset, data: Data::Bytes(bytes), filled, len } => {
-                match pool.take(len as usize, true) {
-                    Some(buf) => {
-                        conn.note_buffer(&buf);
-                        pool.bytes_mut(&buf)[..filled as usize].copy_from_slice(&bytes[..filled as usize]);
-                        Rx::Payload { command, offset, data: Data::Pool(buf, len), filled, len }
-                    }
-                    None => {
-                        conn.closing = Some("no buffer on the new shard".into());
-                        Rx::Done
-                    }
-                }
-            }
-            rx => rx,
-        };
+        conn.rx = parked.rx;
         conn.tls = parked.tls;
         if let Some(tls) = &mut conn.tls
             && !tls.output.is_empty()

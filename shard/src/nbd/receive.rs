@@ -45,7 +45,6 @@ impl Conn {
 
     /// Reads as far as bytes, room and the share of this turn go.
     pub fn advance(&mut self, ctx: &mut ConnCtx<'_>) -> Stop {
-        let (mut requests, mut bytes) = (TURN_REQUESTS, TURN_BYTES.min(ctx.share));
         loop {
             if self.closing.is_some() || matches!(self.rx, Rx::Done) {
                 return Stop::End;
@@ -54,7 +53,7 @@ impl Conn {
             if self.stopped && !self.is_reading() {
                 return Stop::Room;
             }
-            if requests == 0 || bytes == 0 {
+            if ctx.steps == 0 || ctx.bytes == 0 {
                 return Stop::Turn;
             }
             let before = ctx.out.len();
@@ -67,12 +66,12 @@ impl Conn {
                 Rx::Done => Some(Stop::End),
             };
             for request in &ctx.out[before..] {
-                bytes = bytes.saturating_sub(request.len.min(u64::from(PIECE)).max(512));
+                ctx.bytes = ctx.bytes.saturating_sub(request.len.min(u64::from(PIECE)).max(512));
             }
-            requests -= 1;
+            ctx.steps -= 1;
             match step {
                 // TLS may hold decrypted bytes.
-                Some(Stop::Input) if self.decrypt() => requests += 1,
+                Some(Stop::Input) if self.decrypt() => ctx.steps += 1,
                 // And ciphertext that its session has no room for until its output has been sent.
                 Some(Stop::Input) if self.tls.as_ref().is_some_and(|tls| !tls.pending.is_empty()) => {
                     return Stop::Room;
@@ -277,6 +276,13 @@ impl Conn {
     fn payload(&mut self, ctx: &mut ConnCtx<'_>) -> Option<Stop> {
         let Rx::Payload { command, offset, data, filled, len } = &mut self.rx else { return None };
         let (command, offset, len) = (*command, *offset, *len);
+        if let Data::Bytes(bytes) = data {
+            // It came from another shard, where it had its place in the budget.
+            let Some(buf) = ctx.pool.take(bytes.len(), true) else { return Some(Stop::Buffer) };
+            ctx.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(bytes);
+            self.buffers += buf.capacity() as u64;
+            *data = Data::Pool(buf, len);
+        }
         let Data::Pool(buf, _) = data else {
             self.close("a payload without a buffer");
             return None;

@@ -27,6 +27,8 @@ const SHARED_TRIES: u32 = 8;
 #[derive(Debug)]
 pub(super) struct BlockStates {
     bytes: AtomicBytes,
+    #[cfg(test)]
+    pub(super) rival: super::rival::Rival,
 }
 
 /// What came of a reader's try.
@@ -53,7 +55,20 @@ impl BlockStates {
     /// States of `blocks` blocks without memory.
     pub(super) fn new(blocks: u64) -> io::Result<BlockStates> {
         let len = usize::try_from(blocks).map_err(io::Error::other)?;
-        Ok(BlockStates { bytes: AtomicBytes::new(len)? })
+        Ok(BlockStates {
+            bytes: AtomicBytes::new(len)?,
+            #[cfg(test)]
+            rival: super::rival::Rival::default(),
+        })
+    }
+
+    /// A rival that a test has invented is at the block.
+    #[inline]
+    fn is_contested(&self) -> bool {
+        #[cfg(test)]
+        return self.rival.comes();
+        #[cfg(not(test))]
+        false
     }
 
     /// Number of blocks.
@@ -74,6 +89,9 @@ impl BlockStates {
         for _ in 0..SHARED_TRIES {
             if state & MEMORY == 0 {
                 return SharedLock::Hole;
+            }
+            if self.is_contested() {
+                return SharedLock::Busy;
             }
             if state & HOLDERS >= WRITER - 1 {
                 return SharedLock::Busy; // a writer, or as many readers as can be counted
@@ -98,7 +116,7 @@ impl BlockStates {
     fn try_writer(&self, block: u64) -> Option<u8> {
         let byte = self.state(block);
         let state = byte.load(Ordering::Relaxed);
-        if state & HOLDERS != 0 {
+        if state & HOLDERS != 0 || self.is_contested() {
             return None;
         }
         byte.compare_exchange(state, state | WRITER, Ordering::Acquire, Ordering::Relaxed).ok()

@@ -24,6 +24,8 @@ mod backing;
 mod blocks;
 mod budget;
 mod initial;
+#[cfg(test)]
+mod rival;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -439,6 +441,18 @@ impl RamDisk {
             self.budget.give_back(guard.blocks() * BLOCK_BYTES);
         }
         Ok((guard.end() * BLOCK_BYTES).min(self.size_bytes))
+    }
+
+    /// From now on so many of a thousand tries of a lock meet another shard, by chance of this seed.
+    #[cfg(test)]
+    pub fn invent_rival(&self, seed: u64, chance: u64) {
+        self.states.rival.set(seed, chance);
+    }
+
+    /// How often that has happened.
+    #[cfg(test)]
+    pub fn rivals_met(&self) -> u64 {
+        self.states.rival.met()
     }
 
     /// Unlocks what is behind the last whole unit; the disk's last unit may be short.

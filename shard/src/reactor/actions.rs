@@ -215,6 +215,9 @@ impl<K: Kernel> Shard<K> {
 
     /// Address of the memory of an operation; takes a buffer if there is none yet. `None` when there is no buffer to be had.
     pub(super) fn address(&mut self, disk: u32, req: ReqKey, mem: Mem) -> Option<usize> {
+        if !unload(&mut self.pool, &mut self.conns, &mut self.requests[req]) {
+            return None;
+        }
         let request = &self.requests[req];
         // The bytes of a read arrive in its payload in the end, also those that are bounced.
         let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
@@ -461,7 +464,8 @@ impl<K: Kernel> Shard<K> {
                 && (entry.quarantined
                     || entry.pending.is_some()
                     || entry.zombie
-                    || entry.failed_open.is_some())
+                    || entry.failed_open.is_some()
+                    || entry.swap.is_some())
             {
                 self.unsettled.push(disk);
             }
@@ -624,6 +628,22 @@ impl<K: Kernel> Shard<K> {
             }
         }
     }
+}
+
+/// Puts data that came from another shard into a buffer; false when there is none to be had. Beyond the budget, as it was when
+/// it was received: who else has buffers may wait for just this write.
+pub(super) fn unload(pool: &mut Pool, conns: &mut slab::Slab<Box<Conn>>, request: &mut Request) -> bool {
+    let Some(bytes) = &request.carried else { return true };
+    let Some(buf) = pool.take(bytes.len(), true) else { return false };
+    pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(bytes);
+    if let Some(origin) = request.origin
+        && let Some(conn) = conns.get_mut(origin.conn as usize)
+        && conn.generation == origin.generation
+    {
+        conn.note_buffer(&buf);
+    }
+    (request.payload, request.carried) = (Some(buf), None);
+    true
 }
 
 /// The descriptor of an I/O, and whether the kernel may punt it to a worker.

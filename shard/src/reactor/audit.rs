@@ -8,9 +8,11 @@ use std::collections::HashMap;
 
 use super::ops::OpKind;
 use super::*;
+use crate::storage::pool::Buf;
 
-/// What is compared, what was counted, what there is.
-type Check<'a> = &'a dyn Fn(&dyn Fn() -> String, u64, u64) -> Result<(), String>;
+fn check(what: impl FnOnce() -> String, counted: u64, real: u64) -> Result<(), String> {
+    if counted == real { Ok(()) } else { Err(format!("{}: counted {counted}, really {real}", what())) }
+}
 
 impl<K: Kernel> Shard<K> {
     /// Compares every counter with what it counts.
@@ -18,28 +20,18 @@ impl<K: Kernel> Shard<K> {
     /// # Errors
     /// The first that is wrong.
     pub fn audit(&self) -> Result<(), String> {
-        let check = |what: &dyn Fn() -> String, counted: u64, real: u64| {
-            if counted == real {
-                Ok(())
-            } else {
-                Err(format!("{}: counted {counted}, really {real}", what()))
-            }
-        };
         let mut in_pool = 0;
-        for (_, request) in self.requests.iter() {
-            in_pool += [&request.payload, &request.bounce]
-                .into_iter()
-                .flatten()
-                .map(|b| b.capacity())
-                .sum::<usize>();
-        }
+        // Requests, bytes held and bytes of buffers, by connection.
         let mut ours = HashMap::<(u32, u32), (u64, u64, u64)>::new();
         for (_, request) in self.requests.iter() {
+            let capacity = |buf: &Option<Buf>| buf.as_ref().map_or(0, Buf::capacity);
+            let payload = capacity(&request.payload);
+            in_pool += payload + capacity(&request.bounce);
             if let Some(origin) = request.origin {
                 let sums = ours.entry((origin.conn, origin.generation)).or_default();
                 sums.0 += 1;
                 sums.1 += request.held_bytes();
-                sums.2 += request.payload.as_ref().map_or(0, |buf| buf.capacity() as u64);
+                sums.2 += payload as u64;
             }
         }
         for (_, conn) in &self.conns {
@@ -48,17 +40,32 @@ impl<K: Kernel> Shard<K> {
             let (requests, held, buffers) =
                 ours.get(&(conn.slot(), conn.generation)).copied().unwrap_or_default();
             let counted = conn.counted();
-            check(&|| format!("requests of {}", conn.peer()), u64::from(conn.requests()), requests)?;
-            check(&|| format!("bytes held by {}", conn.summary()), counted.held, own.held + held)?;
-            check(&|| format!("buffers of {}", conn.summary()), counted.buffers, own.buffers + buffers)?;
+            check(|| format!("requests of {}", conn.peer()), u64::from(conn.requests()), requests)?;
+            check(|| format!("bytes held by {}", conn.summary()), counted.held, own.held + held)?;
+            check(|| format!("buffers of {}", conn.summary()), counted.buffers, own.buffers + buffers)?;
         }
-        check(&|| "bytes of the pool".into(), self.pool.used() as u64, in_pool as u64)?;
-        check(&|| "free chunks are lost".into(), 1, u64::from(in_pool > 0 || self.pool.is_whole()))?;
-        self.audit_disks(&check)?;
-        self.audit_gates(&check)
+        check(|| "bytes of the pool".into(), self.pool.used() as u64, in_pool as u64)?;
+        check(|| "free chunks are lost".into(), 1, u64::from(in_pool > 0 || self.pool.is_whole()))?;
+        self.audit_disks()?;
+        self.audit_gates()
     }
 
-    fn audit_disks(&self, check: Check<'_>) -> Result<(), String> {
+    /// The address space of the pool is spent until [`Shard::give_buffers_back`].
+    pub fn take_buffers_away(&mut self) {
+        self.pool.hide_free_chunks();
+    }
+
+    /// There is address space again.
+    pub fn give_buffers_back(&mut self) {
+        self.pool.show_free_chunks();
+    }
+
+    /// Requests whose data came along with a disk and wait for a buffer.
+    pub fn carried(&self) -> usize {
+        self.requests.iter().filter(|(_, request)| request.carried.is_some()).count()
+    }
+
+    fn audit_disks(&self) -> Result<(), String> {
         let mut bounces = 0;
         for (slot, entry) in &self.disks {
             let what = |what: &'static str| move || format!("{what} of disk {}", entry.id.0);
@@ -68,24 +75,24 @@ impl<K: Kernel> Shard<K> {
             let own_bounces = requests().filter(|r| r.bounce.is_some()).count() as u64;
             let ops = self.ops.iter().filter(|op| op.disk() == Some(slot as u32)).count() as u64;
             bounces += own_bounces;
-            check(&what("requests"), u64::from(entry.requests), count)?;
-            check(&what("bounce buffers"), u64::from(entry.bounces), own_bounces)?;
-            check(&what("kernel operations"), u64::from(entry.ops), ops)?;
+            check(what("requests"), u64::from(entry.requests), count)?;
+            check(what("bounce buffers"), u64::from(entry.bounces), own_bounces)?;
+            check(what("kernel operations"), u64::from(entry.ops), ops)?;
             if let Some(disk) = &entry.disk {
                 let counters = &disk.config().counters;
-                check(&what("io_now"), counters.io_now.get(), count)?;
-                check(&what("clients"), counters.clients.get(), entry.conns.len() as u64)?;
+                check(what("io_now"), counters.io_now.get(), count)?;
+                check(what("clients"), counters.clients.get(), entry.conns.len() as u64)?;
                 if !entry.quarantined {
-                    check(&what("throttled_now"), counters.throttled_now.get(), throttled)?;
+                    check(what("throttled_now"), counters.throttled_now.get(), throttled)?;
                     let (waiting, started) = disk.counts();
-                    check(&what("requests in its queues"), (waiting + started) as u64, count)?;
+                    check(what("requests in its queues"), (waiting + started) as u64, count)?;
                 }
             }
         }
-        check(&|| "bounce buffers of the shard".into(), u64::from(self.bounces), bounces)
+        check(|| "bounce buffers of the shard".into(), u64::from(self.bounces), bounces)
     }
 
-    fn audit_gates(&self, check: Check<'_>) -> Result<(), String> {
+    fn audit_gates(&self) -> Result<(), String> {
         let mut out = HashMap::<u64, u64>::new();
         for op in self.ops.iter() {
             let gated = match op {
@@ -98,9 +105,9 @@ impl<K: Kernel> Shard<K> {
         }
         for (store, gate) in &self.gates {
             let real = out.remove(store).unwrap_or_default();
-            check(&|| format!("punted work of store {store}"), u64::from(gate.in_flight()), real)?;
+            check(|| format!("punted work of store {store}"), u64::from(gate.in_flight()), real)?;
         }
-        check(&|| "punted work of stores without a gate".into(), 0, out.values().sum())
+        check(|| "punted work of stores without a gate".into(), 0, out.values().sum())
     }
 
     /// Connections that still have to do with something: who they are, and how they stand. One whose client has had every answer

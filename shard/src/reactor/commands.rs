@@ -33,9 +33,11 @@ impl<K: Kernel> Shard<K> {
         let Envelope { tag, command } = envelope;
         let outcome = match command {
             Command::AddDisk(config) => self.add_disk(config, tag),
-            Command::Unpark(parked) => self.unpark(*parked, tag),
+            Command::Unpark(parked) => self.unpark(parked, tag),
             Command::Stop => {
-                self.stopping = Some(tag);
+                if let Some(earlier) = self.stopping.replace(tag) {
+                    self.reply(earlier, Ok(Reply::Done));
+                }
                 Ok(None)
             }
             Command::RemoveDisk { disk, force } => {
@@ -50,6 +52,7 @@ impl<K: Kernel> Shard<K> {
             Command::Resume { disk, data_in_doubt } => {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
+            Command::Swap { disk, backend } => self.slot(disk).and_then(|slot| self.swap(slot, tag, backend)),
             Command::Fail { disk } => self.slot(disk).map(|slot| {
                 self.with_disk(slot, |disk, ctx| {
                     disk.fail(ctx, DiskState::Failed, "given up by an operator")
@@ -133,6 +136,7 @@ impl<K: Kernel> Shard<K> {
             owner,
             engine: None,
             failed_open: None,
+            swap: None,
             told: None,
             punts: false,
         }) as u32
@@ -157,7 +161,7 @@ impl<K: Kernel> Shard<K> {
             let message = format!("the disk has {CONNS_MAX} connections already: close some");
             return Err(failure(ShardErrorKind::Limit, message));
         }
-        self.add_conn(slot, |_, conn, generation, now| Conn::new(handoff, slot, conn, generation, now));
+        self.add_conn(slot, |conn, generation, now| Conn::new(handoff, slot, conn, generation, now));
         Ok(Some(Reply::Done))
     }
 
@@ -186,7 +190,12 @@ impl<K: Kernel> Shard<K> {
                 format!("the disk is {what}: wait for that to end"),
             ));
         }
-        if entry.quarantined || entry.zombie || entry.failed_open.is_some() || entry.opening() {
+        if entry.quarantined
+            || entry.zombie
+            || entry.swap.is_some()
+            || entry.failed_open.is_some()
+            || entry.opening()
+        {
             return Err(failure(
                 ShardErrorKind::WrongState,
                 "the disk waits for kernel operations to come back",
@@ -281,14 +290,18 @@ impl<K: Kernel> Shard<K> {
         Ok(Some(Reply::Done))
     }
 
-    fn unpark(&mut self, parked: ParkedDisk, tag: u64) -> Outcome {
+    fn unpark(&mut self, parked: Box<ParkedDisk>, tag: u64) -> Outcome {
+        if self.stopping.is_some() || self.by_id.contains_key(&parked.config.id) {
+            return Ok(Some(Reply::NotTaken(parked)));
+        }
+        let parked = *parked;
         let image = matches!(parked.config.backend, Backend::Image(_));
         let slot = self.insert_disk(parked.config, Some(tag));
         let mut origins = Vec::with_capacity(parked.conns.len());
         for conn in parked.conns {
             let at = self.conns.vacant_key() as u32;
-            self.add_conn(slot, |pool, conn_slot, generation, now| {
-                Conn::unpark(conn, pool, slot, conn_slot, generation, now)
+            self.add_conn(slot, |conn_slot, generation, now| {
+                Conn::unpark(conn, slot, conn_slot, generation, now)
             });
             origins.push((at, self.generation));
         }
@@ -309,35 +322,14 @@ impl<K: Kernel> Shard<K> {
             let mut new =
                 Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
             new.operations = request.operations;
-            if let Some(bytes) = request.payload {
-                let Some(buf) = self.pool.take(bytes.len(), true) else {
-                    // The address space of the pool is spent: only this request fails.
-                    new.errno = libc::ENOMEM;
-                    self.fail_new(slot, new);
-                    continue;
-                };
-                self.pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(&bytes);
-                if let Some(conn) = origin.and_then(|origin| self.conns.get_mut(origin.conn as usize)) {
-                    conn.note_buffer(&buf);
-                }
-                new.payload = Some(buf);
-            }
-            debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.payload.is_some());
+            new.carried = request.payload;
+            debug_assert!(!matches!(new.kind, Kind::Write { .. }) || new.carried.is_some());
+            // When the address space of the pool is spent it waits for a buffer like any other.
+            actions::unload(&mut self.pool, &mut self.conns, &mut new);
             self.submit(new);
             self.run_actions();
         }
         Ok((!image).then_some(Reply::Done))
-    }
-
-    fn fail_new(&mut self, slot: u32, request: Request) {
-        let entry = &mut self.disks[slot as usize];
-        entry.requests += 1;
-        if let Some(disk) = &entry.disk {
-            disk.config().counters.io_now.add(1);
-        }
-        let req = self.requests.insert(request);
-        self.actions.push_back((slot, Action::Answer { req }));
-        self.run_actions();
     }
 
     fn remove(&mut self, slot: u32, tag: u64, force: bool) -> Outcome {
@@ -374,6 +366,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
+        self.end_swap(slot, "the disk was detached by force");
         for file in self.file_slots(slot) {
             self.disks[file as usize].zombie = true;
             self.with_disk(file, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));

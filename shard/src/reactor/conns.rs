@@ -2,8 +2,7 @@
 
 use super::ops::OpKind;
 use super::*;
-use crate::nbd::{ConnCtx, Stop};
-use crate::request::PIECE;
+use crate::nbd::{ConnCtx, Stop, TURN_BYTES, TURN_STEPS};
 
 /// Bytes of requests that the connections of one disk may start in one turn.
 const DISK_TURN_BYTES: u64 = 4 << 20;
@@ -15,11 +14,11 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Puts a connection into service.
-    pub(super) fn add_conn(&mut self, disk: u32, make: impl FnOnce(&mut Pool, u32, u32, Nanos) -> Conn) {
+    pub(super) fn add_conn(&mut self, disk: u32, make: impl FnOnce(u32, u32, Nanos) -> Conn) {
         let generation = self.next_generation();
         let vacant = self.conns.vacant_entry();
         let slot = vacant.key() as u32;
-        vacant.insert(Box::new(make(&mut self.pool, slot, generation, self.now)));
+        vacant.insert(Box::new(make(slot, generation, self.now)));
         let entry = &mut self.disks[disk as usize];
         entry.conns.push(slot);
         self.counters.clients.add(1);
@@ -29,11 +28,20 @@ impl<K: Kernel> Shard<K> {
         self.dirty.push(slot);
     }
 
-    /// Lets a connection read as far as it can.
+    /// Lets a connection read as far as bytes, room and its share of the turn go. When there are no bytes left the ring waits
+    /// for more.
     pub(super) fn service(&mut self, slot: u32) {
-        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
+        let mut share = (TURN_STEPS, TURN_BYTES);
+        while self.service_step(slot, &mut share) {}
+        self.dirty.push(slot);
+    }
+
+    /// Takes the requests that a connection has received and receives again; whether there was anything. `share` is what it
+    /// may still start in this turn: requests and bytes.
+    fn service_step(&mut self, slot: u32, share: &mut (u32, u64)) -> bool {
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return false };
         if conn.recv_op.is_some() {
-            return;
+            return false;
         }
         let disk = conn.disk;
         // A disk may hold half of the budget; looked at only when half of it is in use.
@@ -43,23 +51,34 @@ impl<K: Kernel> Shard<K> {
             conns.iter().filter_map(|&c| self.conns.get(c as usize)).map(|c| c.buffers()).sum::<u64>()
                 < half as u64
         };
-        let Some(entry) = self.disks.get_mut(disk as usize) else { return };
+        let Some(entry) = self.disks.get_mut(disk as usize) else { return false };
         if entry.share.0 != self.turn {
             entry.share = (self.turn, DISK_TURN_BYTES);
         }
-        let Some(conn) = self.conns.get_mut(slot as usize) else { return };
+        let Some(conn) = self.conns.get_mut(slot as usize) else { return false };
         let mut requests = std::mem::take(&mut self.new_requests);
-        let share = entry.share.1;
-        let mut ctx = ConnCtx { now: self.now, pool: &mut self.pool, may_take, share, out: &mut requests };
+        let bytes = share.1.min(entry.share.1);
+        let (steps, pool) = (share.0, &mut self.pool);
+        let mut ctx = ConnCtx { now: self.now, pool, may_take, steps, bytes, out: &mut requests };
         let stop = conn.advance(&mut ctx);
-        let started: u64 = requests.iter().map(|request| request.len.min(u64::from(PIECE)).max(512)).sum();
-        entry.share.1 = entry.share.1.saturating_sub(started);
+        let started = bytes - ctx.bytes;
+        *share = (ctx.steps, share.1 - started);
+        entry.share.1 -= started;
+        let mut received = false;
         match stop {
             Stop::Input => {
                 let op = conn.receive_op(&self.pool);
-                let user_data = self.ops.insert(OpKind::Recv { conn: slot });
-                conn.recv_op = Some(user_data);
-                self.kernel.push(user_data, op);
+                match self.kernel.receive_now(op) {
+                    errno if matches!(-errno, libc::EAGAIN | libc::EINTR) => {
+                        let user_data = self.ops.insert(OpKind::Recv { conn: slot });
+                        conn.recv_op = Some(user_data);
+                        self.kernel.push(user_data, op);
+                    }
+                    result => {
+                        conn.on_received(result, self.now);
+                        received = true;
+                    }
+                }
             }
             Stop::Turn => self.ready.push_back(slot),
             Stop::Buffer => {
@@ -74,7 +93,10 @@ impl<K: Kernel> Shard<K> {
             self.run_actions();
         }
         self.new_requests = requests;
-        self.dirty.push(slot);
+        if received {
+            self.wake_pending(disk);
+        }
+        received
     }
 
     pub(super) fn on_recv(&mut self, slot: u32, result: i32) {

@@ -19,6 +19,7 @@ mod conns;
 mod meter;
 mod ops;
 mod settle;
+mod swap;
 mod volume;
 
 use std::cmp::Reverse;
@@ -44,6 +45,8 @@ use ops::{OpKind, Ops};
 
 /// Housekeeping interval: buffers of idle connections go back to the system, stalled clients are looked at.
 const TICK: Nanos = SECOND;
+/// The same at rest: each wakes the core. Well below the 5 s after which the control thread calls a shard stalled.
+const REST: Nanos = 3 * SECOND;
 /// A send without progress for this long, while others wait for buffers, ends the connection.
 const STALL: Nanos = 30 * SECOND;
 /// Connections of one disk.
@@ -133,6 +136,8 @@ struct Entry {
     engine: Option<Box<volume::Engine>>,
     /// Its image could not be opened: the command to answer, and why.
     failed_open: Option<(u64, String)>,
+    /// It is being given another image.
+    swap: Option<swap::Swap>,
     /// When an error of its image was told last.
     told: Option<Nanos>,
     /// Its file cannot tell that it would have to wait: all I/O counts as punted.
@@ -338,10 +343,13 @@ impl<K: Kernel> Shard<K> {
             self.tick();
         }
         self.account(start);
-        if let Some(tag) = self.stopping
-            && self.disks.is_empty()
-        {
-            self.events.send(Event::Reply { tag, result: Ok(crate::api::Reply::Done) });
+        // The one operation that stays is the poll of the inbox.
+        if self.stopping.is_some() && self.disks.is_empty() && self.ops.len() <= 1 {
+            // What was sent before the control thread could know: every command has its reply.
+            self.inbox();
+            if let Some(tag) = self.stopping {
+                self.reply(tag, Ok(crate::api::Reply::Done));
+            }
             return Ok(false);
         }
         Ok(true)
@@ -400,14 +408,15 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// Once a second.
+    /// Once a second, or less often at rest.
     fn tick(&mut self) {
-        self.next_tick = self.now + TICK;
         // A shard at rest has given everything back after two looks; then one a minute is enough (histograms, patience).
         self.quiet_ticks =
             if std::mem::take(&mut self.worked) { 0 } else { self.quiet_ticks.wrapping_add(1) };
         let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty();
-        if self.quiet_ticks > 2 && !self.quiet_ticks.is_multiple_of(60) && !pressed {
+        let rests = self.quiet_ticks > 2 && !pressed;
+        self.next_tick = self.now + if rests { REST } else { TICK };
+        if rests && !self.quiet_ticks.is_multiple_of(20) {
             return;
         }
         self.pool.trim();

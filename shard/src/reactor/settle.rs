@@ -29,7 +29,7 @@ impl<K: Kernel> Shard<K> {
         if self.disks[slot as usize].owner.is_some() {
             return self.settle_file(slot);
         }
-        if self.settle_failed_open(slot) {
+        if self.settle_failed_open(slot) || self.settle_swap(slot) {
             return;
         }
         let entry = &self.disks[slot as usize];
@@ -261,7 +261,7 @@ impl<K: Kernel> Shard<K> {
             len: request.len,
             operations: request.operations,
             // A read that failed and is held has a buffer and no data yet.
-            payload: payload.filter(|_| matches!(request.kind, Kind::Write { .. })),
+            payload: payload.filter(|_| matches!(request.kind, Kind::Write { .. })).or(request.carried),
             origin,
             arrived: request.arrived,
         }

@@ -174,7 +174,7 @@ impl<K: Kernel> Shard<K> {
         let port = Rc::new(Port::default());
         let (mut slots, mut opened) = (Vec::new(), Vec::new());
         for file in files {
-            let file = self.insert_file(slot, &port, &file.image, &file.name, file.writable);
+            let file = self.insert_file(slot, &port, &file.image, &file.name, (file.writable, false));
             slots.push(file.slot);
             opened.push(Rc::new(file) as Rc<dyn formats::file::ImageFile>);
         }
@@ -201,14 +201,14 @@ impl<K: Kernel> Shard<K> {
         port: &Rc<Port>,
         image: &Arc<crate::api::ImageFile>,
         name: &Arc<str>,
-        writable: bool,
+        (writable, flush): (bool, bool),
     ) -> ShardFile {
         let config = Box::new(DiskConfig {
             id: DiskId(u64::MAX),
             name: name.clone(),
             backend: Backend::File(image.clone()),
             size_bytes: formats::raw::SIZE_MAX_BYTES,
-            read_only: !writable,
+            read_only: !writable && !flush,
             // The disk of the volume decides what a failure means.
             on_error: ErrorPolicy::Report,
             on_enospc: ErrorPolicy::Report,
@@ -234,7 +234,7 @@ impl<K: Kernel> Shard<K> {
         for layer in &chain.layers {
             let mut layer_files = Vec::new();
             for (file, name) in layer.files.iter().zip(&layer.names) {
-                let file = self.insert_file(slot, &port, file, name, layer.writable);
+                let file = self.insert_file(slot, &port, file, name, (layer.writable, layer.flush));
                 slots.push(file.slot);
                 layer_files.push(Rc::new(file));
             }
@@ -316,7 +316,8 @@ impl<K: Kernel> Shard<K> {
     /// Carries a request of a volume out: from memory if that will do, else by a future.
     pub(super) fn start_volume(&mut self, slot: u32, req: ReqKey) {
         let kind = self.requests[req].kind;
-        if kind == Kind::Read && self.address(slot, req, Mem::Payload(0)).is_none() {
+        let moves = matches!(kind, Kind::Read | Kind::Write { .. });
+        if moves && self.address(slot, req, Mem::Payload(0)).is_none() {
             self.counters.buffer_waits.add(1);
             self.starved.push_back((slot, Action::Volume { req }));
             if self.disks[slot as usize].pending.is_some() && !self.feeding {
@@ -657,14 +658,24 @@ impl<K: Kernel> Shard<K> {
                 if let Some(tag) = tag {
                     self.reply(tag, Ok(Reply::Done));
                 }
+                self.swap_opened(slot);
             }
             Ok(_) => {}
             Err(error) => {
                 engine.stage = Stage::Closed;
-                if let Some(tag) = tag {
+                let entry = &self.disks[slot as usize];
+                let unseen = entry.conns.is_empty() && entry.requests == 0;
+                if let Some(tag) = tag.filter(|_| unseen) {
                     // Nobody has seen the disk yet; it goes when its operations have come back.
                     self.disks[slot as usize].failed_open = Some((tag, error.message));
                     return self.unsettled.push(slot);
+                }
+                if let Some(tag) = tag {
+                    // It came with its clients: it is here, and its state says what it is.
+                    self.reply(tag, Ok(Reply::Done));
+                }
+                if self.swap_failed(slot, &error.message) {
+                    return;
                 }
                 let reason = format!("its image cannot be opened again: {error}");
                 self.with_disk(slot, |disk, ctx| {
@@ -697,7 +708,8 @@ impl<K: Kernel> Shard<K> {
 
     fn close_done(&mut self, slot: u32, result: Result<(), Error>) {
         let entry = &mut self.disks[slot as usize];
-        let leaves = matches!(entry.pending, Some(Pending::Park { .. } | Pending::Remove { .. }));
+        let leaves = matches!(entry.pending, Some(Pending::Park { .. } | Pending::Remove { .. }))
+            || entry.swap.is_some();
         let Some(engine) = &mut entry.engine else { return };
         engine.volume = None;
         engine.stage = Stage::Closed;
@@ -711,6 +723,7 @@ impl<K: Kernel> Shard<K> {
                     self.tell_image_error(slot, &error);
                     self.reopen_engine(slot);
                     self.close_failed(slot, &error.message);
+                    self.end_swap(slot, &format!("its image could not be closed: {error}"));
                 }
             }
         }
@@ -828,7 +841,7 @@ async fn open(
     for (layer, files) in chain.layers.iter().zip(files.iter()).rev() {
         let files: Vec<Rc<dyn formats::file::ImageFile>> =
             files.iter().map(|file| file.clone() as Rc<dyn formats::file::ImageFile>).collect();
-        let log = match &layer.log {
+        let log = match layer.log.as_ref().filter(|_| layer.writable) {
             Some(log) => Some(take_up(log, &files).await?),
             None => None,
         };
@@ -840,6 +853,12 @@ async fn open(
             log: log.map(|log| log as Rc<dyn AllocationLog>),
             snapshot: layer.snapshot.clone(),
         };
+        if layer.flush {
+            // It was written until now, and nobody else will flush it.
+            for file in &files {
+                file.flush().await?;
+            }
+        }
         let name = files.first().map_or("", |file| file.name()).to_owned();
         let driver = layer
             .format

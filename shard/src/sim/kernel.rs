@@ -36,6 +36,8 @@ pub enum Event {
     Operator(usize),
     /// The store of a file answers again.
     Release(usize),
+    /// A shard whose address space for buffers was spent has some again.
+    Buffers(usize),
     /// A client that had stopped reads again.
     Read(usize),
 }
@@ -245,7 +247,7 @@ impl World {
                 self.clients_due.remove(&client);
                 return Some(event);
             }
-            Event::Operator(_) | Event::Read(_) => return Some(event),
+            Event::Operator(_) | Event::Read(_) | Event::Buffers(_) => return Some(event),
         }
         None
     }
@@ -497,6 +499,15 @@ impl Kernel for SimKernel {
 
     fn push(&mut self, user_data: u64, op: Op) {
         self.world.borrow_mut().start(self.shard, user_data, op);
+    }
+
+    fn receive_now(&mut self, op: Op) -> i32 {
+        let mut world = self.world.borrow_mut();
+        match op {
+            Op::Recv { fd, addr, len } => world.receive_now(fd, &[(addr, len as usize)]),
+            Op::RecvMsg { fd, header } => world.receive_now(fd, &memory::ranges(header)),
+            other => panic!("not a receive: {other:?}"),
+        }
     }
 
     fn set_timer(&mut self, at: Nanos) {

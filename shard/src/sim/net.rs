@@ -1,5 +1,7 @@
 //! The simulated kernel, sockets: receives and sends that end when bytes or room are there, or the client is gone.
 
+use std::os::fd::RawFd;
+
 use super::kernel::{Event, InFlight, Running, World};
 use super::memory;
 use super::socket::Gone;
@@ -30,37 +32,53 @@ impl World {
             return;
         };
         *scheduled = false;
-        let sock = *sock;
+        let (sock, ranges) = (*sock, ranges.clone());
+        if let Some(result) = self.receive(sock, &ranges) {
+            self.sockets[sock].recv = None;
+            self.finish(id, result);
+        }
+    }
+
+    /// A receive that does not wait.
+    pub(super) fn receive_now(&mut self, fd: RawFd, ranges: &[(usize, usize)]) -> i32 {
+        let sock = self.socket(fd);
+        assert!(self.sockets[sock].recv.is_none(), "two operations of one direction on one socket");
+        // Bytes may arrive just after it has looked.
+        let early = self.rng.chance(300);
+        let result = if early { None } else { self.receive(sock, ranges) }.unwrap_or(-libc::EAGAIN);
+        self.trace([2, sock as u64, result as u64]);
+        result
+    }
+
+    /// What a receive gets from a socket; `None` when nothing is there.
+    fn receive(&mut self, sock: usize, ranges: &[(usize, usize)]) -> Option<i32> {
         let socket = &mut self.sockets[sock];
         let total: usize = ranges.iter().map(|range| range.1).sum();
+        assert!(total > 0, "receive of nothing");
         let mut count = total.min(socket.to_server.len());
-        let result = if self.rng.chance(socket.faults) {
-            if self.rng.chance(500) { -libc::EINTR } else { -libc::EAGAIN }
-        } else if count == 0 {
-            match socket.client_gone {
-                Gone::No => return,
-                Gone::Eof => 0,
-                Gone::Reset => -libc::ECONNRESET,
-            }
-        } else {
-            if self.rng.chance(200) {
-                count = self.rng.between(1, count as u64) as usize;
-            }
-            let bytes: Vec<u8> = socket.to_server.drain(..count).collect();
-            let mut rest = &bytes[..];
-            for &(addr, len) in ranges.iter() {
-                let (now, later) = rest.split_at(len.min(rest.len()));
-                memory::store(addr, now);
-                rest = later;
-            }
-            count as i32
-        };
-        socket.recv = None;
-        let client = socket.client;
-        if result > 0 {
-            self.wake_client(client);
+        if self.rng.chance(socket.faults) {
+            return Some(if self.rng.chance(500) { -libc::EINTR } else { -libc::EAGAIN });
         }
-        self.finish(id, result);
+        if count == 0 {
+            return match socket.client_gone {
+                Gone::No => None,
+                Gone::Eof => Some(0),
+                Gone::Reset => Some(-libc::ECONNRESET),
+            };
+        }
+        if self.rng.chance(200) {
+            count = self.rng.between(1, count as u64) as usize;
+        }
+        let bytes: Vec<u8> = socket.to_server.drain(..count).collect();
+        let mut rest = &bytes[..];
+        for &(addr, len) in ranges {
+            let (now, later) = rest.split_at(len.min(rest.len()));
+            memory::store(addr, now);
+            rest = later;
+        }
+        let client = socket.client;
+        self.wake_client(client);
+        Some(count as i32)
     }
 
     pub(super) fn try_send(&mut self, id: u64) {

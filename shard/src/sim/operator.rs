@@ -182,8 +182,14 @@ impl Sim {
                 self.connect(disk);
             }
             Place::Moving(parked, to) => {
+                let to = if self.stopped[to] { 1 - to } else { to };
                 self.disks[disk].place = Place::Shard(to);
                 self.world.borrow_mut().files[disk].frozen = self.disks[disk].paused;
+                if self.plan.faults && self.rng.chance(200) {
+                    self.shards[to].take_buffers_away();
+                    let after = self.rng.between(MICROSECOND, 5 * MILLISECOND);
+                    self.world.borrow_mut().schedule(after, Happening::Buffers(to));
+                }
                 self.command(disk, to, Command::Unpark(parked), Kind::Unpark);
             }
             Place::Shard(shard) => {
@@ -449,6 +455,13 @@ impl Sim {
                 drop(world);
                 let to = if self.rng.chance(800) { 1 - shard } else { shard };
                 self.disks[disk].place = Place::Moving(parked, to);
+                self.soon(disk, 5_000);
+            }
+            (Kind::Unpark, Ok(Reply::NotTaken(parked))) => {
+                assert_eq!(self.stopping, Some(shard), "a shard that is not stopping refused a disk");
+                self.count("Unpark handed back");
+                self.world.borrow_mut().files[disk].frozen = true;
+                self.disks[disk].place = Place::Moving(parked, 1 - shard);
                 self.soon(disk, 5_000);
             }
             (Kind::Remove, Ok(Reply::Removed(config))) => {

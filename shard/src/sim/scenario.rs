@@ -58,6 +58,8 @@ pub struct Sim {
     pub group: Arc<Group>,
     /// Work is being wound up: no more mischief.
     pub closing: bool,
+    /// The shard that was told to stop while it still has disks.
+    pub stopping: Option<usize>,
     /// Shards whose loop has ended.
     pub stopped: [bool; 2],
     /// How often what happened.
@@ -113,6 +115,7 @@ impl Sim {
             next_id: 0,
             group: Arc::new(Group::new("tenant", crate::limits::Limits::default())),
             closing: false,
+            stopping: None,
             stopped: [false; 2],
             tally: BTreeMap::new(),
         };
@@ -211,6 +214,9 @@ impl Sim {
         let file = anonymous_backing("sim", disk.size, PageSize::Base).expect("a memfd");
         let budget = Arc::new(RamBudget::new(1 << 40));
         let ram = RamDisk::create(file, "sim", disk.size, PageSize::Base, budget).expect("a RAM disk");
+        if self.plan.faults {
+            ram.invent_rival(self.rng.next(), self.rng.pick(&[0, 20, 300, 600]));
+        }
         disk.memory = Some(Backend::Ram(ram));
     }
 
@@ -234,7 +240,7 @@ impl Sim {
     pub fn attach(&mut self, disk: usize) {
         self.next_id += 1;
         let id = DiskId(self.next_id);
-        let shard = self.rng.below(2) as usize;
+        let shard = self.stopping.map_or(self.rng.below(2) as usize, |stopping| 1 - stopping);
         let now = self.instant();
         let d = &mut self.disks[disk];
         d.attach(id, shard, now);
@@ -334,10 +340,9 @@ impl Sim {
                     match self.shards[index].turn() {
                         Ok(true) => {}
                         Ok(false) => {
-                            assert!(
-                                self.disks.iter().all(|disk| matches!(disk.place, Place::Absent)),
-                                "ended unasked"
-                            );
+                            let told = self.stopping == Some(index)
+                                || self.disks.iter().all(|disk| matches!(disk.place, Place::Absent));
+                            assert!(told, "ended unasked");
                             self.stopped[index] = true;
                             self.world.borrow_mut().forget_timer(index);
                             break;
@@ -359,12 +364,15 @@ impl Sim {
     }
 
     /// Every counter of a budget must be what it counts.
-    fn audit(&self) {
+    fn audit(&mut self) {
         for (index, shard) in self.shards.iter().enumerate() {
             if let Err(message) = shard.audit() {
                 self.describe();
                 panic!("shard {index}: {message}");
             }
+        }
+        if self.shards.iter().any(|shard| shard.carried() > 0) {
+            self.count("carried data wait for a buffer");
         }
     }
 
@@ -425,6 +433,10 @@ impl Sim {
                 self.world.borrow_mut().wake_client(client);
             }
             Happening::Operator(disk) => self.operate(disk),
+            Happening::Buffers(shard) => {
+                self.shards[shard].give_buffers_back();
+                self.world.borrow_mut().wake(shard);
+            }
             _ => {}
         }
     }
@@ -447,6 +459,9 @@ impl Sim {
     }
 
     fn begin_round(&mut self) {
+        if self.rng.chance(60) {
+            self.stop_a_shard();
+        }
         for disk in 0..self.disks.len() {
             let faults =
                 if self.plan.faults && self.rng.chance(700) { self.faults() } else { Faults::default() };
@@ -476,6 +491,22 @@ impl Sim {
         }
     }
 
+    /// Tells a shard that has disks to stop: it serves them to their end, and takes no others.
+    fn stop_a_shard(&mut self) {
+        let shard = self.rng.below(2) as usize;
+        let ours = |disk: &SimDisk| matches!(disk.place, Place::Shard(at) if at == shard);
+        if self.plan.commands && self.stopping.is_none() && self.disks.iter().any(ours) {
+            self.stopping = Some(shard);
+            self.send_stop(shard);
+        }
+    }
+
+    fn send_stop(&mut self, shard: usize) {
+        let stop = Envelope { tag: 0, command: Command::Stop };
+        self.inboxes[shard].send(stop).expect("the shard is there");
+        self.world.borrow_mut().wake(shard);
+    }
+
     fn faults(&mut self) -> Faults {
         let rng = &mut self.rng;
         let mut some = |list: &[u64]| rng.pick(list);
@@ -496,6 +527,12 @@ impl Sim {
         self.closing = true;
         for disk in 0..self.disks.len() {
             self.world.borrow_mut().files[disk].faults = Faults::default();
+            if let Some(Backend::Ram(ram)) = &self.disks[disk].memory {
+                ram.invent_rival(0, 0);
+                if ram.rivals_met() > 0 {
+                    self.count("a RAM disk met another shard");
+                }
+            }
         }
         self.run_to_rest();
         self.settle_orphans();
@@ -519,10 +556,7 @@ impl Sim {
             );
         }
         for index in 0..2 {
-            self.inboxes[index]
-                .send(Envelope { tag: 0, command: Command::Stop })
-                .expect("the shard is there");
-            self.world.borrow_mut().wake(index);
+            self.send_stop(index);
         }
         self.run_to_rest();
         assert_eq!(self.stopped, [true; 2], "the shards did not stop");

@@ -69,7 +69,7 @@ fn run(seed: u64, tally: &mut Tally) -> Option<u64> {
 }
 
 /// What has to happen in a run of many seeds, or the simulator has stopped testing it.
-const HAPPENS: [&str; 30] = [
+const HAPPENS: [&str; 33] = [
     "Pause",
     "Pause refused: Interrupted",
     "Resume",
@@ -78,7 +78,10 @@ const HAPPENS: [&str; 30] = [
     "Park",
     "Park refused: Interrupted",
     "Unpark",
+    "Unpark handed back",
+    "carried data wait for a buffer",
     "Limits",
+    "a RAM disk met another shard",
     "Fail",
     "Remove",
     "RemoveForce",

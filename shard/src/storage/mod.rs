@@ -131,6 +131,10 @@ pub trait Kernel {
     /// Queues an operation; it starts at the next [`Kernel::enter`] at the latest.
     fn push(&mut self, user_data: u64, op: Op);
 
+    /// Does a receive ([`Op::Recv`], [`Op::RecvMsg`]) at once and not through the ring. Returns what its completion would say;
+    /// -EAGAIN when nothing is there, or now and then although something is.
+    fn receive_now(&mut self, op: Op) -> i32;
+
     /// Asks for a completion with user data [`TIMER`] at `at` or soon after; replaces the earlier wish.
     fn set_timer(&mut self, at: Nanos);
 

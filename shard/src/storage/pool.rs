@@ -56,6 +56,9 @@ pub struct Pool {
     budget: usize,
     /// Length of `empty` at its lowest since the last trim: chunks below were idle all the time.
     idle_floor: usize,
+    /// Free chunks that a test keeps from being used.
+    #[cfg(test)]
+    hidden: Vec<u32>,
 }
 
 /// The pool could not be mapped.
@@ -108,6 +111,8 @@ impl Pool {
             used: 0,
             budget,
             idle_floor: count,
+            #[cfg(test)]
+            hidden: Vec::new(),
         })
     }
 
@@ -216,7 +221,20 @@ impl Pool {
     /// Every chunk is free.
     #[cfg(test)]
     pub fn is_whole(&self) -> bool {
-        self.empty.len() == self.chunks.len() && self.partial.iter().all(Vec::is_empty)
+        self.empty.len() + self.hidden.len() == self.chunks.len() && self.partial.iter().all(Vec::is_empty)
+    }
+
+    /// From now on there is no chunk but those that become free.
+    #[cfg(test)]
+    pub fn hide_free_chunks(&mut self) {
+        self.hidden.append(&mut self.empty);
+        self.idle_floor = 0;
+    }
+
+    /// Ends [`Pool::hide_free_chunks`].
+    #[cfg(test)]
+    pub fn show_free_chunks(&mut self) {
+        self.empty.append(&mut self.hidden);
     }
 
     /// Address and length of the memory that all buffers are carved from.

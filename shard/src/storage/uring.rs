@@ -20,6 +20,8 @@ const ENTRIES: u32 = 1024;
 const CQ_ENTRIES: u32 = 8192;
 /// Completions that nobody waits for: of cancels' timer updates.
 const IGNORED: u64 = u64::MAX - 1;
+/// IORING_RECVSEND_POLL_FIRST of linux/io_uring.h: the socket was just found empty, so do not look before it is readable.
+const POLL_FIRST: u16 = 1;
 /// Kernel threads for operations that block (bounded: regular files and devices; unbounded: sockets and the like). The reactor
 /// lets no more than a quarter of the bounded ones work for one store, and no I/O take one unasked (`nowait`).
 pub const IOWQ_WORKERS: [u32; 2] = [64, 64];
@@ -187,7 +189,10 @@ impl Kernel for Uring {
             Op::Fallocate { fd, mode, offset, len } => {
                 opcode::Fallocate::new(Fd(fd), len).offset(offset).mode(mode).build()
             }
-            Op::Recv { fd, addr, len } => opcode::Recv::new(Fd(fd), addr as *mut u8, len).build(),
+            Op::Recv { fd, addr, len } => {
+                opcode::Recv::new(Fd(fd), addr as *mut u8, len).ioprio(POLL_FIRST).build()
+            }
+            // In the middle of a write: a client sends payload right behind its header, so one more look may save a sleep.
             Op::RecvMsg { fd, header } => opcode::RecvMsg::new(Fd(fd), header as *mut libc::msghdr).build(),
             Op::SendMsg { fd, header } => opcode::SendMsg::new(Fd(fd), header as *const libc::msghdr)
                 .flags((libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32)
@@ -200,6 +205,20 @@ impl Kernel for Uring {
             Op::Cancel { target } => opcode::AsyncCancel2::new(CancelBuilder::user_data(target)).build(),
         };
         self.push_entry(&entry.user_data(user_data));
+    }
+
+    fn receive_now(&mut self, op: Op) -> i32 {
+        let flags = libc::MSG_DONTWAIT;
+        // SAFETY: the memory that an operation names is valid and not in use (invariant of the module `storage`); the call
+        // is done with it when it returns.
+        let result = unsafe {
+            match op {
+                Op::Recv { fd, addr, len } => libc::recv(fd, addr as *mut libc::c_void, len as usize, flags),
+                Op::RecvMsg { fd, header } => libc::recvmsg(fd, header as *mut libc::msghdr, flags),
+                _ => return -libc::EINVAL,
+            }
+        };
+        if result >= 0 { result as i32 } else { -nix::errno::Errno::last_raw() }
     }
 
     fn set_timer(&mut self, at: Nanos) {

@@ -1,1 +1,8 @@
-//! Tests of the driver.
+//! Tests of the qcow2 driver against QEMU, against a model, and with damaged images.
+
+mod conformance;
+mod damaged;
+mod model;
+mod offline;
+mod peers;
+mod rig;

@@ -7,9 +7,13 @@ use crate::testing::record::Record;
 use crate::testing::replay::{Crash, crashes};
 use crate::testing::rig::{Case, Rig, read_all};
 use crate::testing::run::Task;
+use crate::volume::Volume;
 
 /// One of this many states is shown to the oracle.
 const ORACLE_SHARE: u64 = 8;
+
+/// One of this many states is used again.
+const USE_SHARE: u64 = 4;
 
 /// A recorded run.
 #[derive(Debug)]
@@ -69,16 +73,23 @@ pub fn judge(
     seed: u64,
     oracle: Option<Oracle<'_>>,
 ) -> Result<(), String> {
-    let text = |error: crate::error::Error| error.to_string();
     let after = rig.from_crash(crash, seed)?;
     after.check_sound()?;
     if let Some(oracle) = oracle.filter(|_| seed % ORACLE_SHARE == 0) {
         oracle(&after).map_err(|error| format!("oracle: {error}"))?;
     }
     let volume = after.open(true).map_err(|error| format!("open: {error}"))?;
-    let mut disk = after.store.run(read_all(&volume)).map_err(|error| format!("read: {error}"))?;
+    let disk = after.store.run(read_all(&volume)).map_err(|error| format!("read: {error}"))?;
     history.judge(crash.at, crash.cause, &disk)?;
-    // It is a disk like any other: it takes writes, and everything else stays as it was.
+    if seed % USE_SHARE == 0 {
+        use_again(&after, volume, disk, seed).map_err(|error| format!("in the next use: {error}"))?;
+    }
+    after.store.violations().first().map_or(Ok(()), |violation| Err(violation.clone()))
+}
+
+/// After a crash it is a disk like any other: it takes writes, and everything else stays as it was.
+fn use_again(after: &Rig, volume: Volume, mut disk: Vec<u8>, seed: u64) -> Result<(), String> {
+    let text = |error: crate::error::Error| error.to_string();
     let mut rng = fastrand::Rng::with_seed(seed);
     for _ in 0..4 {
         let blocks = super::guest::random_blocks(&mut rng, volume.size() / 512);
@@ -88,13 +99,14 @@ pub fn judge(
         disk[start..start + data.len()].copy_from_slice(&data);
     }
     after.store.run(volume.close()).map_err(|error| format!("close: {error}"))?;
-    after.check_sound().map_err(|error| format!("after the next use: {error}"))?;
-    let volume = after.open(false).map_err(|error| format!("open after the next use: {error}"))?;
+    after.check_sound()?;
+    let volume = after.open(false).map_err(|error| format!("open: {error}"))?;
     let again = after.store.run(read_all(&volume)).map_err(text)?;
-    if let Some(at) = disk.iter().zip(&again).position(|(old, new)| old != new) {
-        return Err(format!("after the next use byte {at} has changed"));
+    if disk != again {
+        let at = disk.iter().zip(&again).position(|(old, new)| old != new);
+        return Err(format!("byte {at:?} has changed"));
     }
-    after.store.violations().first().map_or(Ok(()), |violation| Err(violation.clone()))
+    Ok(())
 }
 
 /// Records a run with one seed and judges `states` crash states of it.

@@ -49,25 +49,29 @@ async fn carry_out(guest: &Guest<'_>, request: &Request) -> Result<(), Error> {
 /// # Errors
 /// The first sequence and moment that break the promise.
 pub fn run(case: &Case, seed: u64, length: u64) -> Result<(), String> {
+    let fresh = Rig::create(case, seed).map_err(|error| error.to_string())?;
     let letters = alphabet(case.layers[0].size / 512);
     for length in 1..=length as u32 {
         for number in 0..letters.len().pow(length) {
             let word =
                 (0..length).map(|place| letters[number / letters.len().pow(place) % letters.len()].clone());
             let word: Vec<Request> = word.collect();
-            sequence(case, seed ^ number as u64, &word).map_err(|error| format!("{word:?}: {error}"))?;
+            sequence(fresh.copy(seed ^ number as u64), &word, seed)
+                .map_err(|error| format!("{word:?}: {error}"))?;
         }
     }
     Ok(())
 }
 
-fn sequence(case: &Case, seed: u64, word: &[Request]) -> Result<(), String> {
+fn sequence(rig: Rig, word: &[Request], seed: u64) -> Result<(), String> {
     let text = |error: Error| error.to_string();
-    let rig = Rig::create(case, seed).map_err(text)?;
     rig.store.start_record();
     let history = History::new(&rig.store, rig.initial.clone());
     let mut volume = rig.open(true).map_err(text)?;
+    let mut first = 0;
     for request in word {
+        // Crashes before the last request are those of a shorter sequence.
+        first = rig.store.mark();
         let guest = Guest::new(&volume, &history);
         rig.store.run(carry_out(&guest, request)).map_err(|error| format!("{request:?}: {error}"))?;
         if let Request::Reopen = request {
@@ -79,7 +83,7 @@ fn sequence(case: &Case, seed: u64, word: &[Request]) -> Result<(), String> {
     let record = rig.store.take_record();
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut replayer = Replayer::new(&record);
-    for at in 0..=record.events.len() {
+    for at in first..=record.events.len() {
         replayer.advance(at);
         for cause in [Cause::PowerLoss, Cause::ProcessDeath] {
             let state = replayer.crash(cause, &mut rng);

@@ -41,9 +41,8 @@ async fn requests(guest: &Guest<'_>, failed: &mut Vec<String>) {
     take("read 2", guest.read(end / 2..end).await);
 }
 
-fn attempt(case: &Case, seed: u64, fault: Option<(u64, Fault)>) -> Result<Outcome, String> {
-    let text = |error: Error| error.to_string();
-    let rig = Rig::create(case, seed).map_err(text)?;
+fn attempt(fresh: &Rig, seed: u64, fault: Option<(u64, Fault)>) -> Result<Outcome, String> {
+    let rig = fresh.copy(seed);
     rig.store.start_record();
     rig.store.complete_in_order();
     let history = History::new(&rig.store, rig.initial.clone());
@@ -101,7 +100,8 @@ fn attempt(case: &Case, seed: u64, fault: Option<(u64, Fault)>) -> Result<Outcom
 /// # Errors
 /// What went wrong beyond the one request.
 pub fn sweep(case: &Case, seed: u64, points: u64) -> Result<(), String> {
-    let sound = attempt(case, seed, None)?;
+    let fresh = Rig::create(case, seed).map_err(|error| error.to_string())?;
+    let sound = attempt(&fresh, seed, None)?;
     if let Some(failure) = sound.failed.first() {
         return Err(format!("fails without a fault: {failure}"));
     }
@@ -111,7 +111,7 @@ pub fn sweep(case: &Case, seed: u64, points: u64) -> Result<(), String> {
         // With one stride in between, each kind of fault meets other operations.
         for (way, fault) in [Fault::EIO, Fault::SHORT, Fault::ENOSPC].into_iter().enumerate() {
             let number = (number + way as u64 * stride / 3).min(sound.operations - 1);
-            let outcome = attempt(case, seed, Some((number, fault)))
+            let outcome = attempt(&fresh, seed, Some((number, fault)))
                 .map_err(|error| format!("operation {number} fails with {fault:?}: {error}"))?;
             told += outcome.failed.len();
         }

@@ -15,6 +15,8 @@
 
 pub mod concurrency;
 pub mod crash;
+#[cfg(test)]
+mod drivers;
 pub mod enumerate;
 pub mod faults;
 mod guest;
@@ -24,6 +26,7 @@ mod tests;
 
 pub use guest::Guest;
 
+use super::oracle::judge_closed;
 use super::rig::Case;
 use super::size_of_run;
 
@@ -41,9 +44,12 @@ pub fn for_seeds(
     run: impl Fn(&Case, u64) -> Result<(), String>,
 ) -> Result<(), String> {
     let first = size_of_run("SEED", 1);
+    let began = std::time::Instant::now();
     for seed in first..first + seeds {
         run(case, seed).map_err(|error| format!("{suite}, case {}, SEED={seed}: {error}", case.name))?;
     }
+    // Shown with --nocapture: where the time of a long run goes.
+    println!("{suite}, case {}: {seeds} seeds in {:.1} s", case.name, began.elapsed().as_secs_f32());
     Ok(())
 }
 
@@ -53,7 +59,7 @@ pub fn for_seeds(
 /// The first failure.
 pub fn all(case: &Case, oracle: Option<Oracle<'_>>) -> Result<(), String> {
     for_seeds(case, "model", size_of_run("MODEL_SEEDS", 3), |case, seed| {
-        model::run(case, seed, 120, oracle)
+        model::run(case, seed, 120, oracle.and(Some(&judge_closed)))
     })?;
     for_seeds(case, "concurrency", size_of_run("CONCURRENCY_SEEDS", 6), concurrency::run)?;
     for_seeds(case, "faults", 1, |case, seed| faults::sweep(case, seed, size_of_run("FAULT_POINTS", 40)))?;

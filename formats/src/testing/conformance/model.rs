@@ -180,6 +180,9 @@ impl Model {
 }
 
 fn differs(expected: &[u8], found: &[u8], start: u64) -> Result<(), String> {
+    if expected == found {
+        return Ok(());
+    }
     let Some(at) = expected.iter().zip(found).position(|(expected, found)| expected != found) else {
         return Ok(());
     };

@@ -7,6 +7,7 @@ mod model;
 mod others;
 mod plans;
 mod store;
+mod suites;
 
 use std::rc::Rc;
 

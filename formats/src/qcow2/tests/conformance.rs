@@ -1,0 +1,95 @@
+//! Goal: the driver keeps the contract of all drivers. Method: the suites of [`crate::testing::conformance`] over layouts and
+//! chains; `qemu-img check` as a second judge of crashed images.
+
+use std::path::Path;
+
+use super::rig::{have_qemu, qemu};
+use crate::qcow2::Qcow2;
+use crate::raw_driver::Raw;
+use crate::testing::conformance;
+use crate::testing::rig::{Case, LayerCase, Rig};
+
+const KIB: u64 = 1024;
+
+fn layer(options: &[(&str, &str)], size: u64) -> LayerCase {
+    LayerCase::new(&Qcow2, options, size)
+}
+
+fn raw(size: u64) -> LayerCase {
+    LayerCase::new(&Raw, &[], size)
+}
+
+fn passes(case: Case) {
+    conformance::all(&case, None).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn alone() {
+    passes(Case::new("qcow2", vec![layer(&[], 700 * KIB + 512)]));
+}
+
+#[test]
+fn small_clusters_with_a_log() {
+    passes(Case::new("qcow2 of 512", vec![layer(&[("cluster_size", "512")], 700 * KIB)]).logged(30));
+}
+
+#[test]
+fn subclusters_on_raw() {
+    let options = [("extended_l2", "on"), ("cluster_size", "16k")];
+    passes(
+        Case::new("subclusters on raw", vec![layer(&options, 600 * KIB), raw(400 * KIB + 512)]).logged(1000),
+    );
+}
+
+#[test]
+fn on_qcow2_on_raw() {
+    let case = Case::new(
+        "qcow2 on qcow2 on raw",
+        vec![
+            layer(&[("cluster_size", "4k")], 500 * KIB),
+            layer(&[("compat", "0.10")], 600 * KIB),
+            raw(300 * KIB),
+        ],
+    );
+    passes(case.with_budget(32 << 10));
+}
+
+#[test]
+fn data_files() {
+    let mut one = layer(&[("data_file", "data"), ("cluster_size", "4k")], 500 * KIB);
+    one.data_files = 1;
+    passes(Case::new("data file", vec![one.clone()]).logged(100));
+    one.options.push(("data_file_raw".into(), "on".into()));
+    passes(Case::new("raw data file", vec![one]));
+}
+
+#[test]
+fn on_a_device() {
+    let mut one = layer(&[("cluster_size", "4k")], 500 * KIB);
+    one.device_bytes = Some(2 << 20);
+    passes(Case::new("qcow2 on a device", vec![one]).logged(100));
+}
+
+/// QEMU finds leaks at most.
+fn qemu_judges(rig: &Rig) -> Result<(), String> {
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let path = folder.path().join("crashed.qcow2");
+    rig.store.pages(rig.files(0)[0]).save(&path).map_err(|error| error.to_string())?;
+    let output = qemu(&["qemu-img", "check", "-q", "crashed.qcow2"], Path::new(folder.path()));
+    match output.status.code() {
+        Some(0 | 3) => Ok(()),
+        code => Err(format!("qemu-img check: {code:?}: {}", String::from_utf8_lossy(&output.stdout))),
+    }
+}
+
+#[test]
+fn qemu_judges_crashes() {
+    if !have_qemu() {
+        return;
+    }
+    let case = Case::new("qcow2", vec![layer(&[("cluster_size", "4k")], 300 * KIB)]).logged(100);
+    conformance::for_seeds(&case, "crash", 1, |case, seed| {
+        conformance::crash::run(case, seed, 25, Some(&qemu_judges))
+    })
+    .unwrap_or_else(|error| panic!("{error}"));
+}

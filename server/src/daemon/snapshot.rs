@@ -1,0 +1,390 @@
+//! Live snapshots, and another image for a paused disk.
+//!
+//! ```text
+//! check ─▶ make the overlays ─▶ pause all ─▶ [one instant] ─▶ the overlays take over ─▶ kept ─▶ resume all
+//!             └────────────────── on any failure: the old images come back, the overlays go, all run ──┘
+//! ```
+//! The pause of all disks together is the instant of the snapshot: nothing is in flight on any of them, and nothing begins before
+//! the new state is on the disk. After a crash before that the disks have their old images, and nobody has written to an overlay;
+//! after a crash behind it they have the new ones.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use formats::driver::{Create, Link};
+use formats::spec::{ImageSpec, ImageType, Target};
+use shard::api::{Backend, ChainLayer, Command, ImageChain};
+use tokio::time::Instant;
+
+use super::control::live;
+use super::{Daemon, Disk, NameGuard};
+use crate::images::OpenImage;
+use crate::model::{self, Level, SnapshotItem, State};
+use crate::problem::{Problem, ProblemKind};
+use crate::state::{Attachment, Hold};
+
+/// One disk of a snapshot on its way.
+struct Taking {
+    disk: Arc<Disk>,
+    spec: ImageSpec,
+    /// It was paused before, and stays so.
+    paused: bool,
+    /// The overlay exists.
+    made: bool,
+    /// The overlay with the old image below, open; until the disk has it.
+    next: Option<OpenImage>,
+    /// The shard has the overlay.
+    swapped: bool,
+}
+
+impl Daemon {
+    /// Puts a new overlay over each of some disks, all at one instant: what they hold then stays in their images.
+    pub async fn snapshot(
+        self: &Arc<Self>,
+        mut items: Vec<SnapshotItem>,
+        deadline: Instant,
+    ) -> Result<Vec<model::Disk>, Problem> {
+        items.sort_by(|a, b| a.disk.cmp(&b.disk));
+        if let Some(pair) = items.windows(2).find(|pair| pair[0].disk == pair[1].disk) {
+            return Err(Problem::invalid(format!("disk {} is given twice: give it once", pair[0].disk)));
+        }
+        if items.is_empty() {
+            return Err(Problem::invalid("no disk is given: name at least one, as NAME=TYPE:FILE"));
+        }
+        let mut guards: Vec<NameGuard> = Vec::new();
+        let mut taking = Vec::new();
+        // In the order of their names, so that two snapshots never wait for each other.
+        for item in &items {
+            guards.push(self.lock_name(&item.disk, deadline).await?);
+            taking.push(self.check_snapshot(item)?);
+        }
+        let result = self.take_snapshot(&mut taking, deadline).await;
+        if let Err(problem) = result {
+            self.undo_snapshot(taking, deadline).await;
+            return Err(problem.context("no snapshot was taken"));
+        }
+        let disks = taking.iter().map(|one| self.describe(&one.disk)).collect();
+        drop(guards);
+        Ok(disks)
+    }
+
+    /// Whether a disk can have the overlay that is asked for.
+    fn check_snapshot(&self, item: &SnapshotItem) -> Result<Taking, Problem> {
+        let disk = self.disk(&item.disk)?;
+        live(&disk)?;
+        let spec = item.image.spec()?;
+        let refuse = |why: String| Err(Problem::invalid(format!("disk {}: {why}", disk.name)));
+        let Target::Image { options, .. } = spec.target()? else {
+            return refuse(format!("{spec} cannot be an overlay: use qcow2:FILE or vhd:FILE"));
+        };
+        if options.snapshot.is_some() {
+            return refuse(format!("{spec} names a snapshot inside an image; an overlay is a new file"));
+        }
+        let paused = match disk.state() {
+            State::Running => false,
+            State::Paused => true,
+            state => {
+                let why = format!("is {}: only a disk that runs or is paused can be snapshot", state.name());
+                return Err(Problem::new(ProblemKind::Busy, format!("disk {} {why}", disk.name)));
+            }
+        };
+        let (image, read_only) = {
+            let inner = disk.inner();
+            (inner.attachment.image.clone(), inner.attachment.request.read_only)
+        };
+        if read_only {
+            return refuse("is read-only, so there is nothing that a snapshot could keep".into());
+        }
+        if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
+            return refuse(format!("is of type {}: only files and devices have snapshots", image.image_type));
+        }
+        Ok(Taking { disk, spec, paused, made: false, next: None, swapped: false })
+    }
+
+    async fn take_snapshot(
+        self: &Arc<Self>,
+        taking: &mut [Taking],
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        for one in taking.iter_mut() {
+            self.make_overlay(one, deadline).await.map_err(|problem| named(&one.disk, problem))?;
+        }
+        self.pause_all(taking, deadline).await?;
+        for one in taking.iter_mut() {
+            self.swap_to_overlay(one).await.map_err(|problem| named(&one.disk, problem))?;
+        }
+        let kept = taking.iter().map(|one| (one.disk.name.to_string(), after(one))).collect();
+        self.state.set_disks(kept).await?;
+        // From here on the snapshot is taken.
+        for one in taking.iter_mut() {
+            one.disk.inner().attachment = after(one);
+            self.finish_snapshot(one).await;
+        }
+        Ok(())
+    }
+
+    /// Makes the new file over the disk's image, and opens it.
+    async fn make_overlay(&self, one: &mut Taking, deadline: Instant) -> Result<(), Problem> {
+        let (image, size) = {
+            let inner = one.disk.inner();
+            let size = inner.live.as_ref().map_or(0, |live| live.image.size_bytes);
+            (inner.attachment.image.clone(), size)
+        };
+        let link = Link {
+            paths: vec![image.path.clone()],
+            format: Some(image.image_type.name().to_owned()),
+            identity: None,
+        };
+        let create = Create { size: None, backing: Some((link, size)), options: Vec::new() };
+        self.images.create_overlay(&one.spec, create, &one.disk.name, deadline).await?;
+        one.made = true;
+        let top = self.images.open_overlay(&one.spec, &one.disk.name, deadline).await?;
+        let size_bytes = top.size_bytes;
+        one.next = Some(top);
+        if size_bytes != size {
+            return Err(Problem::failed(format!(
+                "the overlay {} has {size_bytes} bytes and the disk {size}: the format {} cannot have this size exactly; use \
+                 another",
+                one.spec, one.spec.image_type
+            )));
+        }
+        Ok(())
+    }
+
+    /// Holds the requests of all disks; returns when nothing is in flight on any.
+    async fn pause_all(&self, taking: &[Taking], deadline: Instant) -> Result<(), Problem> {
+        let mut calls = Vec::new();
+        for one in taking.iter().filter(|one| !one.paused) {
+            let (id, shard) = live(&one.disk)?;
+            calls.push((one, self.fleet.start(shard, Command::Pause { disk: id })?));
+        }
+        for (one, mut call) in calls {
+            match tokio::time::timeout_at(deadline, call.answer()).await {
+                Ok(answer) => drop(answer.map_err(|error| named(&one.disk, error.into()))?),
+                Err(_) => {
+                    let waiting = one.disk.counters.io_now.get();
+                    return Err(Problem::new(
+                        ProblemKind::TimedOut,
+                        format!(
+                            "disk {}: {waiting} requests were not answered in time, and it runs on; try a longer --timeout, \
+                             or see `ctl show {}`",
+                            one.disk.name, one.disk.name
+                        ),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the paused disk the overlay with the old image below it.
+    async fn swap_to_overlay(&self, one: &mut Taking) -> Result<(), Problem> {
+        let (id, shard) = live(&one.disk)?;
+        let Some(next) = &mut one.next else { return Ok(()) };
+        let old = {
+            let inner = one.disk.inner();
+            let attachment = inner.attachment.image.clone();
+            inner.live.as_ref().map(|live| (live.image.backend.clone(), attachment))
+        };
+        let Some((old, old_spec)) = old else { return Err(Problem::failed("it has no image")) };
+        next.backend = stack(&next.backend, &old, &old_spec)?;
+        self.fleet.call(shard, Command::Swap { disk: id, backend: next.backend.clone() }).await?;
+        one.swapped = true;
+        Ok(())
+    }
+
+    /// The disk has its overlay for good: it runs on, and its old image becomes one that is only read.
+    async fn finish_snapshot(&self, one: &mut Taking) {
+        let Some(next) = one.next.take() else { return };
+        if let (false, Ok((id, shard))) = (one.paused, live(&one.disk))
+            && let Err(error) =
+                self.fleet.call(shard, Command::Resume { disk: id, data_in_doubt: false }).await
+        {
+            let message = format!("its snapshot was taken, and it could not be resumed: {error}");
+            self.events.record(Level::Error, Some(&one.disk.name), message);
+        }
+        {
+            let mut inner = one.disk.inner();
+            if !one.paused {
+                inner.reason = None;
+            }
+            if let Some(live) = &mut inner.live {
+                live.image.put_on_top(next);
+            }
+        }
+        let below = one.disk.inner().live.as_ref().map(|live| live.image.below());
+        if let Some(below) = below {
+            self.images.become_reader(&below, &one.disk.name).await;
+        }
+        let message = format!("snapshot taken: {} is on top now", one.spec);
+        self.events.record(Level::Info, Some(&one.disk.name), message);
+    }
+
+    /// Brings the old images back and lets the disks go on.
+    async fn undo_snapshot(&self, taking: Vec<Taking>, deadline: Instant) {
+        for mut one in taking {
+            if let Ok((id, shard)) = live(&one.disk) {
+                let old = one.disk.inner().live.as_ref().map(|live| live.image.backend.clone());
+                if let (true, Some(old)) = (one.swapped, old)
+                    && let Err(error) = self.fleet.call(shard, Command::Swap { disk: id, backend: old }).await
+                {
+                    let message =
+                        format!("its image could not be brought back after a failed snapshot: {error}");
+                    self.events.record(Level::Error, Some(&one.disk.name), message);
+                }
+                // Also ends a pause that is still waited for.
+                let resume = Command::Resume { disk: id, data_in_doubt: false };
+                if !one.paused
+                    && matches!(one.disk.state(), State::Paused | State::Pausing)
+                    && let Err(error) = self.fleet.call(shard, resume).await
+                {
+                    let message = format!("it could not be resumed after a failed snapshot: {error}");
+                    self.events.record(Level::Error, Some(&one.disk.name), message);
+                }
+            }
+            if let Some(next) = one.next.take() {
+                self.images.release(next, &one.disk.name).await;
+            }
+            if one.made {
+                self.images.remove_overlay(&one.spec, deadline).await;
+            }
+        }
+    }
+
+    /// Gives a paused disk another image: what a script has made of the old one. The old image is closed before the new one is
+    /// opened, which may refer to it.
+    pub(super) async fn change_image(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        spec: &ImageSpec,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let (id, shard) = live(disk)?;
+        if disk.state() != State::Paused {
+            return Err(Problem::new(
+                ProblemKind::Busy,
+                format!(
+                    "disk {} is {}: pause it before it gets another image",
+                    disk.name,
+                    disk.state().name()
+                ),
+            ));
+        }
+        let before = disk.inner().attachment.clone();
+        let size = disk.inner().live.as_ref().map_or(0, |live| live.image.size_bytes);
+        self.fleet.call(shard, Command::Swap { disk: id, backend: Backend::Null }).await?;
+        self.release_image(disk).await;
+        let read_only = before.request.read_only;
+        let opened = async {
+            let image = self.images.open(spec, read_only, &disk.name, deadline).await?;
+            if image.size_bytes == size {
+                return Ok(image);
+            }
+            let problem = Problem::invalid(format!(
+                "{spec} has {} bytes and the disk has {size}: its clients would see another size; give it an image of the \
+                 same size, or detach and attach it",
+                image.size_bytes
+            ));
+            self.images.release(image, &disk.name).await;
+            Err(problem)
+        };
+        let (image, result) = match opened.await {
+            Ok(image) => (Ok(image), Ok(())),
+            Err(problem) => {
+                (self.images.open(&before.image, read_only, &disk.name, deadline).await, Err(problem))
+            }
+        };
+        let swapped = match image {
+            Ok(image) => {
+                let swap = Command::Swap { disk: id, backend: image.backend.clone() };
+                let swapped = self.fleet.call(shard, swap).await.map_err(Problem::from);
+                match (&mut disk.inner().live, &swapped) {
+                    (Some(live), Ok(_)) => live.image = image,
+                    _ => tracing::warn!("an image stays open until the disk is detached"),
+                }
+                swapped.map(drop)
+            }
+            Err(problem) => Err(problem),
+        };
+        if let Err(problem) = swapped {
+            // It must not run on nothing.
+            let _ = self.fleet.call(shard, Command::Fail { disk: id }).await;
+            let reason = format!("it has no image: {problem}; detach it, and attach it again");
+            disk.inner().reason = Some(reason.clone());
+            return Err(Problem::failed(format!("disk {} {reason}", disk.name)));
+        }
+        result?;
+        let mut after = before.clone();
+        after.image = spec.clone();
+        after.request.image = model::Image::Parts(spec.clone());
+        self.state.set_disk(&disk.name, Some(after.clone())).await?;
+        disk.inner().attachment = after;
+        Ok(())
+    }
+
+    /// Closes the image of a disk that its shard does not use.
+    async fn release_image(&self, disk: &Arc<Disk>) {
+        let old = disk.inner().live.as_mut().map(|live| {
+            let empty = OpenImage::nothing(live.image.size_bytes);
+            std::mem::replace(&mut live.image, empty)
+        });
+        if let Some(old) = old {
+            self.images.release(old, &disk.name).await;
+        }
+    }
+}
+
+/// The attachment with the overlay.
+fn after(one: &Taking) -> Attachment {
+    let mut attachment = one.disk.inner().attachment.clone();
+    attachment.image = one.spec.clone();
+    attachment.request.image = model::Image::Parts(one.spec.clone());
+    if !one.paused {
+        attachment.hold = Hold::No;
+    }
+    attachment
+}
+
+/// The chain of an overlay over what a disk has.
+fn stack(overlay: &Backend, old: &Backend, old_spec: &ImageSpec) -> Result<Backend, Problem> {
+    let Backend::Image(top) = overlay else { return Err(Problem::failed("the overlay is no image")) };
+    let mut layers = top.layers.clone();
+    match old {
+        Backend::Image(chain) => {
+            let below = chain.layers.iter().cloned().enumerate();
+            layers.extend(below.map(|(index, layer)| ChainLayer {
+                writable: false,
+                flush: index == 0,
+                ..layer
+            }));
+        }
+        Backend::File(file) => {
+            let format = formats::registry::format("raw").ok_or_else(|| Problem::failed("no raw format"))?;
+            layers.push(ChainLayer {
+                format,
+                files: vec![file.clone()],
+                names: vec![Path::new(&old_spec.path).display().to_string().into()],
+                writable: false,
+                flush: true,
+                snapshot: None,
+            });
+        }
+        Backend::Ram(_) | Backend::Null => return Err(Problem::failed("the disk has no file")),
+    }
+    if layers.len() > formats::volume::DEPTH_MAX {
+        return Err(Problem::invalid(format!(
+            "the chain would have {} images, and {} are possible: shorten it with `blktapd image coalesce`",
+            layers.len(),
+            formats::volume::DEPTH_MAX
+        )));
+    }
+    Ok(Backend::Image(Arc::new(ImageChain { layers })))
+}
+
+fn named(disk: &Disk, problem: Problem) -> Problem {
+    if problem.message.contains(&*disk.name) {
+        problem
+    } else {
+        problem.context(&format!("disk {}", disk.name))
+    }
+}

@@ -1,0 +1,176 @@
+//! `convert` and `dd`.
+
+use std::ops::Range;
+
+use formats::driver::Create;
+use formats::tools::copy::{Target, copy};
+use formats::tools::layers;
+use formats::tools::walk::Depth;
+use serde_json::json;
+
+use super::args::{ConvertArgs, DdArgs};
+use super::chain::{Chain, Gate};
+use super::failure::Failure;
+use super::file::{OpenFile, Want};
+use super::make::{NewImage, make};
+use super::name::ImageName;
+use super::progress::Bar;
+use super::{engine, output};
+
+/// Where a copy goes.
+enum Goal {
+    /// An image that is to be made.
+    New(Box<Create>, NewImage),
+    /// One that exists.
+    Used(Chain),
+}
+
+impl Goal {
+    /// An existing image, to be written.
+    fn used(name: &ImageName, gate: &Gate) -> Result<Goal, Failure> {
+        Ok(Goal::Used(Chain::open_for(name, &[Want::Write], gate)?))
+    }
+
+    fn files(&self) -> Vec<&OpenFile> {
+        match self {
+            Goal::New(_, image) => image.files(),
+            Goal::Used(chain) => chain.files(),
+        }
+    }
+}
+
+/// `convert`.
+///
+/// # Errors
+/// The target is not there then, or, written in place, holds a part of the source.
+pub fn convert(args: &ConvertArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
+    let source = Chain::open(&args.source, gate)?;
+    let size = disk_size(&source)?;
+    // A device is the raw image that it always was.
+    let raw_device = args.target.format.name() == "raw" && is_device(&args.target);
+    let goal = match args.in_place || raw_device {
+        true => Goal::used(&args.target, gate)?,
+        false => {
+            let create = Create { size: Some(size), backing: None, options: args.new.options.clone() };
+            let image = NewImage::make(&args.target, &create, args.new.force)?;
+            Goal::New(Box::new(create), image)
+        }
+    };
+    if let Goal::Used(chain) = &goal
+        && chain.top().description.size < size
+    {
+        return Err(Failure::new(format!(
+            "{} has {} bytes and the contents of {} {size}: make it larger first",
+            args.target,
+            chain.top().description.size,
+            args.source
+        )));
+    }
+    run(&args.source, &args.target, source, 0..size, goal, 0, "convert", json)
+}
+
+/// `dd`.
+///
+/// # Errors
+/// As for [`convert`].
+pub fn dd(args: &DdArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
+    if args.bs == 0 || !args.bs.is_multiple_of(512) {
+        return Err(Failure::usage(format!("--bs {}: blocks have a multiple of 512 bytes", args.bs)));
+    }
+    let bytes = |blocks: u64, what: &str| {
+        blocks.checked_mul(args.bs).ok_or_else(|| Failure::usage(format!("--{what} {blocks}: too many")))
+    };
+    let (skip, to) = (bytes(args.skip, "skip")?, bytes(args.seek, "seek")?);
+    let source = Chain::open(&args.source, gate)?;
+    let size = disk_size(&source)?;
+    if skip > size {
+        return Err(Failure::new(format!(
+            "--skip: {skip} bytes are more than the {size} of {}",
+            args.source
+        )));
+    }
+    let len = match args.count {
+        Some(count) => bytes(count, "count")?.min(size - skip),
+        None => size - skip,
+    };
+    let goal = match args.target.path.exists() {
+        true => Goal::used(&args.target, gate)?,
+        false => {
+            let end = to.checked_add(len).ok_or_else(|| Failure::usage("--seek: too many"))?;
+            let create = Create { size: Some(end), backing: None, options: Vec::new() };
+            let image = NewImage::make(&args.target, &create, false)?;
+            Goal::New(Box::new(create), image)
+        }
+    };
+    run(&args.source, &args.target, source, skip..skip + len, goal, to, "dd", json)
+}
+
+fn is_device(name: &ImageName) -> bool {
+    OpenFile::open(&name.path, Want::Look).is_ok_and(|file| file.is_device())
+}
+
+/// Bytes of the disk at the top of a chain: of a snapshot, as it was then.
+fn disk_size(chain: &Chain) -> Result<u64, Failure> {
+    if chain.top().name.snapshot.is_none() {
+        return Ok(chain.top().description.size);
+    }
+    let shape = chain.shape();
+    engine::run_blocking(&chain.files(), |files, budget| async move {
+        let volume = layers::open(&shape.take(&mut files.into_iter()), false, &budget).await?;
+        Ok(volume.size())
+    })
+}
+
+#[expect(clippy::too_many_arguments)] // both commands end here
+fn run(
+    source_name: &ImageName,
+    target_name: &ImageName,
+    source: Chain,
+    range: Range<u64>,
+    goal: Goal,
+    to: u64,
+    what: &'static str,
+    json: bool,
+) -> Result<u8, Failure> {
+    let shape = source.shape();
+    let mut files = source.files();
+    files.extend(goal.files());
+    let format = target_name.format;
+    let made = match &goal {
+        Goal::New(create, _) => Err(create.clone()),
+        Goal::Used(chain) => Ok(chain.shape()),
+    };
+    let copied = engine::run(&files, move |files, budget| async move {
+        let mut files = files.into_iter();
+        let source = layers::open(&shape.take(&mut files), false, &budget).await?;
+        let (images, kind) = match made {
+            Ok(shape) => (shape.take(&mut files), Target::Used),
+            Err(create) => {
+                let files: Vec<_> = files.collect();
+                (vec![make(format, &files, &create).await?], Target::New)
+            }
+        };
+        let target = layers::open(&images, true, &budget).await?;
+        let bar = Bar::new(what);
+        let copied = copy((&source, Depth::Chain), range, (&target, kind), to, &bar).await;
+        // Also after an error: what an existing image was given is sound.
+        let finished = layers::finish(&target).await;
+        copied.and_then(|copied| finished.map(|()| copied))
+    })?;
+    if let Goal::New(_, image) = goal {
+        image.publish()?;
+    }
+    let text = format!(
+        "{target_name}: {} copied from {source_name}, {} are zero\n",
+        output::bytes(copied.data),
+        output::bytes(copied.zero)
+    );
+    let value = json!({
+        "source": source_name.to_string(),
+        "target": target_name.to_string(),
+        "data_bytes": copied.data,
+        "zero_bytes": copied.zero,
+    });
+    output::print(json, &value, &text)?;
+    Ok(0)
+}
