@@ -4,6 +4,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 
+pub mod allocation_log;
 pub mod blocking;
 pub mod driver;
 pub mod error;
