@@ -132,7 +132,11 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         None => None,
         Some(path) => Some(Link {
             paths: vec![plain_path(file.name(), "backing file", path)?],
-            format: header.extensions.backing_format.clone(),
+            format: header
+                .extensions
+                .backing_format
+                .as_deref()
+                .map(|name| extensions::our_name(name).to_owned()),
             identity: None,
         }),
     };

@@ -144,6 +144,7 @@ impl Images {
             writable: !read_only,
             flush: false,
             snapshot: None,
+            log: None,
         });
         Ok((image, description))
     }
