@@ -55,7 +55,6 @@ fn a_write_in_place_is_answered_before_its_mapping_is_safe() {
 /// A change that finds the log full is written back while the log still has an older change of the same bytes: what the file holds
 /// then is unknown to the log, and a death at that moment leaves the disk failed.
 #[test]
-#[ignore = "metadata: with a full log bytes that the log knows are changed without it"]
 fn a_full_log_does_not_know_what_the_file_holds() {
     let store = Store::new(1);
     store.add("a", Pages::of(&[0; 4096]));
@@ -85,7 +84,6 @@ fn a_full_log_does_not_know_what_the_file_holds() {
 /// A round of writing back is dropped while the kernel writes a slice; the next round writes the same slice again, and the older
 /// write lands last: a change that was reported as settled is not in the file.
 #[test]
-#[ignore = "metadata: a round does not wait for the writes of a round that was dropped"]
 fn a_dropped_round_undoes_a_later_one() {
     let store = Store::new(1);
     store.add("a", Pages::of(&[0; 4096]));
