@@ -58,23 +58,18 @@ macro_rules! cases {
 cases! {
     qcow2_64k: [qcow2(3 * MIB + 512, &[])];
     qcow2_64k_log: [qcow2(3 * MIB, &[])], |case| case.logged(1000);
-    #[ignore = "known defect: a_write_in_place_is_answered_before_its_mapping_is_safe"]
     qcow2_512_small_memory: [qcow2(600 * KIB, &[("cluster_size", "512")])], |case| case.with_budget(16 << 10);
     qcow2_refcount_1: [qcow2(MIB, &[("cluster_size", "4k"), ("refcount_bits", "1")])];
     qcow2_lazy: [qcow2(MIB, &[("cluster_size", "4k"), ("lazy_refcounts", "on")])];
     qcow2_data_file_log: [with_data_file(2 * MIB, &[])], |case| case.logged(1000);
     qcow2_extended_on_raw: [qcow2(MIB, &[("extended_l2", "on"), ("cluster_size", "16k")]), raw(900 * KIB)];
-    #[ignore = "known defect: a_write_in_place_is_answered_before_its_mapping_is_safe"]
     qcow2_on_raw: [qcow2(2 * MIB, &[]), raw(2 * MIB)];
     qcow2_on_raw_log: [qcow2(2 * MIB, &[("cluster_size", "16k")]), raw(2 * MIB)], |case| case.logged(1000);
-    #[ignore = "known defect: a_write_in_place_is_answered_before_its_mapping_is_safe (behind a failed commit)"]
     qcow2_v2_on_small_raw: [qcow2(MIB, &[("compat", "0.10"), ("cluster_size", "4k")]), raw(500 * KIB + 512)];
-    #[ignore = "known defect: qcow2_over_vhd_is_readable_by_qemu"]
     qcow2_on_qcow2_on_vhd: [qcow2(MIB, &[]), qcow2(2 * MIB, &[("cluster_size", "4k")]), vhd(3 * MIB, &[])],
         |case| case.logged(1000);
     qcow2_on_device: [LayerCase { device_bytes: Some(8 * MIB), ..qcow2(2 * MIB, &[]) }];
     vhd_dynamic_64k_log: [vhd(2 * MIB, &[("block_size", "64k")])], |case| case.logged(1000);
-    #[ignore = "known defect: a_write_in_place_is_answered_before_its_mapping_is_safe"]
     vhd_on_raw: [vhd(5 * MIB, &[]), raw(5 * MIB)];
     vhd_on_raw_log: [vhd(5 * MIB, &[]), raw(5 * MIB)], |case| case.logged(1000);
     vhd_on_vhd_on_raw: [vhd(3 * MIB, &[]), vhd(2 * MIB, &[("block_size", "128k")]), raw(4 * MIB)],
