@@ -542,3 +542,50 @@ fn every_command_has_json_and_a_page_of_the_manual() {
         assert!(Path::new(&bench.path(&format!("man/blktapd-image-{command}.1"))).exists(), "{command}");
     }
 }
+
+/// A block device with sectors of 4 KiB over a file; gone when the test ends.
+struct Loop(String);
+
+impl Loop {
+    fn over(path: &Path) -> Option<Loop> {
+        let made = Command::new("losetup")
+            .args(["--find", "--show", "--direct-io=on", "--sector-size", "4096"])
+            .arg(path)
+            .output();
+        let made = made.ok().filter(|output| output.status.success());
+        let node = made.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        node.filter(|node| Path::new(node).exists()).map(Loop)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn devices_are_written_whole_and_opened_when_they_are_allowed() {
+    let bench = Bench::new();
+    bench.sample("a.raw", 17);
+    // What was there before must not shine through.
+    fs::write(bench.path("store"), vec![0x77; 48 << 20]).unwrap();
+    let Some(device) = Loop::over(&bench.path("store")) else {
+        println!("skipped: no loop devices here");
+        return;
+    };
+    let node = &device.0;
+    for image in ["qcow2", "vhd", "raw"] {
+        bench.ok(&format!("convert raw:a.raw {image}:{node}"));
+        bench.ok(&format!("dd --bs 1M --count 24 {image}:{node} raw:back"));
+        assert!(bench.same("a.raw", "back"), "{image}");
+        fs::remove_file(bench.path("back")).unwrap();
+        assert_eq!(bench.image(&format!("check {image}:{node}")).0, 0, "{image}");
+    }
+    bench.ok(&format!("snapshot raw:{node} qcow2:child"));
+    bench.refuses("map qcow2:child", 1, &[node, "--allow-device"]);
+    bench.ok(&format!("map qcow2:child --allow-device {node}"));
+    bench.refuses(&format!("resize raw:{node} +1M"), 1, &[node]);
+    fs::write(bench.path("long"), vec![1; 49 << 20]).unwrap();
+    bench.refuses(&format!("convert raw:long raw:{node}"), 1, &["larger"]);
+}

@@ -118,13 +118,13 @@ fn a_copy_is_the_same_disk_and_a_changed_byte_is_found() {
             rig.store.run(async {
                 let source = layers::open(&images(&rig, 0, false), false, &budget()).await.unwrap();
                 let image = made(&rig, target, SIZE).await;
-                let new = layers::open(&[image.clone()], true, &budget()).await.unwrap();
+                let new = layers::open(std::slice::from_ref(&image), true, &budget()).await.unwrap();
                 let copied =
                     copy((&source, Depth::Chain), 0..SIZE, (&new, Target::New), 0, &()).await.unwrap();
                 layers::finish(&new).await.unwrap();
                 let name = format!("{case:?} to {target}");
                 assert_eq!(copied.data + copied.zero, SIZE, "{name}");
-                assert!(contents(&[image.clone()]).await == model, "{name}");
+                assert!(contents(std::slice::from_ref(&image)).await == model, "{name}");
 
                 let new = layers::open(&[image], true, &budget()).await.unwrap();
                 assert_eq!(compare::compare(&source, &new, true, &()).await, Ok(None), "{name}");
@@ -148,7 +148,7 @@ fn a_part_of_a_used_disk_is_replaced_and_the_rest_is_not() {
             let source = layers::open(&images(&rig, 0, false), false, &budget()).await.unwrap();
             for target in ["raw", "qcow2", "vhd"] {
                 let image = made(&rig, target, SIZE).await;
-                let used = layers::open(&[image.clone()], true, &budget()).await.unwrap();
+                let used = layers::open(std::slice::from_ref(&image), true, &budget()).await.unwrap();
                 write(&used, 0, &vec![0x77; SIZE as usize]).await.unwrap();
                 copy((&source, Depth::Chain), start..end, (&used, Target::Used), to, &()).await.unwrap();
                 layers::finish(&used).await.unwrap();
@@ -209,7 +209,7 @@ fn a_rebased_disk_reads_the_same_over_another_parent() {
         rig.store.run(async {
             // A parent of other contents and another size.
             let raw = made(&rig, "raw", SIZE - 4096).await;
-            let below = layers::open(&[raw.clone()], true, &budget()).await.unwrap();
+            let below = layers::open(std::slice::from_ref(&raw), true, &budget()).await.unwrap();
             write(&below, 8192, &vec![0x55; 1 << 20]).await.unwrap();
             assert!(Abandon::after(30, rebase_once(&rig, Some(&below))).await.is_none());
             assert!(contents(&images(&rig, 0, false)).await == model, "{case:?}: over its old parent");
@@ -344,7 +344,7 @@ fn measured_space_is_enough_and_not_much_more() {
                 let image = made(&rig, target, SIZE).await;
                 let create = Create { size: None, backing: None, options: Vec::new() };
                 let measured = measure::measure(image.format, &create, Some(&source)).await.unwrap();
-                let new = layers::open(&[image.clone()], true, &budget()).await.unwrap();
+                let new = layers::open(std::slice::from_ref(&image), true, &budget()).await.unwrap();
                 copy((&source, Depth::Chain), 0..SIZE, (&new, Target::New), 0, &()).await.unwrap();
                 layers::finish(&new).await.unwrap();
                 let length = image.files[0].length();
