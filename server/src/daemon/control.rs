@@ -191,7 +191,7 @@ impl Daemon {
         }
         if size_bytes < now {
             return refuse(format!(
-                "it has {now} bytes, and {size_bytes} would cut data off: only growing is possible while a disk runs;                  detach it and use `blktapd image resize`"
+                "it has {now} bytes, and {size_bytes} would cut data off: only growing is possible while a disk runs; detach it and use `blktapd image resize`"
             ));
         }
         if size_bytes > now {
