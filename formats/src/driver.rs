@@ -58,7 +58,8 @@ use std::rc::Rc;
 use crate::error::Error;
 use crate::file::{ImageFile, Pending};
 
-pub use crate::metadata::{AllocationLog, Budget, Order};
+pub use crate::allocation_log::AllocationLog;
+pub use crate::metadata::{Budget, Order};
 
 /// A file of a driver: index into [`Open::files`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

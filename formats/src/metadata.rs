@@ -4,25 +4,31 @@
 //! metadata through it, so that the promise of [`crate::driver`] is kept in one place:
 //!
 //! ```text
-//! set(bytes, Anytime | AfterData) ─▶ slice in memory is dirty, map sees it ─▶ log (if there is one) ─▶ settled
+//! set(bytes, Anytime | AfterData) ─▶ log (if there is one) ─▶ slice in memory is dirty, map sees it ─▶ settled with a log
 //!                                              │
 //!                       write_back: [flush of the data files, if a dirty slice has an AfterData change]
 //!                                   ─▶ dirty slices are written ─▶ log entries are released ─▶ settled without a log
 //! ```
 //! - *Settled* means safe against the death of the process: the log has the change, or the file has it. Not against power loss.
+//! - With a log *every* change is in it before it is in memory, and so before it can be in the file: a log with gaps could not
+//!   tell a value that came after it from one that somebody else wrote. A log without room makes [`Tables::set`] say no, and
+//!   [`Tables::prepare`], which must follow, make room. A log has room for all words of a slice, and one more.
 //! - A slice with an `AfterData` change is written only behind a flush of the data that began after that change was made; since a
 //!   slice is written as a whole, its other changes wait along.
 //! - Write-backs are rounds: one runs at a time, who comes meanwhile joins the next one. A round whose future is dropped ends;
 //!   the next in the queue begins another.
 //! - A dirty slice is never evicted; a failed write leaves it dirty and fails those who waited for the round.
+//! - Writes of a round that was dropped go on in the kernel; the next round begins when they have ended, since two writes of one
+//!   place are not ordered.
 //!
 //! Memory: [`Budget`] is shared by all tables of a shard. Who needs room takes it from the largest holder, clean slices only, by
 //! the clock algorithm; nobody is driven below [`SLICES_MIN`] slices, or may hold over half of the budget.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::{Rc, Weak};
 
+use crate::allocation_log::{AllocationLog, LogEntry, WORD};
 use crate::driver::{FileIndex, Usage};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile, Pending};
@@ -43,41 +49,6 @@ pub enum Order {
     Anytime,
     /// Only when the payload that was written before the change is durable: it hides other bytes.
     AfterData,
-}
-
-/// A change of metadata that is acknowledged and may not be in the file: at most eight bytes that do not cross a slice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LogEntry {
-    /// File of the driver.
-    pub file: FileIndex,
-    /// Byte offset in it.
-    pub offset: u64,
-    /// Bytes of `old` and `new` that count.
-    pub len: u8,
-    /// What the file held before.
-    pub old: [u8; 8],
-    /// What it shall hold.
-    pub new: [u8; 8],
-}
-
-/// The log has no room: changes have to be written back first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LogFull;
-
-/// Where changes are kept that outlive the process and not the host. Its entries are replayed, in order, before the image is
-/// opened again.
-pub trait AllocationLog: std::fmt::Debug {
-    /// Notes a change.
-    ///
-    /// # Errors
-    /// No room; nothing was noted.
-    fn append(&self, entry: LogEntry) -> Result<(), LogFull>;
-
-    /// Number of entries that were ever noted.
-    fn position(&self) -> u64;
-
-    /// All entries before `position` are in the file.
-    fn release(&self, position: u64);
 }
 
 /// Memory for tables, shared by all tables of a shard (or of an offline tool).
@@ -136,8 +107,19 @@ struct Slices {
     dirty: usize,
 }
 
+/// Writes that are under way. What is left when the round is dropped is the next one's to wait for.
+struct InFlight<'a> {
+    stray: &'a RefCell<Vec<Pending<'static, ()>>>,
+    writes: VecDeque<Pending<'static, ()>>,
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.stray.borrow_mut().extend(self.writes.drain(..));
+    }
+}
+
 /// The tables of one file. See the module for what it promises.
-#[derive(Debug)]
 pub struct Tables {
     file: Rc<dyn ImageFile>,
     index: FileIndex,
@@ -155,15 +137,15 @@ pub struct Tables {
     changes: Cell<u64>,
     /// All changes up to this one are in the file.
     written: Cell<u64>,
-    /// All changes up to this one are in the log or in the file.
-    logged: Cell<u64>,
+    /// Writes of rounds that were dropped.
+    stray: RefCell<Vec<Pending<'static, ()>>>,
     hits: Cell<u64>,
     misses: Cell<u64>,
 }
 
 impl Tables {
     /// Tables of `file`, which is file `index` of its driver; `data` are the files that hold the payload. `slice_bytes` is a power of
-    /// two, at least 512.
+    /// two, at least 512. `log` is for these tables alone.
     pub fn new(
         file: Rc<dyn ImageFile>,
         index: FileIndex,
@@ -185,7 +167,7 @@ impl Tables {
             round: async_lock::Mutex::new(()),
             changes: Cell::new(0),
             written: Cell::new(0),
-            logged: Cell::new(0),
+            stray: RefCell::default(),
             hits: Cell::new(0),
             misses: Cell::new(0),
         });
@@ -234,24 +216,33 @@ impl Tables {
         })
     }
 
-    /// Changes bytes at `offset`, which must not cross a slice. False when they are not in memory: nothing was done, load them.
+    /// Does what [`Tables::set`] of these bytes needs: they are in memory, and the log has room. Either may be gone again when others do
+    /// much: set, and prepare again.
+    pub async fn prepare(&self, offset: u64, len: usize) -> Result<(), Error> {
+        self.load(offset).await?;
+        let Some(log) = &self.log else { return Ok(()) };
+        // One word more: the bytes may begin within one.
+        let words = (len.div_ceil(WORD as usize) + 1).min(log.capacity());
+        if log.room() < words { self.write_back().await } else { Ok(()) }
+    }
+
+    /// Changes bytes at `offset`, which must not cross a slice. False when they are not in memory, or the log has no room: nothing
+    /// was done, [`Tables::prepare`] comes first.
     #[must_use]
     pub fn set(&self, offset: u64, bytes: &[u8], order: Order) -> bool {
         let (number, at) = self.locate(offset, bytes.len());
         let mut slices = self.slices.borrow_mut();
         let Some(&key) = slices.by_number.get(&number) else { return false };
         let slice = &mut slices.slab[key];
-        let place = &mut slice.bytes[at..at + bytes.len()];
-        if place == bytes {
+        if slice.bytes[at..at + bytes.len()] == *bytes {
             return true;
         }
-        let all_logged = self.logged.get() == self.changes.get() && self.note(offset, place, bytes);
-        place.copy_from_slice(bytes);
+        if !self.note(number, &slice.bytes, at, bytes) {
+            return false;
+        }
+        slice.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         let change = self.changes.get() + 1;
         self.changes.set(change);
-        if all_logged {
-            self.logged.set(change);
-        }
         let was_clean = std::mem::replace(&mut slice.changed, change) == 0;
         if order == Order::AfterData {
             slice.after_data = change;
@@ -268,49 +259,70 @@ impl Tables {
             let room = self.slice_bytes - (at as usize & (self.slice_bytes - 1));
             let part = &bytes[done..bytes.len().min(done + room)];
             while !self.set(at, part, order) {
-                self.load(at).await?;
+                self.prepare(at, part.len()).await?;
             }
             done += part.len();
         }
         Ok(())
     }
 
-    /// Notes a change in the log, eight bytes at a time. False when there is no log or no room.
-    fn note(&self, offset: u64, old: &[u8], new: &[u8]) -> bool {
-        let Some(log) = &self.log else { return false };
-        let mut at = offset;
-        old.chunks(8).zip(new.chunks(8)).all(|(old, new)| {
-            let mut entry =
-                LogEntry { file: self.index, offset: at, len: old.len() as u8, old: [0; 8], new: [0; 8] };
-            entry.old[..old.len()].copy_from_slice(old);
-            entry.new[..new.len()].copy_from_slice(new);
-            at += old.len() as u64;
-            old == new || log.append(entry).is_ok()
-        })
+    /// Notes in the log that `new` will be at `at` of a slice: the words that change. False, and nothing was noted, when it has no
+    /// room. True without a log.
+    fn note(&self, number: u64, slice: &[u8], at: usize, new: &[u8]) -> bool {
+        let Some(log) = &self.log else { return true };
+        const BYTES: usize = WORD as usize;
+        let first = at / BYTES * BYTES;
+        let stop = (at + new.len()).next_multiple_of(BYTES);
+        let words = (stop - first) / BYTES;
+        assert!(
+            words <= log.capacity(),
+            "a change of {words} words, and the log has {} at most",
+            log.capacity()
+        );
+        if log.room() < words {
+            return false;
+        }
+        for word in (first..stop).step_by(BYTES) {
+            let mut old = [0; BYTES];
+            old.copy_from_slice(&slice[word..word + BYTES]);
+            let mut changed = old;
+            let (from, to) = (word.max(at), (word + BYTES).min(at + new.len()));
+            changed[from - word..to - word].copy_from_slice(&new[from - at..to - at]);
+            if changed == old {
+                continue;
+            }
+            let offset = number * self.slice_bytes as u64 + word as u64;
+            let entry = LogEntry { file: self.index, offset, old, new: changed };
+            assert!(log.append(entry).is_ok(), "the log had room");
+        }
+        true
     }
 
-    /// Everything that was changed before this call is safe against the death of the process. Cheap with a log that has room.
+    /// Everything that was changed before this call is safe against the death of the process. With a log it is already.
     pub async fn settle(&self) -> Result<(), Error> {
-        let wanted = self.changes.get();
-        let room = self.dirty_bytes() <= self.budget.limit_bytes / 4;
-        if room && self.logged.get().max(self.written.get()) >= wanted {
+        let memory = self.dirty_bytes() <= self.budget.limit_bytes / 4;
+        if memory && self.log.is_some() {
             return Ok(());
         }
-        self.write_back_until(wanted).await
+        self.write_back().await
     }
 
     /// Everything that was changed before this call is in the file, in the order that it needs.
     pub async fn write_back(&self) -> Result<(), Error> {
-        self.write_back_until(self.changes.get()).await
-    }
-
-    async fn write_back_until(&self, wanted: u64) -> Result<(), Error> {
+        let wanted = self.changes.get();
         if self.written.get() >= wanted {
             return Ok(());
         }
         let _turn = self.round.lock().await;
         if self.written.get() >= wanted {
             return Ok(());
+        }
+        let stray: Vec<_> = self.stray.borrow_mut().drain(..).collect();
+        let mut stray = InFlight { stray: &self.stray, writes: stray.into() };
+        while let Some(write) = stray.writes.front_mut() {
+            // Whatever came of it: what it was to write is written again.
+            let _ = write.await;
+            stray.writes.pop_front();
         }
         let upto = self.changes.get();
         let log_position = self.log.as_ref().map(|log| log.position());
@@ -332,25 +344,24 @@ impl Tables {
         dirty.sort_unstable_by_key(|(number, ..)| *number);
         let mut failure = None;
         for chunk in dirty.chunks_mut(WRITES_MAX) {
-            let writes: Vec<_> = chunk
-                .iter_mut()
-                .map(|(number, changed, bytes)| {
-                    let bytes = std::mem::replace(bytes, Buf::zeroed(0));
-                    (*number, *changed, self.file.write(*number * self.slice_bytes as u64, bytes))
-                })
-                .collect();
-            for (number, changed, write) in writes {
+            let mut under_way = InFlight { stray: &self.stray, writes: VecDeque::with_capacity(chunk.len()) };
+            for (number, _, bytes) in &mut *chunk {
+                let bytes = std::mem::replace(bytes, Buf::zeroed(0));
+                under_way.writes.push_back(self.file.write(*number * self.slice_bytes as u64, bytes));
+            }
+            for (number, changed, _) in &*chunk {
+                let Some(write) = under_way.writes.front_mut() else { break };
                 match write.await {
-                    Ok(()) => self.note_written(number, changed),
+                    Ok(()) => self.note_written(*number, *changed),
                     Err(error) => failure = Some(error),
                 }
+                under_way.writes.pop_front();
             }
         }
         if let Some(error) = failure {
             return Err(error);
         }
         self.written.set(upto);
-        self.logged.set(self.logged.get().max(upto));
         if let (Some(log), Some(position)) = (&self.log, log_position) {
             log.release(position);
         }
@@ -371,7 +382,8 @@ impl Tables {
         }
     }
 
-    /// Drops the slices that lie in a range of the file whole: what is there is a table no more. Changes of them are forgotten.
+    /// Drops the slices that lie in a range of the file whole: what is there is a table no more. The mapping to it is gone and
+    /// written back, so nothing of them waits in the log.
     pub fn forget(&self, range: std::ops::Range<u64>) {
         let slice_bytes = self.slice_bytes as u64;
         for number in range.start.div_ceil(slice_bytes)..range.end / slice_bytes {
@@ -451,6 +463,15 @@ impl Tables {
             }
         }
         false
+    }
+}
+
+impl std::fmt::Debug for Tables {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tables")
+            .field("file", &self.file.name())
+            .field("usage", &self.usage())
+            .finish_non_exhaustive()
     }
 }
 

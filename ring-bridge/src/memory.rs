@@ -24,7 +24,7 @@ use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, AtomicU64};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -177,6 +177,21 @@ impl SharedRegion {
         // SAFETY: `at` checked the range.
         unsafe { clear(shared, len) };
         Ok(())
+    }
+
+    /// The word of eight bytes at `offset`, for memory that is ours and has to be in order: everybody accesses it as an atomic.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`], also when `offset` is no multiple of 8.
+    #[inline]
+    pub fn word(&self, offset: usize) -> Result<&AtomicU64, MemoryError> {
+        let shared = self.at(offset, 8)?;
+        if !offset.is_multiple_of(8) {
+            return Err(MemoryError::OutOfBounds { offset, len: 8, region_len: self.mapping.len });
+        }
+        // SAFETY: `at` checked the range; a mapping begins on a page, so a multiple of 8 is aligned; the bytes are initialised (a file's)
+        // and stay mapped as long as `self`; who shares them accesses them by atomics or from outside this program.
+        Ok(unsafe { AtomicU64::from_ptr(shared.cast()) })
     }
 
     #[inline]
@@ -337,6 +352,19 @@ mod tests {
             assert_eq!(region.zero(offset, len), expected);
         }
         assert!(region.zero(1, usize::MAX).is_err());
+    }
+
+    // Goal: words are those of the file, at multiples of eight inside it.
+    // Method: a store through one mapping, a load through another, and offsets that are none.
+    #[test]
+    fn words_are_shared_and_aligned() {
+        let fd = memfd(4096, MFdFlags::empty());
+        let (a, b) = (SharedRegion::map(&fd, 4096).expect("map"), SharedRegion::map(&fd, 4096).expect("map"));
+        a.word(4088).expect("the last").store(0x0102_0304_0506_0708, Ordering::Release);
+        assert_eq!(b.word(4088).expect("the last").load(Ordering::Acquire), 0x0102_0304_0506_0708);
+        for offset in [1, 4, 4089, 4096, usize::MAX - 7] {
+            assert!(a.word(offset).is_err(), "{offset}");
+        }
     }
 
     // Goal: a file shorter than the mapping is refused instead of killing us at the first access.

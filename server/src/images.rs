@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use formats::spec::{CacheMode, ImageSpec, RamOptions, RawOptions, Target};
+use shard::alog::LogFile;
 use shard::api::Backend;
 use shard::ram::{PageSize, RamBudget, RamDisk, RamError, RamErrorKind};
 use tokio::time::Instant;
@@ -20,8 +21,10 @@ use crate::problem::{Problem, ProblemKind};
 use crate::ram_dir::RamDir;
 
 mod chain;
+pub mod logs;
 
 use chain::Wanted;
+use logs::Logs;
 
 /// How long closing a file may take before it goes on in the background.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,6 +41,8 @@ pub struct OpenImage {
     /// Something the operator should know about it.
     pub note: Option<String>,
     held: Held,
+    /// Allocation logs of the images of a chain that are or were written.
+    logs: Vec<Arc<LogFile>>,
 }
 
 /// What has to be given back.
@@ -72,7 +77,14 @@ impl OpenImage {
 
     /// No image, of a size in bytes.
     pub fn nothing(size_bytes: u64) -> OpenImage {
-        OpenImage { backend: Backend::Null, size_bytes, block_bytes: 1, note: None, held: Held::Nothing }
+        OpenImage {
+            backend: Backend::Null,
+            size_bytes,
+            block_bytes: 1,
+            note: None,
+            held: Held::Nothing,
+            logs: Vec::new(),
+        }
     }
 
     /// An overlay takes over; this image is below it from now on.
@@ -81,6 +93,7 @@ impl OpenImage {
         keys.extend(self.held.files());
         self.backend = overlay.backend;
         self.held = Held::Chain(keys);
+        self.logs.extend(overlay.logs);
     }
 
     /// The files of the image that was put below an overlay last: all but the overlay's own.
@@ -92,6 +105,7 @@ impl OpenImage {
 /// All images of the process.
 pub struct Images {
     files: Files,
+    logs: Logs,
     /// As the configuration has them now.
     allowed_dirs: Mutex<Vec<PathBuf>>,
     ram_dir: RamDir,
@@ -114,6 +128,7 @@ impl Images {
         Ok(Images {
             allowed_dirs: Mutex::new(settings.allowed_dirs.clone()),
             files: Files::new(settings.allowed_dirs.clone(), &settings.run_dir).map_err(problem)?,
+            logs: Logs::new(&settings.run_dir),
             ram_dir: RamDir::new(settings.ram_dir.clone(), &settings.run_dir),
             budget: Arc::new(RamBudget::new(settings.ram_limit_bytes.unwrap_or(u64::MAX))),
             rams: Mutex::default(),
@@ -154,6 +169,7 @@ impl Images {
                 block_bytes: 1,
                 note: None,
                 held: Held::Nothing,
+                logs: Vec::new(),
             }),
             Target::Image { format, path, options } => {
                 let wanted = Wanted { format: format.name(), path, options, read_only, disk, deadline };
@@ -193,12 +209,19 @@ impl Images {
             deadline,
         };
         let opened = self.files.open(request).await.map_err(problem)?;
+        if let Err(refused) = self.logs.refuse_live(opened.key).await {
+            let key = opened.key;
+            drop(opened);
+            self.release_files(&[key], disk).await;
+            return Err(refused);
+        }
         Ok(OpenImage {
             backend: Backend::File(opened.image),
             size_bytes: opened.served_bytes,
             block_bytes: options.sector.map_or(1, |_| opened.sector_bytes),
             note: None,
             held: Held::File(opened.key),
+            logs: Vec::new(),
         })
     }
 
@@ -278,6 +301,7 @@ impl Images {
             block_bytes: 1,
             note: ram.note.clone(),
             held: Held::Ram(name.to_owned()),
+            logs: Vec::new(),
         }))
     }
 
@@ -311,8 +335,11 @@ impl Images {
 
     /// Gives an image back. The shard must not have it any more, unless it died with it.
     pub async fn release(&self, image: OpenImage, disk: &str) {
-        let OpenImage { backend, held, .. } = image;
+        let OpenImage { backend, held, logs, .. } = image;
         drop(backend);
+        if !logs.is_empty() {
+            self.logs.remove(logs, disk).await;
+        }
         match held {
             Held::Nothing => {}
             Held::Ram(name) => {

@@ -54,6 +54,7 @@ fn open_chain(chain: &str) -> Result<(Backend, u64), Failure> {
             writable: index == 0,
             flush: false,
             snapshot: None,
+            log: None,
         });
     }
     Ok((Backend::Image(Arc::new(ImageChain { layers })), size.unwrap_or_default()))

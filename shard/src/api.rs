@@ -106,6 +106,9 @@ pub struct ChainLayer {
     pub flush: bool,
     /// A snapshot inside of it to serve.
     pub snapshot: Option<String>,
+    /// Where its allocations are noted: of a writable one, unless there was no room for a log. What it holds is carried out before the
+    /// image is opened.
+    pub log: Option<Arc<crate::alog::LogFile>>,
 }
 
 impl std::fmt::Debug for ChainLayer {

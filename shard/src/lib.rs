@@ -9,6 +9,7 @@
 #[cfg(not(panic = "unwind"))]
 compile_error!("a disk's panic must not end the process: build with panic = \"unwind\"");
 
+pub mod alog;
 pub mod api;
 pub mod clock;
 pub mod disk;

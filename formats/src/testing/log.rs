@@ -5,10 +5,9 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::rc::Weak;
 
-use super::pages::Pages;
 use super::record::Event;
 use super::store::Store;
-use crate::metadata::{AllocationLog, LogEntry, LogFull};
+use crate::allocation_log::{AllocationLog, LogEntry, LogFull, WORD};
 
 /// See the module. Made by [`Store::add_log`].
 pub struct MemLog {
@@ -46,7 +45,7 @@ impl MemLog {
 
 impl AllocationLog for MemLog {
     fn append(&self, entry: LogEntry) -> Result<(), LogFull> {
-        assert!((1..=8).contains(&entry.len), "an entry has one to eight bytes: {entry:?}");
+        assert!(entry.offset.is_multiple_of(WORD), "an entry is a whole word: {entry:?}");
         if self.len() >= self.capacity {
             return Err(LogFull);
         }
@@ -56,6 +55,14 @@ impl AllocationLog for MemLog {
             store.note(Event::Append { log: self.number, entry });
         }
         Ok(())
+    }
+
+    fn room(&self) -> usize {
+        self.capacity - self.len()
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
     }
 
     fn position(&self) -> u64 {
@@ -77,41 +84,4 @@ impl std::fmt::Debug for MemLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "MemLog({} entries)", self.len())
     }
-}
-
-/// Carries the entries of a log out on the files of its driver (`files[FileIndex]`), as must happen before the image is opened
-/// again. All are checked before any is written: each byte must be one that the log knows.
-///
-/// # Errors
-/// A sentence that names the first byte that is neither old nor new.
-pub fn replay_log(entries: &[LogEntry], files: &mut [&mut Pages]) -> Result<(), String> {
-    let known = |file, at: u64, byte: u8| {
-        entries.iter().any(|entry| {
-            let within = at.checked_sub(entry.offset).filter(|within| *within < u64::from(entry.len));
-            entry.file == file
-                && within.is_some_and(|within| {
-                    entry.old[within as usize] == byte || entry.new[within as usize] == byte
-                })
-        })
-    };
-    for entry in entries {
-        let Some(pages) = files.get(usize::from(entry.file.0)) else {
-            return Err(format!("the log names file {:?}, which the driver does not have", entry.file));
-        };
-        let mut found = [0; 8];
-        let found = &mut found[..usize::from(entry.len)];
-        pages.read(entry.offset, found);
-        for (at, byte) in (entry.offset..).zip(found.iter()) {
-            if !known(entry.file, at, *byte) {
-                return Err(format!(
-                    "the byte {at} of file {:?} is {byte:#x}, neither old nor new: {entry:?}",
-                    entry.file
-                ));
-            }
-        }
-    }
-    for entry in entries {
-        files[usize::from(entry.file.0)].write(entry.offset, &entry.new[..usize::from(entry.len)]);
-    }
-    Ok(())
 }

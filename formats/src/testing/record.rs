@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use super::pages::Pages;
-use crate::metadata::LogEntry;
+use crate::allocation_log::LogEntry;
 
 /// A change of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]

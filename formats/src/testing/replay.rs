@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::pages::Pages;
 use super::record::{Change, Event, Record};
-use crate::metadata::LogEntry;
+use crate::allocation_log::LogEntry;
 
 /// What died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

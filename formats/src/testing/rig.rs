@@ -3,10 +3,11 @@
 use std::rc::Rc;
 
 use super::fault::{Op, Rule};
-use super::log::{MemLog, replay_log};
+use super::log::MemLog;
 use super::pages::Pages;
 use super::replay::{Cause, Crash};
 use super::store::Store;
+use crate::allocation_log::replay;
 use crate::driver::{Budget, Create, Erase, Findings, Format, Link, Open, Repair};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
@@ -227,16 +228,12 @@ impl Rig {
     /// # Errors
     /// The log does not fit the files.
     pub fn from_crash(&self, crash: &Crash, seed: u64) -> Result<Rig, String> {
-        let mut files = crash.files.clone();
+        let rig = self.with_files(crash.files.clone(), seed);
         if let (Cause::ProcessDeath, Some(log)) = (crash.cause, &self.log) {
-            let top = &self.files[0];
-            let mut of_driver: Vec<Pages> = top.iter().map(|number| files[*number].clone()).collect();
-            replay_log(&crash.logs[log.number()], &mut of_driver.iter_mut().collect::<Vec<_>>())?;
-            for (number, pages) in top.iter().zip(of_driver) {
-                files[*number] = pages;
-            }
+            let files = rig.open_files(0, true);
+            rig.store.run(replay(&crash.logs[log.number()], &files)).map_err(|error| error.message)?;
         }
-        Ok(self.with_files(files, seed))
+        Ok(rig)
     }
 
     /// The same chain with other contents, in a store of its own and with an empty log.
@@ -326,7 +323,7 @@ impl Rig {
             writable,
             below_size,
             budget: budget.clone(),
-            log: log.map(|log| log as Rc<dyn crate::metadata::AllocationLog>),
+            log: log.map(|log| log as Rc<dyn crate::allocation_log::AllocationLog>),
             snapshot: None,
         }
     }

@@ -204,7 +204,7 @@ impl Sparse {
         full
     }
 
-    /// Changes the tables for a block, if what is to be changed is in memory.
+    /// Changes the tables for a block, if [`Tables::set`] can: else [`Tables::prepare`] comes first.
     pub(super) fn change(&self, block: u32, offset: u64, bytes: &[u8], order: Order) -> bool {
         let done = self.tables.set(offset, bytes, order);
         if done {
@@ -218,7 +218,7 @@ impl Sparse {
     pub(super) async fn set_entry(&self, block: u32, entry: u32) -> Result<(), Error> {
         let offset = self.shape.entry_offset(block);
         while !self.change(block, offset, &entry.to_be_bytes(), Order::Anytime) {
-            self.tables.load(offset).await?;
+            self.tables.prepare(offset, 4).await?;
         }
         Ok(())
     }

@@ -175,9 +175,8 @@ impl Sparse {
             match self.tables.get(offset, len, look) {
                 None => self.tables.load(offset).await?,
                 Some(false) => from = to,
-                // In memory a moment ago; else once more.
                 Some(true) if self.change(part.block, offset, &bits[..len], Order::AfterData) => from = to,
-                Some(true) => {}
+                Some(true) => self.tables.prepare(offset, len).await?,
             }
         }
         Ok(())

@@ -367,6 +367,7 @@ fn stack(overlay: &Backend, old: &Backend, old_spec: &ImageSpec) -> Result<Backe
                 writable: false,
                 flush: true,
                 snapshot: None,
+                log: None,
             });
         }
         Backend::Ram(_) | Backend::Null => return Err(Problem::failed("the disk has no file")),

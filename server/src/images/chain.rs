@@ -12,6 +12,7 @@ use std::sync::Arc;
 use formats::driver::{Create, Description, Format, Link};
 use formats::spec::{FormatOptions, ImageSpec, Target};
 use formats::volume::DEPTH_MAX;
+use shard::alog::LogFile;
 use shard::api::{Backend, ChainLayer, FileKind, ImageChain, ImageFile};
 use tokio::time::Instant;
 
@@ -34,6 +35,7 @@ pub(super) struct Wanted<'a> {
 struct Chain {
     layers: Vec<ChainLayer>,
     keys: Vec<FileKey>,
+    logs: Vec<Arc<LogFile>>,
     notes: Vec<String>,
 }
 
@@ -61,10 +63,13 @@ impl Images {
             Ok(size_bytes) => {
                 let note = (!chain.notes.is_empty()).then(|| chain.notes.join("; "));
                 let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
-                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, held: Held::Chain(keys) })
+                let (held, logs) = (Held::Chain(keys), chain.logs);
+                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, held, logs })
             }
             Err(error) => {
+                let logs = std::mem::take(&mut chain.logs);
                 drop(chain);
+                self.logs.remove(logs, wanted.disk).await;
                 self.release_files(&keys, wanted.disk).await;
                 Err(error)
             }
@@ -129,14 +134,30 @@ impl Images {
         let left = wanted.deadline.saturating_duration_since(Instant::now());
         let description = self.files.describe(key, format, left).await.map_err(problem)?;
         let name: Arc<str> = path.display().to_string().into();
-        let (mut files, mut names) = (vec![image.clone()], vec![name]);
+        let (mut files, mut names, mut keys) = (vec![image.clone()], vec![name], vec![key]);
         let place = self.place_of(&image, &path);
         for link in &description.data_files {
             let path = resolve(link, &place)?;
-            let (file, _) = self.open_gated(wanted, chain, path.clone(), read_only, Some(&place)).await?;
+            let (file, key) = self.open_gated(wanted, chain, path.clone(), read_only, Some(&place)).await?;
             files.push(file);
+            keys.push(key);
             names.push(path.display().to_string().into());
         }
+        let log = match read_only {
+            true => {
+                self.logs.refuse_live(key).await?;
+                None
+            }
+            false => match self.logs.open(&keys, &place, format.name(), &description).await? {
+                Ok(log) => Some(log),
+                Err(note) => {
+                    tracing::warn!(disk = wanted.disk, "{note}");
+                    chain.notes.push(note);
+                    None
+                }
+            },
+        };
+        chain.logs.extend(log.clone());
         chain.layers.push(ChainLayer {
             format,
             files,
@@ -144,6 +165,7 @@ impl Images {
             writable: !read_only,
             flush: false,
             snapshot: None,
+            log,
         });
         Ok((image, description))
     }
@@ -339,11 +361,14 @@ impl Images {
         match opened {
             Ok((_, description)) => {
                 let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
-                let held = Held::Chain(keys);
-                Ok(OpenImage { backend, size_bytes: description.size, block_bytes: 1, note: None, held })
+                let (held, logs) = (Held::Chain(keys), chain.logs);
+                let note = chain.notes.pop();
+                Ok(OpenImage { backend, size_bytes: description.size, block_bytes: 1, note, held, logs })
             }
             Err(error) => {
+                let logs = std::mem::take(&mut chain.logs);
                 drop(chain);
+                self.logs.remove(logs, disk).await;
                 self.release_files(&keys, disk).await;
                 Err(error)
             }

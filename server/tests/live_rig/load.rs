@@ -32,6 +32,8 @@ pub struct Load {
     random: Random,
     /// Answers may be errors: the daemon is about to stop. What such a change did is not known.
     pub errors_allowed: bool,
+    /// No request asks for durability.
+    pub never_flushes: bool,
 }
 
 impl Load {
@@ -40,7 +42,7 @@ impl Load {
         let connect = |_| (Client::connect(socket).expect("connects"), HashMap::new());
         let clients: Vec<_> = (0..connections).map(connect).collect();
         assert_eq!(clients[0].0.size_bytes, model.size(), "size of the disk");
-        Load { clients, model, random: Random(seed), errors_allowed: false }
+        Load { clients, model, random: Random(seed), errors_allowed: false, never_flushes: false }
     }
 
     /// Sends `count` requests and takes answers whenever a connection has enough in flight.
@@ -134,6 +136,10 @@ impl Load {
             90..96 => (Op::BlockStatus, 0, Vec::new(), Waiting::Status { range, sent: model.tick() }),
             _ => (Op::Flush, 0, Vec::new(), Waiting::Flush),
         };
+        if self.never_flushes && op == Op::Flush {
+            return;
+        }
+        let flags = if self.never_flushes { flags & !FUA } else { flags };
         let (offset, length) = if op == Op::Flush { (0, 0) } else { (offset, length) };
         let (client, in_flight) = &mut self.clients[connection];
         let cookie = client.send(op, flags, offset, length, &data);

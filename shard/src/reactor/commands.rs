@@ -126,6 +126,7 @@ impl<K: Kernel> Shard<K> {
             meter: Meter::default(),
             pending: None,
             timer: None,
+            tidy: None,
             panics: 0,
             quarantined: false,
             before_quarantine: (DiskState::Running, String::new()),

@@ -117,6 +117,8 @@ struct Entry {
     pending: Option<Pending>,
     /// When the timer heap has an entry for it.
     timer: Option<Nanos>,
+    /// The same for mappings of its volume that are to be written back.
+    tidy: Option<Nanos>,
     panics: u32,
     /// Waits for its operations to come back after a panic.
     quarantined: bool,
@@ -390,6 +392,12 @@ impl<K: Kernel> Shard<K> {
             && at <= self.now
         {
             self.timers.pop();
+            let Some(entry) = self.disks.get_mut(disk as usize) else { continue };
+            if entry.tidy == Some(at) {
+                entry.tidy = None;
+                self.start_tidy(disk);
+                self.run_actions();
+            }
             if let Some(entry) = self.disks.get_mut(disk as usize)
                 && entry.timer == Some(at)
             {
@@ -411,8 +419,6 @@ impl<K: Kernel> Shard<K> {
         if rests && !self.quiet_ticks.is_multiple_of(20) {
             return;
         }
-        self.tidy_volumes();
-        self.run_actions();
         self.pool.trim();
         for (_, conn) in &mut self.conns {
             if pressed && conn.is_stalled(self.now, STALL) {

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use formats::allocation_log::{AllocationLog, replay};
 use formats::driver::{Erase, Open};
 use formats::error::Error;
 use formats::file::Buf as Bytes;
@@ -23,6 +24,7 @@ use formats::metadata::Budget;
 use formats::volume::{Layer, Piece, Source, Volume};
 
 use super::*;
+use crate::alog::{Log, LogFile};
 use crate::api::{DiskConfig, ErrorPolicy, FileKind, ImageChain, Reply, ShardError, ShardErrorKind};
 use crate::disk::Mem;
 use crate::image::{Job, Port, ShardFile, ShardPayload, TaskWaker, Work};
@@ -32,6 +34,12 @@ use crate::storage::side::Extent;
 
 /// Pieces of one request that go the fast way; more are the work of a future.
 const PIECES_MAX: usize = 32;
+/// Mappings that only memory and log have are written back after this time, also when no guest flushes…
+const TIDY_AFTER: Nanos = 100 * MILLISECOND;
+/// …or when there are so many: early enough that nobody waits for room in the log.
+const TIDY_MANY: u64 = crate::alog::ENTRIES as u64 / 4;
+/// The time after which it is tried again when that has failed.
+const TIDY_AGAIN: Nanos = SECOND;
 
 type Task = std::pin::Pin<Box<dyn Future<Output = Result<Outcome, Error>>>>;
 
@@ -585,8 +593,12 @@ impl<K: Kernel> Shard<K> {
                 if let Some(engine) = &mut self.disks[slot as usize].engine {
                     engine.tidying = false;
                 }
-                if let Err(error) = result {
-                    self.tell_image_error(slot, &error);
+                match result {
+                    Ok(_) => self.watch_pending(slot),
+                    Err(error) => {
+                        self.tell_image_error(slot, &error);
+                        self.tidy_at(slot, self.now + TIDY_AGAIN);
+                    }
                 }
             }
         }
@@ -611,6 +623,7 @@ impl<K: Kernel> Shard<K> {
                 .iter()
                 .any(|&file| self.disks[file as usize].disk.as_ref().is_some_and(Disk::flush_failed));
         self.with_disk(slot, |disk, ctx| disk.on_volume(ctx, req, errno, sync_failed));
+        self.watch_pending(slot);
     }
 
     /// An operator accepted that acknowledged data may be lost.
@@ -717,22 +730,45 @@ impl<K: Kernel> Shard<K> {
         self.unsettled.push(slot);
     }
 
-    /// Once a second: mappings that only memory and log have are written back.
-    pub(super) fn tidy_volumes(&mut self) {
-        let mut slots = Vec::new();
-        for (slot, entry) in &mut self.disks {
-            let Some(engine) = entry.engine.as_mut().filter(|engine| engine.stage == Stage::Open) else {
-                continue;
-            };
-            let Some(volume) = engine.volume.clone().filter(|_| !engine.tidying) else { continue };
-            if guarded(|| volume.usage().pending_mappings > 0) == Ok(true) {
-                engine.tidying = true;
-                let future = async move { volume.tidy().await.map(|()| Outcome::Done) };
-                engine.spawn(For::Tidy, Box::pin(future));
-                slots.push(slot as u32);
-            }
+    /// A future may have left mappings that only memory and log have: sees to it that they are written back.
+    fn watch_pending(&mut self, slot: u32) {
+        let entry = &mut self.disks[slot as usize];
+        let Some(engine) =
+            entry.engine.as_ref().filter(|engine| engine.stage == Stage::Open && !engine.tidying)
+        else {
+            return;
+        };
+        let Some(volume) = engine.volume.clone() else { return };
+        // A panic of the driver here is met again by its next future.
+        let pending = guarded(|| volume.usage().pending_mappings).unwrap_or(0);
+        if pending >= TIDY_MANY {
+            self.start_tidy(slot);
+        } else if pending > 0 {
+            self.tidy_at(slot, self.now + TIDY_AFTER);
         }
-        self.awake.extend(slots);
+    }
+
+    /// Sets the timer for writing mappings back, unless it is set.
+    fn tidy_at(&mut self, slot: u32, at: Nanos) {
+        let entry = &mut self.disks[slot as usize];
+        if entry.tidy.is_none() {
+            entry.tidy = Some(at);
+            self.timers.push(Reverse((at, slot)));
+        }
+    }
+
+    /// Mappings that only memory and log have are written back.
+    pub(super) fn start_tidy(&mut self, slot: u32) {
+        let Some(engine) = self.disks[slot as usize].engine.as_mut() else { return };
+        if engine.stage != Stage::Open || engine.tidying {
+            return;
+        }
+        let Some(volume) = engine.volume.clone() else { return };
+        if guarded(|| volume.usage().pending_mappings > 0) == Ok(true) {
+            engine.tidying = true;
+            engine.spawn(For::Tidy, Box::pin(async move { volume.tidy().await.map(|()| Outcome::Done) }));
+            self.awake.push(slot);
+        }
     }
 }
 
@@ -805,12 +841,16 @@ async fn open(
     for (layer, files) in chain.layers.iter().zip(files.iter()).rev() {
         let files: Vec<Rc<dyn formats::file::ImageFile>> =
             files.iter().map(|file| file.clone() as Rc<dyn formats::file::ImageFile>).collect();
+        let log = match layer.log.as_ref().filter(|_| layer.writable) {
+            Some(log) => Some(take_up(log, &files).await?),
+            None => None,
+        };
         let open = Open {
             files: files.clone(),
             writable: layer.writable,
             below_size,
             budget: budget.clone(),
-            log: None,
+            log: log.map(|log| log as Rc<dyn AllocationLog>),
             snapshot: layer.snapshot.clone(),
         };
         if layer.flush {
@@ -830,6 +870,22 @@ async fn open(
     }
     layers.reverse();
     Ok(Outcome::Open(Rc::new(Volume::new(layers)?)))
+}
+
+/// Carries out what a log holds that was not closed: after the end of a former daemon, or of the driver.
+async fn take_up(log: &Arc<LogFile>, files: &[Rc<dyn formats::file::ImageFile>]) -> Result<Rc<Log>, Error> {
+    let (log, entries) = Log::new(log.clone());
+    if !entries.is_empty() {
+        let name = files.first().map_or("", |file| file.name());
+        tracing::info!(
+            image = name,
+            entries = entries.len(),
+            "changes of its tables are carried out from its allocation log"
+        );
+        replay(&entries, files).await?;
+        log.release(log.position());
+    }
+    Ok(Rc::new(log))
 }
 
 impl Entry {
