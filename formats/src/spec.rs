@@ -498,12 +498,12 @@ impl NamedImage {
 
 /// The grammar alone, with the places of its parts.
 fn parse(text: &str) -> Result<(ImageSpec, Offsets), SpecError> {
-    let Parts { type_name: name, path, options, offsets } = split(text)?;
-    let image_type = name.parse().map_err(|problem| SpecError { offset: Some(0), ..problem })?;
+    let Parts { type_name, path, options, offsets } = split(text)?;
+    let image_type = type_name.parse().map_err(|problem| SpecError { offset: Some(0), ..problem })?;
     Ok((ImageSpec { image_type, path, options }, offsets))
 }
 
-/// A specification that was cut into its parts.
+/// A specification by the grammar alone.
 struct Parts<'a> {
     type_name: &'a str,
     path: String,
