@@ -3,12 +3,13 @@
 //! | held \ wanted | Read | Write | Allocate | Erase |
 //! |---|---|---|---|---|
 //! | Read     | yes | yes | yes | no |
-//! | Write    | yes | yes | yes | no |
-//! | Allocate | yes | yes | no  | no |
+//! | Write    | yes | yes | no  | no |
+//! | Allocate | yes | no  | no  | no |
 //! | Erase    | no  | no  | no  | no |
 //!
 //! (*yes*: both at a time.) Reads and writes in place do not exclude each other: what overlapping requests of a guest leave is the
-//! guest's affair. Allocations exclude each other, so that a range gets one place. Erase is for everything that takes a place
+//! guest's affair. Allocations exclude each other, so that a range gets one
+//! place, and writes in place, which rely on that place: it is safe only when the allocation has ended. Erase is for everything that takes a place
 //! away: whoever reads or writes it has ended, and nobody begins.
 //!
 //! A waiter also waits for earlier waiters that it conflicts with, so nobody starves.
@@ -33,7 +34,13 @@ pub enum Use {
 
 impl Use {
     fn goes_with(self, other: Use) -> bool {
-        !matches!((self, other), (Use::Erase, _) | (_, Use::Erase) | (Use::Allocate, Use::Allocate))
+        !matches!(
+            (self, other),
+            (Use::Erase, _)
+                | (_, Use::Erase)
+                | (Use::Allocate, Use::Allocate | Use::Write)
+                | (Use::Write, Use::Allocate)
+        )
     }
 }
 
@@ -244,10 +251,10 @@ mod tests {
             (Read, Allocate, true),
             (Read, Erase, false),
             (Write, Read, true),
-            (Write, Allocate, true),
+            (Write, Allocate, false),
             (Write, Erase, false),
             (Allocate, Read, true),
-            (Allocate, Write, true),
+            (Allocate, Write, false),
             (Allocate, Allocate, false),
             (Erase, Read, false),
             (Erase, Write, false),

@@ -91,6 +91,10 @@ impl Format for Raw {
                 return Err(Error::invalid(format!("a size of {size} bytes: take a multiple of 512")));
             }
             file.extend(size).await?;
+            if file.is_device() {
+                // Nobody knows what it held.
+                file.zero(0..size).await?;
+            }
             file.flush().await
         })
     }
@@ -171,10 +175,17 @@ impl Driver for RawDriver {
     fn resize(&self, size: u64) -> Pending<'_, ()> {
         Box::pin(async move {
             self.check_writable()?;
-            if size < self.size.get() {
+            if !size.is_multiple_of(SECTOR_BYTES) || served_size(size).is_none() {
+                return Err(Error::invalid(format!("a size of {size} bytes: take a multiple of 512")));
+            }
+            let before = self.size.get();
+            if size < before {
                 self.file.truncate(size).await?;
             } else {
                 self.file.extend(size).await?;
+                if self.file.is_device() {
+                    self.file.zero(before..size).await?;
+                }
             }
             self.size.set(size);
             Ok(())

@@ -116,6 +116,7 @@ fn split(area: &[u8]) -> (Raw, usize) {
 fn new_area(mut old: Raw, format: Option<&str>, room: usize) -> Vec<u8> {
     old.retain(|(kind, _)| *kind != extensions::BACKING_FORMAT);
     if let Some(format) = format {
+        let format = extensions::names_in_image(format);
         old.insert(0, (extensions::BACKING_FORMAT, format.as_bytes().to_vec()));
     }
     let encode = |old: &Raw| {

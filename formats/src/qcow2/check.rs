@@ -372,7 +372,9 @@ impl<'a> Survey<'a> {
                 0 => None,
                 _ if word != offset => Some("has reserved bits set"),
                 _ if !geometry.is_aligned(offset) => Some("points to no start of a cluster"),
-                _ if offset + geometry.cluster() > self.end => Some("points behind the end of the file"),
+                _ if offset.saturating_add(geometry.cluster()) > self.end => {
+                    Some("points behind the end of the file")
+                }
                 _ if !seen.insert(offset) => Some("points to another entry's block"),
                 _ => None,
             };

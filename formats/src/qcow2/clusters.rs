@@ -10,8 +10,8 @@
 //! - One *round* serves both ways with one flush. Who needs clusters carries the round in its own future, under
 //!   `Image::refcounts_turn`; who finds the reserve low does so too, so that others rarely wait. A round whose future is dropped leaves its
 //!   clusters in `filling`, from where the next one gives them back.
-//! - New refcount blocks and a grown refcount table are in the file, flushed, before anything refers to them: no crash leaves a
-//!   refcount too low.
+//! - New refcount blocks and a grown refcount table (`growth`) are in the file, flushed, before anything refers to them: no crash
+//!   leaves a refcount too low.
 //!
 //! Numbers in this file count clusters of the file unless they are called offsets.
 
@@ -19,13 +19,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::header::{REFTABLE_MAX_BYTES, TablePlace};
+use super::header::TablePlace;
 use super::image::{Image, slice_bytes};
 use super::l1::OFFSET_MASK;
 use super::refcount::{self, TABLE_OFFSET_MASK};
 use crate::driver::Order;
 use crate::error::{Error, ErrorKind};
-use crate::file::Buf;
 
 /// Clusters that an idle image keeps.
 const TARGET_MIN: u64 = 4;
@@ -52,7 +51,7 @@ pub(super) struct Reserve {
     /// Where the search for free clusters goes on.
     cursor: Cell<u64>,
     /// First cluster behind all that have a refcount; `None` until it was looked for.
-    end: Cell<Option<u64>>,
+    pub(super) end: Cell<Option<u64>>,
     /// Clusters were taken since the last tidy.
     busy: Cell<bool>,
 }
@@ -238,7 +237,7 @@ impl Image {
     }
 
     /// Offset of the refcount block for a cluster; 0 when there is none.
-    async fn block_of(&self, cluster: u64) -> Result<u64, Error> {
+    pub(super) async fn block_of(&self, cluster: u64) -> Result<u64, Error> {
         let index = cluster / self.geometry.block_entries();
         let table = self.reftable.get();
         if index >= table.entries {
@@ -252,7 +251,8 @@ impl Image {
             }
         };
         let offset = word & TABLE_OFFSET_MASK;
-        let in_file = offset + self.geometry.cluster() <= self.end().max(self.reserve_end_offset());
+        let in_file =
+            offset.saturating_add(self.geometry.cluster()) <= self.end().max(self.reserve_end_offset());
         if word & !TABLE_OFFSET_MASK != 0 || !self.geometry.is_aligned(offset) || (offset != 0 && !in_file) {
             let what =
                 format!("entry {index} of its refcount table is {word:#x}, which is no place of a block");
@@ -267,7 +267,7 @@ impl Image {
 
     /// Shows the refcounts of the first clusters of a range to `change`, as far as one slice goes, and sets what it returns. Returns
     /// where it stopped.
-    async fn change_some(
+    pub(super) async fn change_some(
         &self,
         range: &Range<u64>,
         mut change: impl FnMut(u64, u64) -> Option<u64>,
@@ -394,7 +394,7 @@ impl Image {
     }
 
     /// First cluster behind all that have a refcount. Looked for once, from the end of the refcount table backwards.
-    async fn find_end(&self) -> Result<u64, Error> {
+    pub(super) async fn find_end(&self) -> Result<u64, Error> {
         if let Some(end) = self.reserve.end.get() {
             return Ok(end);
         }
@@ -413,6 +413,11 @@ impl Image {
                 end = end.max(index * per_block + used + 1);
                 break;
             }
+        }
+        if end > OFFSET_MASK >> self.geometry.cluster_bits {
+            let what =
+                format!("cluster {end} has a refcount and lies behind every file's end: repair it offline");
+            return Err(Error::corrupt(self.name(), what));
         }
         self.reserve.end.set(Some(end));
         Ok(end)
@@ -484,127 +489,6 @@ impl Image {
             }
         }
         Ok(free)
-    }
-
-    /// Makes sure that `wanted` clusters in a row behind all others have refcount blocks; returns the first. New blocks, and a new
-    /// table if the old one is too short, come before them and count themselves.
-    async fn cover(&self, wanted: u64) -> Result<u64, Error> {
-        let at = self.find_end().await?;
-        let per_block = self.geometry.block_entries();
-        let (mut own, mut missing, mut table_clusters) = (0, Vec::new(), 0);
-        loop {
-            let last = (at + own + wanted - 1) / per_block;
-            missing.clear();
-            for index in at / per_block..=last {
-                if self.block_of(index * per_block).await? == 0 {
-                    missing.push(index);
-                }
-            }
-            table_clusters = if last >= self.reftable.get().entries {
-                self.grown_table(last + 1)?
-            } else {
-                table_clusters
-            };
-            let needed = missing.len() as u64 + table_clusters;
-            if needed == own {
-                break;
-            }
-            own = needed;
-        }
-        if own > 0 {
-            self.add_blocks(at, &missing, table_clusters).await?;
-        }
-        self.reserve.end.set(Some(at + own));
-        Ok(at + own)
-    }
-
-    /// Clusters of a refcount table for at least `entries` entries, half as large again as the old one.
-    fn grown_table(&self, entries: u64) -> Result<u64, Error> {
-        let entries = entries.max(self.reftable.get().entries * 3 / 2);
-        let clusters = self.geometry.clusters_of(entries * 8);
-        if clusters << self.geometry.cluster_bits > REFTABLE_MAX_BYTES {
-            let message =
-                format!("{}: its refcount table cannot grow further, so the file cannot", self.name());
-            return Err(Error::new(ErrorKind::NoSpace, message));
-        }
-        Ok(clusters)
-    }
-
-    /// Writes the refcount blocks `missing` at cluster `at` and, if `table_clusters` is not 0, a new table behind them.
-    async fn add_blocks(&self, at: u64, missing: &[u64], table_clusters: u64) -> Result<(), Error> {
-        let geometry = &self.geometry;
-        let (bits, per_block) = (geometry.cluster_bits, geometry.block_entries());
-        let own = at..at + missing.len() as u64 + table_clusters;
-        let mut blocks: Vec<Buf> = missing.iter().map(|_| Buf::zeroed(geometry.cluster() as usize)).collect();
-        for cluster in own.clone() {
-            match missing.iter().position(|index| *index == cluster / per_block) {
-                Some(number) => {
-                    refcount::set(
-                        &mut blocks[number],
-                        geometry.refcount_order,
-                        (cluster % per_block) as usize,
-                        1,
-                    );
-                }
-                None => {
-                    self.change_some(&(cluster..cluster + 1), |_, _| Some(1)).await?;
-                }
-            }
-        }
-        // Taken from now on, whatever happens to this future: a failure leaks them.
-        self.reserve.end.set(Some(own.end));
-        self.refs.forget(own.start << bits..own.end << bits);
-        self.file.extend(own.end << bits).await?;
-        let mut writes = Vec::new();
-        for (number, block) in blocks.into_iter().enumerate() {
-            writes.push(self.file.write((at + number as u64) << bits, block));
-        }
-        for write in writes {
-            write.await?;
-        }
-        self.refs.write_back().await?;
-        let entries =
-            missing.iter().enumerate().map(|(number, index)| (*index, (at + number as u64) << bits));
-        if table_clusters > 0 {
-            return self.move_table(own.end - table_clusters, table_clusters, entries.collect()).await;
-        }
-        self.file.flush().await?;
-        for (index, offset) in entries {
-            self.refs
-                .update(self.reftable.get().offset + index * 8, &offset.to_be_bytes(), Order::Anytime)
-                .await?;
-        }
-        Ok(())
-    }
-
-    /// Writes the refcount table with new entries at cluster `at` and makes it the one that counts.
-    async fn move_table(&self, at: u64, clusters: u64, entries: Vec<(u64, u64)>) -> Result<(), Error> {
-        let geometry = &self.geometry;
-        let old = self.reftable.get();
-        let mut table = self.file.read(old.offset, (old.entries * 8) as usize).await?.to_vec();
-        table.resize((clusters << geometry.cluster_bits) as usize, 0);
-        for (index, offset) in entries {
-            table[index as usize * 8..index as usize * 8 + 8].copy_from_slice(&offset.to_be_bytes());
-        }
-        let offset = at << geometry.cluster_bits;
-        self.file.write(offset, Buf::copy_of(&table)).await?;
-        self.file.flush().await?;
-        let mut place = [0; 12];
-        place[..8].copy_from_slice(&offset.to_be_bytes());
-        place[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
-        // Made and believed at once: a caller that goes away leaves file and memory with the same table.
-        let switch = self.file.write(48, Buf::copy_of(&place));
-        self.reftable.set(TablePlace { offset, entries: (table.len() / 8) as u64 });
-        if let Err(error) = self.finish(switch).await {
-            self.reftable.set(old);
-            return Err(error);
-        }
-        self.file.flush().await?;
-        let old_bytes = old.offset..old.offset + old.entries * 8;
-        self.refs.forget(old_bytes.clone());
-        self.move_fixed(old_bytes.clone(), offset..offset + table.len() as u64);
-        self.reserve.free(old_bytes.start >> geometry.cluster_bits..old_bytes.end >> geometry.cluster_bits);
-        Ok(())
     }
 
     /// Claims `clusters` clusters in a row that are in no reserve: for tables. Their refcounts are durable when this is done. A

@@ -160,6 +160,7 @@ impl Options {
                 )));
             }
             super::plain_path("the new image", "backing file", path)?;
+            let format = extensions::names_in_image(format);
             extensions::append(&mut tail, extensions::BACKING_FORMAT, format.as_bytes());
             backing = Some(path.as_bytes());
         }

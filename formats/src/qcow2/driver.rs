@@ -98,12 +98,13 @@ pub(super) async fn open(open: Open) -> Result<Rc<Qcow2Driver>, Error> {
 /// Where the metadata is whose place the header names.
 fn fixed_places(header: &Header, snapshot_bytes: u64) -> Vec<Range<u64>> {
     let geometry = &header.geometry;
-    let mut fixed = vec![0..geometry.cluster()];
+    let mut fixed = Vec::new();
     let mut add = |offset: u64, bytes: u64| {
         if bytes > 0 {
             fixed.push(offset..geometry.round_up(offset + bytes));
         }
     };
+    add(0, 1);
     add(header.l1.offset, header.l1.entries * 8);
     add(header.reftable.offset, header.reftable.entries * 8);
     add(header.snapshots_offset, snapshot_bytes);

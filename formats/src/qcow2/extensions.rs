@@ -150,3 +150,13 @@ pub(super) fn feature_table() -> Vec<u8> {
     }
     table
 }
+
+/// QEMU's name of a format, which is what stands in images.
+pub(super) fn names_in_image(format: &str) -> &str {
+    if format == "vhd" { "vpc" } else { format }
+}
+
+/// Our name of a format that an image names.
+pub(super) fn our_name(format: &str) -> &str {
+    if format == "vpc" { "vhd" } else { format }
+}

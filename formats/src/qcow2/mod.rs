@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `header`, `extensions`, `l1`, `l2`, `refcount`, `snapshot`, `bitmap` | what lies in the file: pure codecs with their checks |
 //! | `image` | an opened image: look-ups, map, the first change |
-//! | `clusters` | free clusters, the reserve, refcounts while the image is in use |
+//! | `clusters`, `growth` | free clusters, the reserve, refcounts while the image is in use |
 //! | `plan`, `erase`, `resize` | changes |
 //! | `driver` | the interface |
 //! | `create`, `check`, `repair`, `snapshots` | offline work |
@@ -35,6 +35,7 @@ mod create;
 mod driver;
 mod erase;
 mod extensions;
+mod growth;
 mod header;
 mod image;
 mod l1;
@@ -131,7 +132,11 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         None => None,
         Some(path) => Some(Link {
             paths: vec![plain_path(file.name(), "backing file", path)?],
-            format: header.extensions.backing_format.clone(),
+            format: header
+                .extensions
+                .backing_format
+                .as_deref()
+                .map(|name| extensions::our_name(name).to_owned()),
             identity: None,
         }),
     };

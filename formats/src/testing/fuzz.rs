@@ -2,7 +2,7 @@
 //! say there is no panic, no endless loop (a budget of polls and operations), no unreasonable memory (size of single reads,
 //! budget of tables), and no change through a read-only open.
 //!
-//! The targets are plain functions. The seeded run is `cargo test -p formats fuzz`; `FUZZ_SEEDS` (default 150 per format) and `SEED`
+//! The targets are plain functions. The seeded run is `cargo test -p formats fuzz`; `FUZZ_SEEDS` (default 60 per format) and `SEED`
 //! choose how long and from where. It runs in a process of its own that may take 2 GiB and a bounded time of processor.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -322,7 +322,7 @@ mod tests {
         rig.store
             .run(async {
                 for number in 0..12u64 {
-                    let start = number * volume.size() / 12 & !511;
+                    let start = (number * volume.size() / 12) & !511;
                     write(&volume, start, &[number as u8 + 1; 5000]).await?;
                 }
                 volume.erase(0, 70_000, Erase::Zero).await?;
@@ -335,7 +335,7 @@ mod tests {
     fn seeds(format: &'static dyn Format, corpus: &[Pages]) {
         let first = size_of_run("SEED", 1);
         let mut failures = Vec::new();
-        for seed in first..first + size_of_run("FUZZ_SEEDS", 150) {
+        for seed in first..first + size_of_run("FUZZ_SEEDS", 60) {
             failures.extend(run(format, corpus, seed).err());
         }
         assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));

@@ -8,9 +8,12 @@
 //! ```
 
 pub mod conformance;
+pub mod dm_log;
 pub mod fault;
 pub mod fuzz;
 pub mod history;
+#[cfg(test)]
+mod known_defects;
 pub mod log;
 mod mem_file;
 pub mod oracle;

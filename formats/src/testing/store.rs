@@ -36,6 +36,9 @@ pub enum Stuck {
     Budget,
 }
 
+/// Picks operations.
+type Filter = Box<dyn Fn(&Op) -> bool>;
+
 /// What is told to who waits for an operation.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
@@ -75,7 +78,7 @@ pub struct Store {
     files: RefCell<Vec<File>>,
     in_flight: RefCell<Vec<InFlight>>,
     rules: RefCell<Vec<Rule>>,
-    hold: RefCell<Option<Box<dyn Fn(&Op) -> bool>>>,
+    hold: RefCell<Option<Filter>>,
     in_order: Cell<bool>,
     space_max_bytes: Cell<u64>,
     turns_left: Cell<u64>,
@@ -450,11 +453,7 @@ impl Store {
             self.turns_left.set(turns);
             // Mostly the tasks go first; now and then several completions arrive before anybody looks.
             let step_first = !self.in_order.get() && rng.u8(..4) == 0;
-            let progress = if step_first {
-                self.step() || tasks.turn(&mut rng)
-            } else {
-                tasks.turn(&mut rng) || self.step()
-            };
+            let progress = (step_first && self.step()) || tasks.turn(&mut rng) || self.step();
             if !progress {
                 return Err(Stuck::Deadlock(self.in_flight()));
             }

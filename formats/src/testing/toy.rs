@@ -266,7 +266,7 @@ impl Driver for ToyDriver {
         Box::pin(async move {
             self.check_writable()?;
             let old = self.size.get();
-            if size < old || size % 512 != 0 || size > CLUSTERS_MAX * CLUSTER {
+            if size < old || !size.is_multiple_of(512) || size > CLUSTERS_MAX * CLUSTER {
                 let name = self.file.name();
                 return Err(Error::invalid(format!("{name} has {old} bytes and cannot get {size}")));
             }

@@ -52,7 +52,8 @@ pub async fn rebase(image: &Volume, below: Option<&Volume>, progress: &dyn Progr
     .try_for_each_concurrent(IN_FLIGHT, |(at, len)| {
         let copied = &copied;
         async move {
-            copied.set(copied.get() + copy_up(image, below, at, len).await?);
+            let bytes = copy_up(image, below, at, len).await?;
+            copied.set(copied.get() + bytes);
             progress.advance(len);
             Ok(())
         }

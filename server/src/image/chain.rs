@@ -82,7 +82,9 @@ impl Opened {
             (Some(relative), false) => vec![relative, absolute],
         };
         let modified = self.files.first().and_then(OpenFile::modified);
-        let identity = self.description.identity.map(|identity| Identity { modified, ..identity });
+        // A raw image has a time alone.
+        let uuid = self.description.identity.map_or([0; 16], |identity| identity.uuid);
+        let identity = Some(Identity { uuid, modified });
         let link = Link { paths, format: Some(self.name.format.name().to_owned()), identity };
         (link, self.description.size)
     }

@@ -111,8 +111,10 @@ fn direct(file: &OpenFile, length: u64) -> Option<(File, (u32, u32))> {
         (None, false) => probe_alignment(&direct, length),
     };
     let (offset, memory) = units?;
+    // The end of a file that is no whole unit cannot be reached.
     let fits = |unit: u32| unit.is_power_of_two() && unit <= 4096;
-    (fits(offset) && fits(memory.max(1))).then_some((direct, (offset.max(512), memory.max(1))))
+    let whole = length.is_multiple_of(u64::from(offset.max(512)));
+    (whole && fits(offset) && fits(memory.max(1))).then_some((direct, (offset.max(512), memory.max(1))))
 }
 
 /// A file that knows the holes of its store; everything else is the ring's.

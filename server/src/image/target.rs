@@ -155,3 +155,72 @@ pub fn sync_folder(folder: &Path) -> Result<(), Failure> {
     let synced = File::open(folder).and_then(|folder| folder.sync_all());
     synced.map_err(|error| Failure::io(folder, "make the new name durable", &error))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(dir).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// A file that had to have a name from the start.
+    fn named(path: &Path, replaced: Option<OpenFile>) -> NewFile {
+        let partial = partial_path(path);
+        let file = OpenFile::made(make_partial(&partial).unwrap(), path).unwrap();
+        let folder = path.parent().unwrap().to_owned();
+        NewFile { file, path: path.to_owned(), folder, partial: Some(partial), replaced }
+    }
+
+    /// Goal: a new file is there when it is published, not before, and an existing one is replaced only if that was asked for.
+    /// Method: both ways of making one, with and without something in the way.
+    #[test]
+    fn a_new_file_appears_when_it_is_published() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        for (old, force) in [(None, false), (None, true), (Some("old"), true)] {
+            for nameless in [true, false] {
+                let _ = std::fs::remove_file(&path);
+                old.inspect(|text| std::fs::write(&path, text).unwrap());
+                let new = match nameless {
+                    true => NewFile::make(&path, force).unwrap(),
+                    false => named(&path, old.map(|_| OpenFile::open(&path, Want::Write).unwrap())),
+                };
+                (&new.file.file).write_all(b"new").unwrap();
+                assert_eq!(std::fs::read_to_string(&path).ok().as_deref(), old);
+                new.publish().unwrap();
+                assert_eq!(std::fs::read_to_string(&path).unwrap(), "new");
+                assert_eq!(names(dir.path()), ["disk"], "{old:?} {force} {nameless}");
+            }
+        }
+        assert!(NewFile::make(&path, false).unwrap_err().message.contains("--force"));
+    }
+
+    /// Goal: nobody's file is lost that appears meanwhile, and nothing is left of one that was given up or whose maker was killed.
+    /// Method: files put in the way between making and publishing; a left-over, held and free.
+    #[test]
+    fn what_is_in_the_way_stays_and_leftovers_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        for nameless in [true, false] {
+            let new = if nameless { NewFile::make(&path, false).unwrap() } else { named(&path, None) };
+            std::fs::write(&path, "somebody's").unwrap();
+            assert!(new.publish().unwrap_err().message.contains("somebody else"), "{nameless}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "somebody's");
+            std::fs::remove_file(&path).unwrap();
+        }
+        drop(named(&path, None));
+        assert!(names(dir.path()).is_empty(), "given up");
+        std::fs::write(partial_path(&path), "of a killed command").unwrap();
+        let held = OpenFile::open(&partial_path(&path), Want::Write).unwrap();
+        assert!(make_partial(&partial_path(&path)).unwrap_err().message.contains("in use"));
+        drop(held);
+        named(&path, None).publish().unwrap();
+        assert_eq!(names(dir.path()), ["disk"]);
+    }
+}

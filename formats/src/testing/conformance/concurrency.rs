@@ -32,7 +32,7 @@ pub fn run(case: &Case, seed: u64) -> Result<(), String> {
         let volume = rig.open(true).map_err(text)?;
         let guest = Guest::new(&volume, &history);
         let salt = rng.u64(..);
-        rig.store.inject(Rule::when(Fault::Slow(15), move |op| (op.id ^ salt) % 11 == 0));
+        rig.store.inject(Rule::when(Fault::Slow(15), move |op| (op.id ^ salt).is_multiple_of(11)));
         let failures = Rc::new(std::cell::RefCell::new(Vec::new()));
         let tasks = (0..TASKS).map(|_| {
             let (mut rng, guest, failures) = (rng.fork(), &guest, failures.clone());

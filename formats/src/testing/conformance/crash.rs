@@ -75,13 +75,13 @@ pub fn judge(
 ) -> Result<(), String> {
     let after = rig.from_crash(crash, seed)?;
     after.check_sound()?;
-    if let Some(oracle) = oracle.filter(|_| seed % ORACLE_SHARE == 0) {
+    if let Some(oracle) = oracle.filter(|_| seed.is_multiple_of(ORACLE_SHARE)) {
         oracle(&after).map_err(|error| format!("oracle: {error}"))?;
     }
     let volume = after.open(true).map_err(|error| format!("open: {error}"))?;
     let disk = after.store.run(read_all(&volume)).map_err(|error| format!("read: {error}"))?;
     history.judge(crash.at, crash.cause, &disk)?;
-    if seed % USE_SHARE == 0 {
+    if seed.is_multiple_of(USE_SHARE) {
         use_again(&after, volume, disk, seed).map_err(|error| format!("in the next use: {error}"))?;
     }
     after.store.violations().first().map_or(Ok(()), |violation| Err(violation.clone()))

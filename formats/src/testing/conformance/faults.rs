@@ -89,7 +89,9 @@ fn attempt(fresh: &Rig, seed: u64, fault: Option<(u64, Fault)>) -> Result<Outcom
     after.check_sound()?;
     let volume = after.open(true).map_err(|error| format!("open again: {error}"))?;
     let disk = after.store.run(read_all(&volume)).map_err(|error| format!("read again: {error}"))?;
-    history.judge(at, Cause::ProcessDeath, &disk)?;
+    history
+        .judge(at, Cause::ProcessDeath, &disk)
+        .map_err(|error| format!("{error}; failed were {failed:?}"))?;
     after.store.run(volume.close()).map_err(|error| format!("close: {error}"))?;
     after.check_sound()?;
     Ok(Outcome { operations, failed })

@@ -105,7 +105,7 @@ impl<'a> Guest<'a> {
 
 /// A range of blocks: near one of a few places (the begin, the middle, the end), mostly short, sometimes of whole clusters.
 pub fn random_blocks(rng: &mut fastrand::Rng, disk: u64) -> Range<u64> {
-    let anchors = [0, disk / 3 & !255, disk / 2 & !127, disk.saturating_sub(256)];
+    let anchors = [0, (disk / 3) & !255, (disk / 2) & !127, disk.saturating_sub(256)];
     let anchor = anchors[rng.usize(..anchors.len())];
     let (start, len) = match rng.u8(..4) {
         0 => (anchor + (rng.u64(..4) * 128), 128),

@@ -3,11 +3,11 @@
 //!
 //! | suite | what it does | size (environment variable, default) |
 //! |---|---|---|
-//! | [`model`] | random reads, writes, erases, resizes, re-opens and deaths of the process against a byte array | `MODEL_SEEDS` 3 |
-//! | [`concurrency`] | overlapping and adjacent requests in flight, slow operations, callers that go away | `CONCURRENCY_SEEDS` 6 |
-//! | [`faults`] | the N-th operation fails, for every N; the store is full | `FAULT_POINTS` 40 |
-//! | [`crash`] | a concurrent run, then power losses and process deaths at any moment of it | `CRASH_SEEDS` 2, `REPLAY_STATES` 60 |
-//! | [`enumerate`] | all sequences of a few requests, a crash at each point | `ENUMERATE_LENGTH` 2 |
+//! | [`model`] | random reads, writes, erases, resizes, re-opens and deaths of the process against a byte array | `MODEL_SEEDS` 2 |
+//! | [`concurrency`] | overlapping and adjacent requests in flight, slow operations, callers that go away | `CONCURRENCY_SEEDS` 4 |
+//! | [`faults`] | the N-th operation fails, for every N; the store is full | `FAULT_POINTS` 15 |
+//! | [`crash`] | a concurrent run, then power losses and process deaths at any moment of it | `CRASH_SEEDS` 1, `REPLAY_STATES` 40 |
+//! | [`enumerate`] | all sequences of a few requests, a crash at each point | `ENUMERATE_LENGTH` 1 |
 //!
 //! All of it for an hour: `MODEL_SEEDS=300 CONCURRENCY_SEEDS=1000 FAULT_POINTS=100000 CRASH_SEEDS=100 REPLAY_STATES=1000
 //! ENUMERATE_LENGTH=3 cargo test --release -p formats conformance`. `SEED` is the first seed (default 1): a failure names its seed,
@@ -58,17 +58,17 @@ pub fn for_seeds(
 /// # Errors
 /// The first failure.
 pub fn all(case: &Case, oracle: Option<Oracle<'_>>) -> Result<(), String> {
-    for_seeds(case, "model", size_of_run("MODEL_SEEDS", 3), |case, seed| {
+    for_seeds(case, "model", size_of_run("MODEL_SEEDS", 2), |case, seed| {
         model::run(case, seed, 120, oracle.and(Some(&judge_closed)))
     })?;
-    for_seeds(case, "concurrency", size_of_run("CONCURRENCY_SEEDS", 6), concurrency::run)?;
-    for_seeds(case, "faults", 1, |case, seed| faults::sweep(case, seed, size_of_run("FAULT_POINTS", 40)))?;
+    for_seeds(case, "concurrency", size_of_run("CONCURRENCY_SEEDS", 4), concurrency::run)?;
+    for_seeds(case, "faults", 1, |case, seed| faults::sweep(case, seed, size_of_run("FAULT_POINTS", 15)))?;
     for_seeds(case, "no space", 3, faults::no_space)?;
-    let states = size_of_run("REPLAY_STATES", 60) as usize;
-    for_seeds(case, "crash", size_of_run("CRASH_SEEDS", 2), |case, seed| {
+    let states = size_of_run("REPLAY_STATES", 40) as usize;
+    for_seeds(case, "crash", size_of_run("CRASH_SEEDS", 1), |case, seed| {
         crash::run(case, seed, states, oracle)
     })?;
     for_seeds(case, "enumerate", 1, |case, seed| {
-        enumerate::run(case, seed, size_of_run("ENUMERATE_LENGTH", 2))
+        enumerate::run(case, seed, size_of_run("ENUMERATE_LENGTH", 1))
     })
 }
