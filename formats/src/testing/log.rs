@@ -33,13 +33,18 @@ impl MemLog {
         self.entries.borrow().len()
     }
 
+    /// Entries that were not released, the oldest first.
+    pub fn entries(&self) -> Vec<LogEntry> {
+        self.entries.borrow().iter().copied().collect()
+    }
+
     /// Nothing is in it.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     pub(super) fn state(&self) -> (Vec<LogEntry>, u64) {
-        (self.entries.borrow().iter().copied().collect(), self.position.get())
+        (self.entries(), self.position.get())
     }
 }
 
