@@ -382,9 +382,6 @@ fn stack(overlay: &Backend, old: &Backend, old_spec: &ImageSpec) -> Result<Backe
 }
 
 fn named(disk: &Disk, problem: Problem) -> Problem {
-    if problem.message.contains(&*disk.name) {
-        problem
-    } else {
-        problem.context(&format!("disk {}", disk.name))
-    }
+    let name = format!("disk {}", disk.name);
+    if problem.message.contains(&name) { problem } else { problem.context(&name) }
 }
