@@ -69,7 +69,7 @@ fn run(seed: u64, tally: &mut Tally) -> Option<u64> {
 }
 
 /// What has to happen in a run of many seeds, or the simulator has stopped testing it.
-const HAPPENS: [&str; 33] = [
+const HAPPENS: [&str; 32] = [
     "Pause",
     "Pause refused: Interrupted",
     "Resume",
@@ -79,7 +79,6 @@ const HAPPENS: [&str; 33] = [
     "Park refused: Interrupted",
     "Unpark",
     "Unpark handed back",
-    "carried data wait for a buffer",
     "Limits",
     "a RAM disk met another shard",
     "Fail",
@@ -105,6 +104,9 @@ const HAPPENS: [&str; 33] = [
     "kernel Space errno 5",
 ];
 
+/// What has to happen in a run of very many.
+const RARE: [&str; 1] = ["carried data wait for a buffer"];
+
 #[test]
 fn seeds() {
     let (first, count) = match number("SIM_SEED") {
@@ -117,7 +119,8 @@ fn seeds() {
         (first..first + count).filter(|&seed| run(seed, &mut tally).is_none()).take(10).collect();
     assert!(broken.is_empty(), "seeds that broke a rule: {broken:?}");
     if count >= 150 {
-        let never: Vec<_> = HAPPENS.iter().filter(|what| !tally.contains_key(**what)).collect();
+        let rare = if count >= 2000 { &RARE[..] } else { &[] };
+        let never: Vec<_> = HAPPENS.iter().chain(rare).filter(|what| !tally.contains_key(**what)).collect();
         assert!(never.is_empty(), "this never happened: {never:?}; what did: {tally:#?}");
     }
     if std::env::var_os("SIM_VERBOSE").is_some() {
