@@ -76,7 +76,8 @@ fn over(rig: &Rig, format: &str, seed: u64, options: &[&str]) -> Kind {
 /// The logs of a run directory.
 fn logs(rig: &Rig) -> Vec<PathBuf> {
     let entries = fs::read_dir(rig.run_dir().join("log"));
-    entries.into_iter().flatten().map(|entry| entry.expect("an entry").path()).collect()
+    let paths = entries.into_iter().flatten().map(|entry| entry.expect("an entry").path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "alog")).collect()
 }
 
 fn live_log(rig: &Rig) -> Option<LiveLog> {
