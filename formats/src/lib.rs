@@ -1,6 +1,7 @@
-//! What an image means: pure codecs and grammar, one driver per format.
+//! What an image means: codecs and grammar, one driver per format, chains of images, the logic of the offline tools.
 //!
-//! May import: no executor, no sockets, nothing of the project. Must never: move a guest's payload, or know who asks.
+//! May import: no executor, no sockets, nothing of the project. Must never: touch a guest's payload other than through
+//! [`volume::Payload`], or know who asks. A new driver is one folder and one line of [`registry`]; `GUIDE.md` shows how.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))] // a failed test is what an unwrap in it is for
 

@@ -486,7 +486,7 @@ impl NamedImage {
     /// # Errors
     /// The grammar is broken, or the path cannot be one.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<NamedImage, SpecError> {
-        let (type_name, path, options, offsets) = split(text)?;
+        let Parts { type_name, path, options, offsets } = split(text)?;
         if path.is_empty() {
             let message = format!("{type_name} needs the path of its file: write {type_name}:/srv/disk.img");
             return Err(error(SpecErrorKind::Path, offsets.path, message));
@@ -498,13 +498,21 @@ impl NamedImage {
 
 /// The grammar alone, with the places of its parts.
 fn parse(text: &str) -> Result<(ImageSpec, Offsets), SpecError> {
-    let (name, path, options, offsets) = split(text)?;
-    let image_type = name.parse().map_err(|problem| SpecError { offset: Some(0), ..problem })?;
+    let Parts { type_name, path, options, offsets } = split(text)?;
+    let image_type = type_name.parse().map_err(|problem| SpecError { offset: Some(0), ..problem })?;
     Ok((ImageSpec { image_type, path, options }, offsets))
 }
 
+/// A specification by the grammar alone.
+struct Parts<'a> {
+    type_name: &'a str,
+    path: String,
+    options: BTreeMap<String, String>,
+    offsets: Offsets,
+}
+
 /// Cuts a specification into type, path and options.
-fn split(text: &str) -> Result<(&str, String, BTreeMap<String, String>, Offsets), SpecError> {
+fn split(text: &str) -> Result<Parts<'_>, SpecError> {
     if text.len() > SPEC_MAX_BYTES {
         let message =
             format!("the image specification has {} bytes: at most {SPEC_MAX_BYTES} are read", text.len());
@@ -543,7 +551,7 @@ fn split(text: &str) -> Result<(&str, String, BTreeMap<String, String>, Offsets)
         offsets.options.insert(key.to_owned(), (offset, value_offset));
         offset += option.len() + 1;
     }
-    Ok((name, decoded, found, offsets))
+    Ok(Parts { type_name: name, path: decoded, options: found, offsets })
 }
 
 /// Decodes `%XX`; `offset` is where `text` stands in the whole, for messages.

@@ -221,6 +221,14 @@ pub enum CtlCommand {
         /// The disk
         name: String,
     },
+    /// Make a disk larger while it runs; clients see it when they connect again
+    Resize {
+        /// The disk
+        name: String,
+        /// New size, like 20G
+        #[arg(value_parser = formats::size::parse_size)]
+        size: u64,
+    },
     /// Move a disk to another shard, live
     Move {
         /// The disk

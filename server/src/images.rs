@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use formats::driver::{Identity, Link};
 use formats::spec::{CacheMode, ImageSpec, RamOptions, RawOptions, Target};
 use shard::alog::LogFile;
-use shard::api::Backend;
+use shard::api::{Backend, ImageFile};
 use shard::ram::{PageSize, RamBudget, RamDisk, RamError, RamErrorKind};
 use tokio::time::Instant;
 
@@ -40,6 +41,8 @@ pub struct OpenImage {
     pub block_bytes: u32,
     /// Something the operator should know about it.
     pub note: Option<String>,
+    /// What an overlay over it remembers it by.
+    identity: Option<Identity>,
     held: Held,
     /// Allocation logs of the images of a chain that are or were written.
     logs: Vec<Arc<LogFile>>,
@@ -82,8 +85,24 @@ impl OpenImage {
             size_bytes,
             block_bytes: 1,
             note: None,
+            identity: None,
             held: Held::Nothing,
             logs: Vec::new(),
+        }
+    }
+
+    /// How an overlay refers to it.
+    pub fn link(&self, spec: &ImageSpec) -> Link {
+        let format = Some(spec.image_type.name().to_owned());
+        Link { paths: vec![spec.path.clone()], format, identity: self.identity }
+    }
+
+    /// The image's own file.
+    pub fn file(&self) -> Option<Arc<ImageFile>> {
+        match &self.backend {
+            Backend::File(file) => Some(file.clone()),
+            Backend::Image(chain) => chain.layers.first()?.files.first().cloned(),
+            Backend::Ram(_) | Backend::Null => None,
         }
     }
 
@@ -92,6 +111,7 @@ impl OpenImage {
         let mut keys = overlay.held.files();
         keys.extend(self.held.files());
         self.backend = overlay.backend;
+        self.identity = overlay.identity;
         self.held = Held::Chain(keys);
         self.logs.extend(overlay.logs);
     }
@@ -168,6 +188,7 @@ impl Images {
                 size_bytes: options.size,
                 block_bytes: 1,
                 note: None,
+                identity: None,
                 held: Held::Nothing,
                 logs: Vec::new(),
             }),
@@ -220,6 +241,7 @@ impl Images {
             size_bytes: opened.served_bytes,
             block_bytes: options.sector.map_or(1, |_| opened.sector_bytes),
             note: None,
+            identity: None,
             held: Held::File(opened.key),
             logs: Vec::new(),
         })
@@ -300,6 +322,7 @@ impl Images {
             size_bytes: size,
             block_bytes: 1,
             note: ram.note.clone(),
+            identity: None,
             held: Held::Ram(name.to_owned()),
             logs: Vec::new(),
         }))

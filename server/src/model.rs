@@ -543,6 +543,14 @@ pub struct SnapshotRequest {
     pub disks: Vec<SnapshotItem>,
 }
 
+/// A new size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// Bytes, a multiple of 512, not less than now.
+    pub size_bytes: u64,
+}
+
 /// Where to move a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -589,3 +589,24 @@ fn devices_are_written_whole_and_opened_when_they_are_allowed() {
     fs::write(bench.path("long"), vec![1; 49 << 20]).unwrap();
     bench.refuses(&format!("convert raw:long raw:{node}"), 1, &["larger"]);
 }
+
+#[test]
+fn an_image_with_writes_in_a_log_is_refused() {
+    let bench = Bench::new();
+    bench.sample("a.raw", 18);
+    bench.ok("convert raw:a.raw qcow2:q");
+    let stat = fs::metadata(bench.path("q")).unwrap();
+    fs::create_dir_all(bench.path("run/log")).unwrap();
+    // What cannot be read as a log is taken for one that holds something.
+    fs::write(bench.path(&format!("run/log/{:x}-{}.alog", stat.dev(), stat.ino())), "x").unwrap();
+    for line in ["check", "repair", "resize --shrink"] {
+        let size = if line.starts_with("resize") { "1M" } else { "" };
+        bench.refuses(
+            &format!("{line} qcow2:q {size} --run-dir run"),
+            1,
+            &["acknowledged writes", "ctl attach"],
+        );
+    }
+    bench.ok("info -U qcow2:q --run-dir run");
+    bench.ok("check qcow2:q --run-dir elsewhere");
+}

@@ -232,6 +232,13 @@ pub enum Command {
         /// The new image.
         backend: Backend,
     },
+    /// Make a disk larger: its file, or the disk that its image describes. Clients see it when they connect again. Reply: `Done`.
+    Resize {
+        /// Which disk.
+        disk: DiskId,
+        /// Bytes, a multiple of 512, not less than now.
+        size_bytes: u64,
+    },
     /// Give a disk up: held and new requests are answered with errors. Reply: `Done`.
     Fail {
         /// Which disk.

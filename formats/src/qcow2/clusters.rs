@@ -29,7 +29,7 @@ use crate::error::{Error, ErrorKind};
 /// Clusters that an idle image keeps.
 const TARGET_MIN: u64 = 4;
 /// Bytes that a busy image keeps.
-const TARGET_MAX_BYTES: u64 = 16 << 20;
+const TARGET_MAX_BYTES: u64 = 64 << 20;
 /// Most clusters in reserve.
 const TARGET_MAX: u64 = 4096;
 /// Slices of refcounts that a round searches for free clusters before it takes from the end of the file.

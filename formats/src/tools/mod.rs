@@ -22,10 +22,10 @@ pub mod snapshot;
 mod tests;
 pub mod walk;
 
-/// Bytes of the disk that one step of a tool works on, at most.
-pub const CHUNK: u64 = 1 << 20;
+/// Bytes of the disk that one step of a tool works on, at most: what the storage ring moves in one piece, without a copy.
+pub const CHUNK: u64 = 256 << 10;
 /// Steps that are under way at a time, at most.
-pub const IN_FLIGHT: usize = 16;
+pub const IN_FLIGHT: usize = 64;
 
 /// Who wants to know how far a tool is.
 pub trait Progress {

@@ -7,8 +7,8 @@ use super::connection::{Connection, NO_BODY};
 use super::{Failure, output, tables, top};
 use crate::args::{AttachArgs, CtlArgs, CtlCommand, QosArgs};
 use crate::model::{
-    AttachRequest, Disk, DiskStats, Event, Group, Image, MoveRequest, QosRequest, Reload, ResumeRequest,
-    Shard, SnapshotItem, SnapshotRequest, Version,
+    AttachRequest, Disk, DiskStats, Event, Group, Image, MoveRequest, QosRequest, Reload, ResizeRequest,
+    ResumeRequest, Shard, SnapshotItem, SnapshotRequest, Version,
 };
 use crate::problem::Problem;
 
@@ -55,6 +55,11 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
         CtlCommand::Fail { name } => {
             let path = disk_path(&name, "/fail")?;
             changed(json, &connection.change(Method::POST, &path, NO_BODY).await?)?;
+        }
+        CtlCommand::Resize { name, size } => {
+            let path = disk_path(&name, "/resize")?;
+            let body = ResizeRequest { size_bytes: size };
+            changed(json, &connection.change(Method::POST, &path, Some(&body)).await?)?;
         }
         CtlCommand::Move { name, shard } => {
             let path = disk_path(&name, "/move")?;

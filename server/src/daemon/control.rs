@@ -167,6 +167,44 @@ impl Daemon {
         Ok(self.describe(disk))
     }
 
+    /// Makes a disk larger while it runs. Clients see it when they connect again.
+    pub async fn resize(
+        self: &Arc<Self>,
+        name: &str,
+        size_bytes: u64,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
+        let _guard = self.lock_name(name, deadline).await?;
+        let disk = self.disk(name)?;
+        let (id, shard) = live(&disk)?;
+        let (now, image) = {
+            let inner = disk.inner();
+            let now = inner.live.as_ref().map_or(0, |live| live.image.size_bytes);
+            (now, inner.attachment.image.clone())
+        };
+        let refuse = |why: String| Err(Problem::invalid(format!("disk {name}: {why}")));
+        if matches!(image.image_type, formats::spec::ImageType::Ram | formats::spec::ImageType::Null) {
+            return refuse(format!("{image} has the size of its name: attach another"));
+        }
+        if !size_bytes.is_multiple_of(512) || size_bytes > formats::raw::SIZE_MAX_BYTES {
+            return refuse(format!("a size of {size_bytes} bytes: take a multiple of 512"));
+        }
+        if size_bytes < now {
+            return refuse(format!(
+                "it has {now} bytes, and {size_bytes} would cut data off: only growing is possible while a disk runs; detach it and use `blktapd image resize`"
+            ));
+        }
+        if size_bytes > now {
+            self.command(&disk, shard, Command::Resize { disk: id, size_bytes }, deadline).await?;
+            if let Some(live) = &mut disk.inner().live {
+                live.image.size_bytes = size_bytes;
+            }
+            let message = format!("resized from {now} to {size_bytes} bytes");
+            self.events.record(Level::Info, Some(name), message);
+        }
+        Ok(self.describe(&disk))
+    }
+
     /// Gives a disk up: its requests are answered with errors.
     pub async fn fail(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
         self.disk(name)?.interrupt.notify_waiters();

@@ -11,7 +11,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use formats::driver::{Create, Link};
+use formats::driver::Create;
 use formats::spec::{ImageSpec, ImageType, Target};
 use shard::api::{Backend, ChainLayer, Command, ImageChain};
 use tokio::time::Instant;
@@ -125,20 +125,19 @@ impl Daemon {
 
     /// Makes the new file over the disk's image, and opens it.
     async fn make_overlay(&self, one: &mut Taking, deadline: Instant) -> Result<(), Problem> {
-        let (image, size) = {
+        let (link, below, spec, size) = {
             let inner = one.disk.inner();
-            let size = inner.live.as_ref().map_or(0, |live| live.image.size_bytes);
-            (inner.attachment.image.clone(), size)
-        };
-        let link = Link {
-            paths: vec![image.path.clone()],
-            format: Some(image.image_type.name().to_owned()),
-            identity: None,
+            let spec = inner.attachment.image.clone();
+            let image = inner.live.as_ref().map(|live| &live.image);
+            let Some((image, file)) = image.and_then(|image| Some((image, image.file()?))) else {
+                return Err(Problem::failed("it has no file"));
+            };
+            (image.link(&spec), file, spec, image.size_bytes)
         };
         let create = Create { size: None, backing: Some((link, size)), options: Vec::new() };
         self.images.create_overlay(&one.spec, create, &one.disk.name, deadline).await?;
         one.made = true;
-        let top = self.images.open_overlay(&one.spec, &one.disk.name, deadline).await?;
+        let top = self.images.open_overlay(&one.spec, (below, &spec), &one.disk.name, deadline).await?;
         let size_bytes = top.size_bytes;
         one.next = Some(top);
         if size_bytes != size {
@@ -383,9 +382,6 @@ fn stack(overlay: &Backend, old: &Backend, old_spec: &ImageSpec) -> Result<Backe
 }
 
 fn named(disk: &Disk, problem: Problem) -> Problem {
-    if problem.message.contains(&*disk.name) {
-        problem
-    } else {
-        problem.context(&format!("disk {}", disk.name))
-    }
+    let name = format!("disk {}", disk.name);
+    if problem.message.contains(&name) { problem } else { problem.context(&name) }
 }

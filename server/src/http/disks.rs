@@ -8,8 +8,8 @@ use super::extract::{Body, Name, Params};
 use super::{Api, Errors};
 use crate::daemon::deadline_after;
 use crate::model::{
-    AttachRequest, Deadline, DetachQuery, Disk, DiskStats, MoveRequest, QosRequest, ResumeRequest,
-    SnapshotRequest,
+    AttachRequest, Deadline, DetachQuery, Disk, DiskStats, MoveRequest, QosRequest, ResizeRequest,
+    ResumeRequest, SnapshotRequest,
 };
 use crate::problem::Problem;
 
@@ -131,6 +131,21 @@ pub async fn snapshot(
     let deadline = deadline_after(query.timeout_s)?;
     let daemon = api.daemon.clone();
     api.daemon.run(async move { daemon.snapshot(request.disks, deadline).await }).await.map(Json)
+}
+
+/// Make a disk larger while it runs; clients see it when they connect again.
+#[utoipa::path(post, path = "/v1/disks/{name}/resize", tag = "disks", request_body = ResizeRequest,
+    params(("name" = String, Path, description = "The disk", pattern = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"), Deadline),
+    responses((status = 200, body = Disk), Errors))]
+pub async fn resize(
+    State(api): State<Api>,
+    Name(name): Name,
+    Params(query): Params<Deadline>,
+    Body(request): Body<ResizeRequest>,
+) -> Result<Json<Disk>, Problem> {
+    let deadline = deadline_after(query.timeout_s)?;
+    let daemon = api.daemon.clone();
+    api.daemon.run(async move { daemon.resize(&name, request.size_bytes, deadline).await }).await.map(Json)
 }
 
 /// Give a disk up: its requests are answered with errors until it is detached, over restarts as well.

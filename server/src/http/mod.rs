@@ -91,6 +91,7 @@ fn api() -> OpenApiRouter<Api> {
         .routes(routes!(disks::pause))
         .routes(routes!(disks::resume))
         .routes(routes!(disks::snapshot))
+        .routes(routes!(disks::resize))
         .routes(routes!(disks::fail))
         .routes(routes!(disks::move_disk))
         .routes(routes!(host::groups))

@@ -23,6 +23,9 @@ pub struct ImageArgs {
     /// A block device that images may name as their parent; may be repeated
     #[arg(long, global = true, value_name = "DEVICE")]
     pub allow_device: Vec<PathBuf>,
+    /// Run directory of the daemon: if it died, that may hold acknowledged writes to an image, which is refused then
+    #[arg(long, global = true, value_name = "DIR", default_value = "/run/blktapd")]
+    pub run_dir: PathBuf,
     /// What to do
     #[command(subcommand)]
     pub command: ImageCommand,

@@ -16,24 +16,27 @@ use super::failure::Failure;
 use super::file::{OpenFile, Want};
 use super::name::{ImageName, format};
 use crate::files::FileKey;
+use crate::images::logs::refuse_live;
 
 /// Bytes at the start of a file that show what it is.
 const HEAD_BYTES: usize = 64 << 10;
 
-/// What an operator allows images to name.
-#[derive(Debug, Default)]
+/// What an operator allows images to name, and where a daemon may have left something of theirs.
+#[derive(Debug)]
 pub struct Gate {
     devices: Vec<FileKey>,
+    run_dir: PathBuf,
 }
 
 impl Gate {
-    /// These devices, and all regular files.
+    /// These devices, and all regular files; the run directory of the daemon.
     ///
     /// # Errors
     /// One of them cannot be looked at.
-    pub fn new(devices: &[PathBuf]) -> Result<Gate, Failure> {
+    pub fn new(devices: &[PathBuf], run_dir: &Path) -> Result<Gate, Failure> {
         let key = |path: &PathBuf| OpenFile::open(path, Want::Look).map(|file| file.key);
-        Ok(Gate { devices: devices.iter().map(key).collect::<Result<_, _>>()? })
+        let devices = devices.iter().map(key).collect::<Result<_, _>>()?;
+        Ok(Gate { devices, run_dir: run_dir.to_owned() })
     }
 }
 
@@ -56,6 +59,10 @@ impl Opened {
     pub fn open(name: &ImageName, want: Want, gate: &Gate) -> Result<Opened, Failure> {
         let mut file = OpenFile::open(&name.path, want)?;
         file.buffered = name.buffered;
+        if want != Want::Look {
+            refuse_live(&gate.run_dir, file.key)
+                .map_err(|message| Failure::new(format!("{name}: {message}")))?;
+        }
         let blocking = file.blocking()?;
         let described = futures_lite::future::block_on(name.format.describe(blocking.clone()));
         let description = described.map_err(|error| {

@@ -48,7 +48,7 @@ fn failed_code(command: &ImageCommand) -> u8 {
 }
 
 fn run(args: ImageArgs) -> Result<u8, Failure> {
-    let gate = Gate::new(&args.allow_device)?;
+    let gate = Gate::new(&args.allow_device, &args.run_dir)?;
     let json = args.json;
     match args.command {
         ImageCommand::Create(args) => make::create(&args, &gate, json),

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use formats::driver::{Create, Description, Format, Link};
+use formats::driver::{Create, Description, Format, Identity, Link};
 use formats::spec::{FormatOptions, ImageSpec, Target};
 use formats::volume::DEPTH_MAX;
 use shard::alog::LogFile;
@@ -60,11 +60,11 @@ impl Images {
         let opened = self.open_layers(&wanted, &mut chain).await;
         let keys = std::mem::take(&mut chain.keys);
         match opened {
-            Ok(size_bytes) => {
+            Ok((size_bytes, identity)) => {
                 let note = (!chain.notes.is_empty()).then(|| chain.notes.join("; "));
                 let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
                 let (held, logs) = (Held::Chain(keys), chain.logs);
-                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, held, logs })
+                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, identity, held, logs })
             }
             Err(error) => {
                 let logs = std::mem::take(&mut chain.logs);
@@ -76,8 +76,12 @@ impl Images {
         }
     }
 
-    /// Returns the size of the first image, in bytes.
-    async fn open_layers(&self, wanted: &Wanted<'_>, chain: &mut Chain) -> Result<u64, Problem> {
+    /// Returns the size of the first image, in bytes, and its identity.
+    async fn open_layers(
+        &self,
+        wanted: &Wanted<'_>,
+        chain: &mut Chain,
+    ) -> Result<(u64, Option<Identity>), Problem> {
         let snapshot = wanted.options.snapshot.clone();
         if snapshot.is_some() && !wanted.read_only {
             return Err(Problem::invalid(format!(
@@ -96,7 +100,7 @@ impl Images {
                 wanted.path.display()
             )));
         }
-        let size = description.size;
+        let (size, identity) = (description.size, description.identity);
         let (mut above, mut above_path) = (description, self.place_of(&image, &wanted.path));
         while let Some(link) = above.backing.take() {
             if chain.layers.len() >= DEPTH_MAX {
@@ -113,7 +117,7 @@ impl Images {
         if let Some(layer) = chain.layers.first_mut() {
             layer.snapshot = snapshot;
         }
-        Ok(size)
+        Ok((size, identity))
     }
 
     fn place_of(&self, image: &ImageFile, named: &Path) -> PathBuf {
@@ -342,10 +346,12 @@ impl Images {
         self.files.create(&path, deadline, fill).await.map_err(problem)
     }
 
-    /// Opens an overlay that was just made, without what is below it.
+    /// Opens an overlay that was just made over `below`, alone. One whose link to `below` would be refused at the next attach is
+    /// refused now.
     pub async fn open_overlay(
         &self,
         spec: &ImageSpec,
+        below: (Arc<ImageFile>, &ImageSpec),
         disk: &str,
         deadline: Instant,
     ) -> Result<OpenImage, Problem> {
@@ -357,13 +363,18 @@ impl Images {
         let format = format_named(wanted.format)
             .ok_or_else(|| image_problem(format!("the format {} is not built in", wanted.format)))?;
         let opened = self.open_layer(&wanted, &mut chain, format, wanted.path.clone(), false, None).await;
+        let opened = opened.and_then(|(image, description)| {
+            let (file, named) = below;
+            self.check_gate(&file, Path::new(&named.path), &self.place_of(&image, &wanted.path))?;
+            Ok((description.size, description.identity))
+        });
         let keys = std::mem::take(&mut chain.keys);
         match opened {
-            Ok((_, description)) => {
+            Ok((size_bytes, identity)) => {
                 let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
                 let (held, logs) = (Held::Chain(keys), chain.logs);
                 let note = chain.notes.pop();
-                Ok(OpenImage { backend, size_bytes: description.size, block_bytes: 1, note, held, logs })
+                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, identity, held, logs })
             }
             Err(error) => {
                 let logs = std::mem::take(&mut chain.logs);

@@ -90,6 +90,7 @@ fn kind_of(command: &Command) -> &'static str {
         Command::Clients { .. } => "clients",
         Command::Stop => "stop",
         Command::Swap { .. } => "swap",
+        Command::Resize { .. } => "resize",
         Command::InjectPanic { .. } => "panic",
         Command::InjectShardPanic => "shard panic",
     }

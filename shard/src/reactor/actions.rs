@@ -600,6 +600,10 @@ impl<K: Kernel> Shard<K> {
                 }
             }
         }
+        if let Some((tag, _, size_bytes)) = entry.resize.take_if(|(_, asked, _)| *asked == key) {
+            self.resized(slot, tag, size_bytes, request.errno);
+        }
+        let entry = &mut self.disks[slot as usize];
         if let Some(Pending::Remove { flush, .. }) = &mut entry.pending {
             if *flush == Flush::Asked(key) {
                 *flush = if request.errno == 0 { Flush::Done } else { Flush::Failed };

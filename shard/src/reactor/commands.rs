@@ -53,6 +53,9 @@ impl<K: Kernel> Shard<K> {
                 self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
             }
             Command::Swap { disk, backend } => self.slot(disk).and_then(|slot| self.swap(slot, tag, backend)),
+            Command::Resize { disk, size_bytes } => {
+                self.slot(disk).and_then(|slot| self.resize(slot, tag, size_bytes))
+            }
             Command::Fail { disk } => self.slot(disk).map(|slot| {
                 self.with_disk(slot, |disk, ctx| {
                     disk.fail(ctx, DiskState::Failed, "given up by an operator")
@@ -136,6 +139,7 @@ impl<K: Kernel> Shard<K> {
             owner,
             engine: None,
             failed_open: None,
+            resize: None,
             swap: None,
             told: None,
             punts: false,
@@ -193,6 +197,7 @@ impl<K: Kernel> Shard<K> {
         if entry.quarantined
             || entry.zombie
             || entry.swap.is_some()
+            || entry.resize.is_some()
             || entry.failed_open.is_some()
             || entry.opening()
         {
@@ -230,6 +235,38 @@ impl<K: Kernel> Shard<K> {
         }
         self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
         result.map(|()| Some(Reply::Done))
+    }
+
+    /// Makes a disk larger. Requests go on meanwhile, as far as its image lets them.
+    fn resize(&mut self, slot: u32, tag: u64, size_bytes: u64) -> Outcome {
+        let entry = &mut self.disks[slot as usize];
+        let Some(disk) = &entry.disk else {
+            return Err(failure(ShardErrorKind::WrongState, "the disk is being rebuilt"));
+        };
+        let busy = entry.pending.is_some() || entry.swap.is_some() || entry.resize.is_some();
+        if disk.state() != DiskState::Running || busy || entry.zombie {
+            let message = format!("the disk is {:?} or busy: only a running disk is resized", disk.state());
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
+        entry.requests += 1;
+        disk.config().counters.io_now.add(1);
+        let kind = Kind::SetLength { grow: true };
+        let key = self.requests.insert(Request::new(slot, kind, size_bytes, 0, None, self.now));
+        entry.resize = Some((tag, key, size_bytes));
+        self.with_disk(slot, |disk, ctx| disk.submit(ctx, key));
+        Ok(None)
+    }
+
+    /// The request of a resize has ended.
+    pub(super) fn resized(&mut self, slot: u32, tag: u64, size_bytes: u64, errno: i32) {
+        if errno != 0 {
+            let what = nix::errno::Errno::from_raw(errno).desc();
+            let message =
+                format!("the image could not be made {size_bytes} bytes large: {what}; see `ctl events`");
+            return self.reply(tag, Err(failure(ShardErrorKind::Failed, message)));
+        }
+        self.with_disk(slot, |disk, _| disk.set_size(size_bytes));
+        self.reply(tag, Ok(Reply::Done));
     }
 
     fn park(&mut self, slot: u32, tag: u64) -> Outcome {

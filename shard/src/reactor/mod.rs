@@ -136,6 +136,8 @@ struct Entry {
     engine: Option<Box<volume::Engine>>,
     /// Its image could not be opened: the command to answer, and why.
     failed_open: Option<(u64, String)>,
+    /// It is being made larger: the command, its request, and the size in bytes.
+    resize: Option<(u64, ReqKey, u64)>,
     /// It is being given another image.
     swap: Option<swap::Swap>,
     /// When an error of its image was told last.

@@ -797,7 +797,11 @@ async fn run(volume: Rc<Volume>, payload: ShardPayload, asked: Asked) -> Result<
             volume.erase(offset, len, if no_hole { Erase::ZeroKeep } else { Erase::Zero }).await?;
         }
         Kind::Extents { max } => return extents(&volume, offset, len, max).await,
-        Kind::SetLength { .. } => return Err(Error::invalid("a volume has no length to set")),
+        Kind::SetLength { .. } => {
+            // Its offset is the new size.
+            volume.resize(offset).await?;
+            volume.flush().await?;
+        }
     }
     if durable {
         volume.flush().await?;

@@ -168,6 +168,12 @@ fn call(file: &ImageFile, call: SideCall) -> Result<Vec<Extent>, i32> {
 
 /// ftruncate. What is new reads as zero and takes no space.
 fn set_length(file: &ImageFile, length: u64, grow: bool) -> Result<Vec<Extent>, i32> {
+    if let crate::api::FileKind::Block { .. } = file.kind {
+        // Whoever manages the device has made it larger, or not.
+        let end =
+            nix::unistd::lseek64(&file.fd, 0, nix::unistd::Whence::SeekEnd).map_err(|errno| errno as i32)?;
+        return if end as u64 >= length { Ok(Vec::new()) } else { Err(libc::ENOSPC) };
+    }
     let now = nix::sys::stat::fstat(&file.fd).map_err(|errno| errno as i32)?.st_size as u64;
     if now == length || (grow && now > length) {
         return Ok(Vec::new());
