@@ -8,13 +8,16 @@
 mod live_rig;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blktapd::files::FileKey;
+use blktapd::images::logs::log_path;
 use live_rig::load::Load;
 use live_rig::model::Model;
 use live_rig::nbd_client::Client;
-use live_rig::{BLKTAPD, Random, Rig, Running, run};
+use live_rig::{BLKTAPD, Random, Rig, Running, run, wait_until};
 use shard::alog::{LiveLog, live};
 
 const SIZE: usize = 4 << 20;
@@ -73,7 +76,8 @@ fn over(rig: &Rig, format: &str, seed: u64, options: &[&str]) -> Kind {
 /// The logs of a run directory.
 fn logs(rig: &Rig) -> Vec<PathBuf> {
     let entries = fs::read_dir(rig.run_dir().join("log"));
-    entries.into_iter().flatten().map(|entry| entry.expect("an entry").path()).collect()
+    let paths = entries.into_iter().flatten().map(|entry| entry.expect("an entry").path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "alog")).collect()
 }
 
 fn live_log(rig: &Rig) -> Option<LiveLog> {
@@ -260,4 +264,44 @@ fn a_table_that_somebody_changed_is_not_served() {
     assert!(shown.contains("allocation log") && shown.contains("0x1111"), "{shown}");
     assert!(fs::metadata(&live.path).is_ok() && live_log(&rig).is_some(), "the log is kept");
     assert_eq!(fs::read(&kind.path).expect("reads"), bytes, "nothing was written");
+}
+
+#[test]
+fn pending_mappings_are_written_back_without_a_flush() {
+    let rig = Rig::with(1, &[]);
+    let kind = alone(&rig, "qcow2", &[]);
+    rig.attach("disk", &kind.spec, &[]);
+    let mut client = Client::connect(&rig.socket("disk")).expect("connects");
+    for cluster in 0..20 {
+        client.write(cluster * (64 << 10), &[7; 4096]);
+    }
+    // No request follows: only the disk's own timer can do it.
+    wait_until("the log is empty", || live_log(&rig).is_none());
+    assert_eq!(logs(&rig).len(), 1, "and there for the next ones");
+}
+
+#[test]
+fn without_room_for_a_log_writes_survive_all_the_same() {
+    let mut rig = Rig::with(1, &[]);
+    let kind = alone(&rig, "qcow2", &[]);
+    let stat = fs::metadata(&kind.path).expect("stat");
+    let key = FileKey::Regular { device: stat.dev(), inode: stat.ino() };
+    // What the log is made as cannot be made.
+    let in_the_way = log_path(&rig.run_dir(), key).with_extension("new");
+    fs::create_dir_all(&in_the_way).expect("makes");
+    rig.attach("disk", &kind.spec, &[]);
+    let said = rig.log();
+    assert!(said.contains("every allocation waits for a write of metadata"), "{said}");
+    let mut client = Client::connect(&rig.socket("disk")).expect("connects");
+    for cluster in 0..20u8 {
+        client.write(u64::from(cluster) * (64 << 10), &[cluster + 1; 4096]);
+    }
+    rig.kill();
+    assert_eq!(live_log(&rig), None);
+    rig.restart();
+    rig.wait_for_state("disk", "running");
+    let mut client = Client::connect(&rig.socket("disk")).expect("connects");
+    for cluster in 0..20u8 {
+        assert_eq!(client.read(u64::from(cluster) * (64 << 10), 4096), [cluster + 1; 4096]);
+    }
 }
