@@ -257,7 +257,13 @@ impl Entry {
         let (path, users) = (request.path.display(), self.user_names());
         let also =
             if self.path == request.path { String::new() } else { format!(" (as {})", self.path.display()) };
-        let why = if self.writable {
+        let why = if request.formatted && self.users.contains(&request.user) {
+            format!(
+                "it comes twice in the chain of the disk {}{also}: a loop; correct it with `blktapd image \
+                rebase`",
+                request.user
+            )
+        } else if self.writable {
             format!("the disk {users} writes to it{also}; a writer needs it alone: detach {users} first")
         } else if !request.read_only {
             format!(

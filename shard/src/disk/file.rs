@@ -237,6 +237,7 @@ impl Disk {
     pub fn on_io(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, mem: Mem, len: u32, result: IoResult) {
         let request = &mut ctx.requests[key];
         request.pending -= 1;
+        let align = u64::from(self.file.align);
         let errno = match (result, mem) {
             (IoResult::Done, _) => 0,
             (IoResult::Failed(errno), _) => errno,
@@ -246,6 +247,14 @@ impl Disk {
                     && request.offset + u64::from(at + done) >= self.file.length =>
             {
                 ctx.out.push(Action::ZeroPayload { req: key, at: at + done, len: len - done });
+                0
+            }
+            // The same, of a read that takes whole blocks.
+            (IoResult::Short(done), Mem::Bounce { at, .. })
+                if request.phase == Phase::BounceRead
+                    && request.offset / align * align + u64::from(at + done) >= self.file.length =>
+            {
+                ctx.out.push(Action::ZeroBounce { req: key, at: at + done, len: len - done });
                 0
             }
             // Somebody made the file shorter while it was attached: what was there is lost, and must not read as zeroes.
