@@ -47,11 +47,17 @@ pub enum Metric {
     Unanswered,
     /// Distance of the measured rate from the limit, percent.
     LimitErrorPercent,
+    /// Milliseconds from the start of a command to its end.
+    WallMs,
+    /// Milliseconds of CPU (user and system) of a command.
+    CpuMs,
+    /// What a server read of its file for one request beyond the data that was asked for, in units of 4 KiB.
+    MetadataReads,
 }
 
 impl Metric {
     /// All metrics, in the order of columns.
-    pub const ALL: [Metric; 12] = [
+    pub const ALL: [Metric; 15] = [
         Metric::Iops,
         Metric::P50Us,
         Metric::P90Us,
@@ -64,6 +70,9 @@ impl Metric {
         Metric::ReadyMs,
         Metric::Unanswered,
         Metric::LimitErrorPercent,
+        Metric::WallMs,
+        Metric::CpuMs,
+        Metric::MetadataReads,
     ];
 
     /// Heading of a column or plot.
@@ -81,6 +90,9 @@ impl Metric {
             Metric::ReadyMs => "ready ms",
             Metric::Unanswered => "unanswered",
             Metric::LimitErrorPercent => "off limit %",
+            Metric::WallMs => "wall ms",
+            Metric::CpuMs => "CPU ms",
+            Metric::MetadataReads => "metadata 4k/op",
         }
     }
 
@@ -88,15 +100,24 @@ impl Metric {
     /// what must hold always is judged by its worst round.
     pub fn rule(self) -> Rule {
         match self {
-            Metric::CpuPerMillion | Metric::CpuPercent => Rule::Min,
-            Metric::Unanswered | Metric::LimitErrorPercent => Rule::Max,
+            Metric::CpuPerMillion | Metric::CpuPercent | Metric::CpuMs => Rule::Min,
+            Metric::Unanswered | Metric::LimitErrorPercent | Metric::MetadataReads => Rule::Max,
             _ => Rule::Median,
         }
     }
 
     /// Whether a table shows the subject's ratio to other rows.
     pub fn has_ratio(self) -> bool {
-        matches!(self, Metric::Iops | Metric::P50Us | Metric::P99Us | Metric::CpuPerMillion | Metric::PssKib)
+        matches!(
+            self,
+            Metric::Iops
+                | Metric::P50Us
+                | Metric::P99Us
+                | Metric::CpuPerMillion
+                | Metric::PssKib
+                | Metric::WallMs
+                | Metric::CpuMs
+        )
     }
 }
 

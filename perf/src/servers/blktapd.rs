@@ -46,9 +46,10 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
 }
 
 /// The image spec of a disk.
-fn spec(disk: &Disk, name: &str) -> String {
+pub(super) fn spec(disk: &Disk, name: &str) -> String {
     match disk {
         Disk::File(path) => format!("raw:{}", percent_encoded(path)),
+        Disk::Image { format, path, .. } => format!("{}:{}", format.name(), percent_encoded(path)),
         Disk::Ram(bytes) => format!("ram:{name}?size={bytes}"),
         Disk::Null(bytes) => format!("null:?size={bytes}"),
     }
