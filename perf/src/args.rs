@@ -70,7 +70,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub quick: bool,
     /// Cases to run.
-    #[arg(long, value_enum, value_delimiter = ',', 
+    #[arg(long, value_enum, value_delimiter = ',',
           default_values_t = Case::value_variants().to_vec())]
     pub cases: Vec<Case>,
     /// Servers that take part; one that is not installed is noted and left out.

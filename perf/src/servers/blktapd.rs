@@ -21,7 +21,7 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
     serve.arg("serve").arg("--run-dir").arg(run_dir).args(["--metrics", "none", "--cpus", &cpus.join(",")]);
     let mut command = shown(&serve);
     let ctl = run_dir.join("ctl.sock");
-    let mut process = Process::spawn(serve, &setup.cores, &run_dir.join("log"))?;
+    let mut process = Process::spawn(serve, &setup.cores, &run_dir.join("output"))?;
     process.wait_until(READY_TIMEOUT, || answers(&ctl))?;
 
     let mut endpoints = Vec::with_capacity(setup.disks.len());
