@@ -51,13 +51,15 @@ pub enum Metric {
     WallMs,
     /// Milliseconds of CPU (user and system) of a command.
     CpuMs,
-    /// What a server read of its file for one request beyond the data that was asked for, in units of 4 KiB.
+    /// Bytes that a server read of its file for one request beyond the data that was asked for.
+    MetadataBytes,
+    /// The same as a number of reads, where the size of a read is known.
     MetadataReads,
 }
 
 impl Metric {
     /// All metrics, in the order of columns.
-    pub const ALL: [Metric; 15] = [
+    pub const ALL: [Metric; 16] = [
         Metric::Iops,
         Metric::P50Us,
         Metric::P90Us,
@@ -72,6 +74,7 @@ impl Metric {
         Metric::LimitErrorPercent,
         Metric::WallMs,
         Metric::CpuMs,
+        Metric::MetadataBytes,
         Metric::MetadataReads,
     ];
 
@@ -92,7 +95,8 @@ impl Metric {
             Metric::LimitErrorPercent => "off limit %",
             Metric::WallMs => "wall ms",
             Metric::CpuMs => "CPU ms",
-            Metric::MetadataReads => "metadata 4k/op",
+            Metric::MetadataBytes => "metadata B/op",
+            Metric::MetadataReads => "metadata reads/op",
         }
     }
 
@@ -101,7 +105,10 @@ impl Metric {
     pub fn rule(self) -> Rule {
         match self {
             Metric::CpuPerMillion | Metric::CpuPercent | Metric::CpuMs => Rule::Min,
-            Metric::Unanswered | Metric::LimitErrorPercent | Metric::MetadataReads => Rule::Max,
+            Metric::Unanswered
+            | Metric::LimitErrorPercent
+            | Metric::MetadataBytes
+            | Metric::MetadataReads => Rule::Max,
             _ => Rule::Median,
         }
     }
