@@ -24,7 +24,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Measure blktapd beside its peers.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Load NBD disks of any server and print rate and latencies.
     Load(LoadArgs),
     /// Print the ratios of a second report to a first.

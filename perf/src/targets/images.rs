@@ -15,18 +15,23 @@ fn storage_daemon(row: &Row) -> bool {
 impl Judge<'_> {
     /// Judges those of `cases` that are about images.
     pub(super) fn images(&self, cases: &[&str], results: &mut Vec<TargetResult>) {
-        let all: [(&str, fn(&Self, &mut Vec<TargetResult>)); 6] = [
-            (formats::CASE, Self::formats),
-            (alloc::CASE, Self::alloc),
-            (chain::CASE, Self::chain),
-            (convert::CASE, Self::convert),
-            (idle::CASE, Self::idle),
-            (cold::CASE, Self::cold),
-        ];
-        for (case, judge) in all {
-            if cases.contains(&case) {
-                judge(self, results);
-            }
+        if cases.contains(&formats::CASE) {
+            self.formats(results);
+        }
+        if cases.contains(&alloc::CASE) {
+            self.alloc(results);
+        }
+        if cases.contains(&chain::CASE) {
+            self.chain(results);
+        }
+        if cases.contains(&convert::CASE) {
+            self.convert(results);
+        }
+        if cases.contains(&idle::CASE) {
+            self.idle(results);
+        }
+        if cases.contains(&cold::CASE) {
+            self.cold(results);
         }
     }
 
