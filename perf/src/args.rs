@@ -24,7 +24,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Measure blktapd beside its peers.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Load NBD disks of any server and print rate and latencies.
     Load(LoadArgs),
     /// Print the ratios of a second report to a first.
@@ -49,6 +49,18 @@ pub enum Case {
     Qos,
     /// One shard and two.
     Shards,
+    /// Allocated qcow2 and VHD images beside our own raw file.
+    Formats,
+    /// Writes that allocate a cluster or block each.
+    Alloc,
+    /// A chain of 30 images beside a flat one.
+    Chain,
+    /// `blktapd image convert` beside `qemu-img convert`.
+    Convert,
+    /// 512 idle qcow2 disks.
+    Idle,
+    /// What a cold read of a 1 TiB image costs in metadata.
+    Cold,
 }
 
 /// Arguments of `run`.
@@ -58,7 +70,8 @@ pub struct RunArgs {
     #[arg(long)]
     pub quick: bool,
     /// Cases to run.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Case::Raw, Case::Ram, Case::Density, Case::Qos, Case::Shards])]
+    #[arg(long, value_enum, value_delimiter = ',',
+          default_values_t = Case::value_variants().to_vec())]
     pub cases: Vec<Case>,
     /// Servers that take part; one that is not installed is noted and left out.
     #[arg(long, value_enum, value_delimiter = ',',
@@ -85,6 +98,15 @@ pub struct RunArgs {
     /// Numbers of disks in the density case [default: 128,512; quick: 128].
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(2..=4096))]
     pub disks: Vec<u32>,
+    /// Clusters that the alloc case writes to [default: 100000; quick: 4096].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(64..=1_000_000))]
+    pub clusters: Option<u64>,
+    /// Blocks of a VHD that the alloc case writes to [default: 20000; quick: 512].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(16..=1_000_000))]
+    pub blocks: Option<u64>,
+    /// Size of the disk in the convert case [default: 4096; quick: 1024].
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(16..=1_048_576))]
+    pub convert_mib: Option<u64>,
     /// How QEMU submits I/O; each is a row, and targets are judged against the best.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Aio::Native, Aio::IoUring])]
     pub aio: Vec<Aio>,

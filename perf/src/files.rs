@@ -56,6 +56,11 @@ impl ImageDir {
         Ok(path)
     }
 
+    /// The path of a file that somebody else makes.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
     /// `count` files in a directory of their own.
     pub fn files(&self, name: &str, count: usize, bytes: u64) -> Result<Vec<PathBuf>> {
         let dir = self.dir.path().join(name);

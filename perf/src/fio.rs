@@ -12,6 +12,9 @@ use crate::load::{Op, Pattern};
 use crate::servers::Endpoint;
 use crate::servers::process::{Process, output};
 
+/// No fio runs longer, whatever happens to this program.
+const FIO_MAX: Duration = Duration::from_secs(4000);
+
 /// What fio works on.
 #[derive(Debug, Clone)]
 pub enum Target {
@@ -131,9 +134,19 @@ pub fn verify(target: &Target, bytes: u64, size_bytes: u64, core: usize, dir: &P
     Ok(())
 }
 
+/// Reads the whole disk once, so that what a server keeps of its metadata is there.
+pub fn touch(target: &Target, size_bytes: u64, core: usize, dir: &Path) -> Result<()> {
+    let mut command = base(target, size_bytes);
+    command.args(["--rw=read", "--bs=1m", "--iodepth=4"]);
+    finish(command, core, dir, Duration::from_secs(300)).context("reading the disk once")?;
+    Ok(())
+}
+
 fn base(target: &Target, size_bytes: u64) -> Command {
-    let mut command = Command::new("fio");
-    command.args(["--name=perf", "--output-format=json"]).arg(format!("--size={size_bytes}"));
+    // fio hangs for ever when a server goes away, and would outlive this program if that is killed.
+    let mut command = Command::new("timeout");
+    command.args(["--signal=KILL", &FIO_MAX.as_secs().to_string(), "fio"]);
+    command.args(["--thread", "--name=perf", "--output-format=json"]).arg(format!("--size={size_bytes}"));
     match target {
         Target::Nbd(endpoint) => command.arg("--ioengine=nbd").arg(format!("--uri={}", endpoint.uri())),
         // A colon separates file names in fio's option.

@@ -14,6 +14,7 @@ mod cases;
 mod cpus;
 mod files;
 mod fio;
+mod images;
 mod load;
 mod proc;
 mod report;
@@ -92,6 +93,12 @@ fn run(args: &RunArgs) -> Result<()> {
             Case::Density => (cases::density::CASE, cases::density::run),
             Case::Qos => (cases::qos::CASE, cases::qos::run),
             Case::Shards => (cases::shards::CASE, cases::shards::run),
+            Case::Formats => (cases::formats::CASE, cases::formats::run),
+            Case::Alloc => (cases::alloc::CASE, cases::alloc::run),
+            Case::Chain => (cases::chain::CASE, cases::chain::run),
+            Case::Convert => (cases::convert::CASE, cases::convert::run),
+            Case::Idle => (cases::idle::CASE, cases::idle::run),
+            Case::Cold => (cases::cold::CASE, cases::cold::run),
         };
         names.push(name);
         ended = work(&mut bench).with_context(|| format!("case {name}"));
@@ -129,6 +136,9 @@ fn settings(args: &RunArgs) -> Settings {
         loader: args.loader,
         aio: args.aio.clone(),
         disks,
+        clusters: args.clusters.unwrap_or(u64::from(either(100_000, 4096))),
+        blocks: args.blocks.unwrap_or(u64::from(either(20_000, 512))),
+        convert_bytes: args.convert_mib.unwrap_or(u64::from(either(4096, 1024))) << 20,
     }
 }
 

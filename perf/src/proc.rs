@@ -46,6 +46,21 @@ pub fn usage(roots: &[u32]) -> Result<Usage> {
     Ok(sum)
 }
 
+/// Bytes that the processes `roots` and all their descendants had read from block devices (`read_bytes` of /proc/PID/io, which
+/// counts direct I/O through io_uring as well).
+pub fn read_bytes(roots: &[u32]) -> Result<u64> {
+    let mut total = 0;
+    for pid in tree(roots) {
+        let path = format!("/proc/{pid}/io");
+        let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("read_bytes:"));
+        total += line
+            .and_then(|value| value.trim().parse::<u64>().ok())
+            .with_context(|| format!("{path} has no read_bytes line"))?;
+    }
+    Ok(total)
+}
+
 fn cpu_of(pid: u32) -> Result<Duration> {
     let clock = ClockId::pid_cpu_clock_id(Pid::from_raw(pid as i32))?;
     Ok(Duration::from(clock_gettime(clock)?))

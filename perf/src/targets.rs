@@ -1,6 +1,8 @@
 //! The project's performance targets, as ratios inside one run, judged from the report. This only reports: a missed target is
 //! no failure of the run.
 
+mod images;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -86,6 +88,7 @@ pub fn judge(report: &Report, cases: &[&str]) -> Vec<TargetResult> {
     if cases.contains(&shards::CASE) {
         judge.shards(&mut results);
     }
+    judge.images(cases, &mut results);
     results
 }
 

@@ -2,7 +2,6 @@
 //! clients, idle with a connected client per disk, under the load (open loop, latency from the due time), and idle again after a
 //! burst that made every disk busy, with the clients still connected.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -52,11 +51,12 @@ pub fn after(disks: usize) -> String {
     format!("{disks} disks idle after load")
 }
 
-struct Contender {
-    row: Row,
-    program: Program,
-    aio: Aio,
-    failed: bool,
+/// A server with many disks.
+pub(super) struct Contender {
+    pub(super) row: Row,
+    pub(super) program: Program,
+    pub(super) aio: Aio,
+    pub(super) failed: bool,
 }
 
 /// Runs the case for each number of disks.
@@ -64,19 +64,31 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     for count in bench.settings.disks.clone() {
         let images = ImageDir::new(&bench.settings.dir, count as u64 * DISK_BYTES)?;
         eprintln!("{CASE}: writing {count} files of {} MiB", DISK_BYTES >> 20);
-        let paths = images.files("disks", count, DISK_BYTES)?;
-        let mut contenders = contenders(bench, count);
-        for round in 0..bench.settings.rounds {
-            for index in order(contenders.len(), round) {
-                let contender = &mut contenders[index];
-                if contender.failed {
-                    continue;
-                }
-                stop::check()?;
-                if let Err(error) = measure(bench, contender, &paths, round) {
-                    bench.failed(CASE, &contender.row, error)?;
-                    contender.failed = true;
-                }
+        let disks: Vec<Disk> =
+            images.files("disks", count, DISK_BYTES)?.into_iter().map(Disk::File).collect();
+        let contenders = contenders(bench, count);
+        rounds(bench, CASE, contenders, &disks)?;
+    }
+    Ok(())
+}
+
+/// Measures all contenders in interleaved rounds.
+pub(super) fn rounds(
+    bench: &mut Bench,
+    case: &str,
+    mut contenders: Vec<Contender>,
+    disks: &[Disk],
+) -> Result<()> {
+    for round in 0..bench.settings.rounds {
+        for index in order(contenders.len(), round) {
+            let contender = &mut contenders[index];
+            if contender.failed {
+                continue;
+            }
+            stop::check()?;
+            if let Err(error) = measure(bench, case, contender, disks, round) {
+                bench.failed(case, &contender.row, error)?;
+                contender.failed = true;
             }
         }
     }
@@ -111,6 +123,11 @@ fn contenders(bench: &mut Bench, count: usize) -> Vec<Contender> {
             }
         }
     }
+    with_control(list)
+}
+
+/// Adds the A/A row behind the first contender.
+pub(super) fn with_control(mut list: Vec<Contender>) -> Vec<Contender> {
     if let Some(first) = list.first() {
         let control = Contender {
             row: first.row.again(),
@@ -123,22 +140,22 @@ fn contenders(bench: &mut Bench, count: usize) -> Vec<Contender> {
     list
 }
 
-fn measure(bench: &mut Bench, contender: &Contender, paths: &[PathBuf], round: u32) -> Result<()> {
-    let count = paths.len();
+fn measure(bench: &mut Bench, case: &str, contender: &Contender, disks: &[Disk], round: u32) -> Result<()> {
+    let count = disks.len();
     let row = &contender.row;
-    let disks = paths.iter().cloned().map(Disk::File).collect();
+    let disks = disks.to_vec();
     let cores = vec![bench.cores().server];
     let setup = Setup { program: &contender.program, aio: contender.aio, cores, disks, attach: Vec::new() };
     let server = servers::start(&setup)?;
-    bench.started(CASE, row, &server);
+    bench.started(case, row, &server);
 
     let mut values = idle_window(bench, &server)?;
     values.insert(Metric::ReadyMs, server.ready.as_secs_f64() * 1e3);
-    bench.record(CASE, &idle(count), row, round, values);
+    bench.record(case, &idle(count), row, round, values);
 
     let clients = connect(&server.endpoints)?;
     let values = idle_window(bench, &server)?;
-    bench.record(CASE, &connected(count), row, round, values);
+    bench.record(case, &connected(count), row, round, values);
     disconnect(clients);
 
     let window = Duration::from_secs(u64::from(bench.settings.seconds.max(2)));
@@ -157,7 +174,7 @@ fn measure(bench: &mut Bench, contender: &Contender, paths: &[PathBuf], round: u
     if let Some(&pss) = values.get(&Metric::PssKib) {
         values.insert(Metric::PssPerDiskKib, pss / count as f64);
     }
-    bench.record(CASE, &at_rate(count), row, round, values);
+    bench.record(case, &at_rate(count), row, round, values);
 
     // A burst with large requests makes each disk use what it would ever use; its speed is not the question.
     job.block_bytes = 64 << 10;
@@ -167,7 +184,7 @@ fn measure(bench: &mut Bench, contender: &Contender, paths: &[PathBuf], round: u
     job.window = Duration::from_secs(2);
     let (_, _, clients) = loaded(&job, &server)?;
     let values = idle_window(bench, &server)?;
-    bench.record(CASE, &after(count), row, round, values);
+    bench.record(case, &after(count), row, round, values);
     disconnect(clients);
     Ok(())
 }

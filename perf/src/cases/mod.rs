@@ -1,6 +1,12 @@
 //! The cases, and what they share: the run's settings and the report that grows.
 
+pub mod alloc;
+pub mod chain;
+pub mod cold;
+pub mod convert;
 pub mod density;
+pub mod formats;
+pub mod idle;
 pub mod qos;
 pub mod ram;
 pub mod raw;
@@ -14,6 +20,7 @@ use anyhow::Result;
 use tempfile::TempDir;
 
 use crate::cpus::Cores;
+use crate::images::Tool;
 use crate::load;
 use crate::report::{Metric, Report, Row, Sample, Values};
 use crate::servers::{Aio, Kind, Program, Running};
@@ -49,6 +56,12 @@ pub struct Settings {
     pub aio: Vec<Aio>,
     /// Numbers of disks in the density case.
     pub disks: Vec<usize>,
+    /// Clusters of a qcow2 image that the alloc case writes to.
+    pub clusters: u64,
+    /// Blocks of a VHD that the alloc case writes to.
+    pub blocks: u64,
+    /// Size of the disk in the convert case.
+    pub convert_bytes: u64,
 }
 
 /// A run in progress.
@@ -86,11 +99,15 @@ impl Bench {
     pub fn blktapd_for(&mut self, case: &str) -> Option<Program> {
         let found = self.program(Kind::Blktapd);
         if found.is_none() {
-            self.report
-                .skipped
-                .push(format!("{case}: measures blktapd only, and it takes no part in this run"));
+            self.report.skipped.push(format!("{case}: needs blktapd, which takes no part in this run"));
         }
         found
+    }
+
+    /// The offline tool of blktapd, which makes the images of a case; without blktapd the case is noted as skipped.
+    pub fn image_tool_for(&mut self, case: &str) -> Option<Tool> {
+        let program = self.blktapd_for(case)?;
+        Some(Tool::new(&program, self.cores().allowed, self.scratch.path()))
     }
 
     /// A directory for outputs of the load.

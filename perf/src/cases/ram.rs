@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use super::Bench;
-use super::single::{self, Contender, Lifetime, Subject};
+use super::single::{self, Contender, Lifetime, Plan, Subject};
 use crate::report::Row;
 use crate::servers::{Aio, Disk, Kind};
 
@@ -43,5 +43,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
             }
         }
     }
-    single::run(bench, CASE, size_bytes, Lifetime::Case, single::with_control(contenders))
+    let plan =
+        Plan { case: CASE, size_bytes, lifetime: Lifetime::Case, points: &single::POINTS, warm: false };
+    single::run(bench, plan, single::with_control(contenders))
 }

@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use super::Bench;
-use super::single::{self, Contender, Lifetime, Subject};
+use super::single::{self, Contender, Lifetime, Plan, Subject};
 use crate::files::ImageDir;
 use crate::report::Row;
 use crate::servers::{Aio, Disk, Kind};
@@ -44,5 +44,12 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     }
     let mut contenders = single::with_control(contenders);
     contenders.push(Contender { row: Row::new(LIMIT, "io_uring, direct"), subject: Subject::File(path) });
-    single::run(bench, CASE, size_bytes, Lifetime::Measurement, contenders)
+    let plan = Plan {
+        case: CASE,
+        size_bytes,
+        lifetime: Lifetime::Measurement,
+        points: &single::POINTS,
+        warm: false,
+    };
+    single::run(bench, plan, contenders)
 }

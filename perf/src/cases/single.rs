@@ -105,6 +105,21 @@ struct Entrant {
     failed: bool,
 }
 
+/// How the rows of a case are measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    /// The case's name.
+    pub case: &'static str,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// How long servers live.
+    pub lifetime: Lifetime,
+    /// The points.
+    pub points: &'static [Point],
+    /// Whether a disk is read once before each measurement, so that its metadata is cached.
+    pub warm: bool,
+}
+
 /// Adds the A/A row behind the first contender.
 pub fn with_control(mut contenders: Vec<Contender>) -> Vec<Contender> {
     if let Some(first) = contenders.first().cloned() {
@@ -114,31 +129,26 @@ pub fn with_control(mut contenders: Vec<Contender>) -> Vec<Contender> {
 }
 
 /// Checks the contenders' data, then measures all at all points in interleaved rounds.
-pub fn run(
-    bench: &mut Bench,
-    case: &str,
-    size_bytes: u64,
-    lifetime: Lifetime,
-    contenders: Vec<Contender>,
-) -> Result<()> {
+pub fn run(bench: &mut Bench, plan: Plan, contenders: Vec<Contender>) -> Result<()> {
+    let case = plan.case;
     let mut entrants: Vec<Entrant> =
         contenders.into_iter().map(|contender| Entrant { contender, running: None, failed: false }).collect();
     for entrant in &mut entrants {
         stop::check()?;
-        if let Err(error) = prepare(bench, case, size_bytes, lifetime, entrant) {
+        if let Err(error) = prepare(bench, plan, entrant) {
             bench.failed(case, &entrant.contender.row, error)?;
             entrant.failed = true;
         }
     }
     for round in 0..bench.settings.rounds {
-        for (at, point) in POINTS.iter().enumerate() {
+        for (at, point) in plan.points.iter().enumerate() {
             for index in order(entrants.len(), round + at as u32) {
                 let entrant = &mut entrants[index];
                 if entrant.failed {
                     continue;
                 }
                 stop::check()?;
-                match measure(bench, case, size_bytes, point, round, entrant) {
+                match measure(bench, plan, point, round, entrant) {
                     Ok(values) => bench.record(case, &point.name(), &entrant.contender.row, round, values),
                     Err(error) => {
                         bench.failed(case, &entrant.contender.row, error)?;
@@ -151,16 +161,12 @@ pub fn run(
     Ok(())
 }
 
-/// Starts a server and has fio write and read back checksummed blocks, unless the disk is null.
-fn prepare(
-    bench: &mut Bench,
-    case: &str,
-    size_bytes: u64,
-    lifetime: Lifetime,
-    entrant: &mut Entrant,
-) -> Result<()> {
+/// Starts a server and has fio write and read back checksummed blocks, unless the disk is null or the case only reads.
+fn prepare(bench: &mut Bench, plan: Plan, entrant: &mut Entrant) -> Result<()> {
+    let Plan { case, size_bytes, lifetime, .. } = plan;
     let Subject::Server { disk, .. } = &entrant.contender.subject else { return Ok(()) };
-    let holds_data = !matches!(disk, Disk::Null(_));
+    let writes = plan.points.iter().any(|point| point.op == Op::Write);
+    let holds_data = writes && !matches!(disk, Disk::Null(_));
     // Memory is filled completely, so that every timed read copies real bytes; of a file a part is enough.
     let bytes = if lifetime == Lifetime::Case { size_bytes } else { size_bytes.min(64 << 20) };
     let running = start(bench, &entrant.contender)?;
@@ -185,14 +191,8 @@ fn start(bench: &Bench, contender: &Contender) -> Result<Running> {
     servers::start(&Setup { program, aio: *aio, cores, disks: vec![disk.clone()], attach: Vec::new() })
 }
 
-fn measure(
-    bench: &Bench,
-    case: &str,
-    size_bytes: u64,
-    point: &Point,
-    round: u32,
-    entrant: &Entrant,
-) -> Result<Values> {
+fn measure(bench: &Bench, plan: Plan, point: &Point, round: u32, entrant: &Entrant) -> Result<Values> {
+    let Plan { case, size_bytes, .. } = plan;
     // Kept alive until the end of the measurement when it was started for it.
     let started;
     let server = match (&entrant.contender.subject, &entrant.running) {
@@ -212,11 +212,17 @@ fn measure(
             &started
         }
     };
+    if plan.warm {
+        let target = fio::Target::Nbd(server.endpoints[0].clone());
+        fio::touch(&target, size_bytes, bench.cores().load, &bench.scratch())?;
+    }
     let result = match bench.settings.loader {
         Loader::Fio => with_fio(bench, server, size_bytes, point, round),
         Loader::Own => with_own(bench, server, point, round),
     };
-    if let Subject::Server { disk: Disk::File(path), .. } = &entrant.contender.subject {
+    if let Subject::Server { disk, .. } = &entrant.contender.subject
+        && let Some(path) = disk.path()
+    {
         files::flush(path)?;
     }
     result.map_err(|error| {

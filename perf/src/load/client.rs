@@ -27,6 +27,7 @@ const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
 const INFO_EXPORT: u16 = 0;
 const CMD_DISC: u16 = 2;
+const CMD_FLUSH: u16 = 3;
 /// Bytes of a request's header.
 const REQUEST_LEN: usize = 28;
 /// Bytes of a simple reply's header.
@@ -97,6 +98,11 @@ impl Client {
         };
         self.queue_header(kind, handle, offset, length);
         self.unsent.extend_from_slice(payload);
+    }
+
+    /// Queues NBD_CMD_FLUSH on a connection for writes.
+    pub fn queue_flush(&mut self, handle: u64) {
+        self.queue_header(CMD_FLUSH, handle, 0, 0);
     }
 
     fn queue_header(&mut self, kind: u16, handle: u64, offset: u64, length: u32) {

@@ -8,6 +8,7 @@
 pub mod client;
 mod engine;
 mod schedule;
+pub mod sweep;
 
 use std::time::Duration;
 

@@ -47,11 +47,19 @@ pub enum Metric {
     Unanswered,
     /// Distance of the measured rate from the limit, percent.
     LimitErrorPercent,
+    /// Milliseconds from the start of a command to its end.
+    WallMs,
+    /// Milliseconds of CPU (user and system) of a command.
+    CpuMs,
+    /// Bytes that a server read of its file for one request beyond the data that was asked for.
+    MetadataBytes,
+    /// The same as a number of reads, where the size of a read is known.
+    MetadataReads,
 }
 
 impl Metric {
     /// All metrics, in the order of columns.
-    pub const ALL: [Metric; 12] = [
+    pub const ALL: [Metric; 16] = [
         Metric::Iops,
         Metric::P50Us,
         Metric::P90Us,
@@ -64,6 +72,10 @@ impl Metric {
         Metric::ReadyMs,
         Metric::Unanswered,
         Metric::LimitErrorPercent,
+        Metric::WallMs,
+        Metric::CpuMs,
+        Metric::MetadataBytes,
+        Metric::MetadataReads,
     ];
 
     /// Heading of a column or plot.
@@ -81,6 +93,10 @@ impl Metric {
             Metric::ReadyMs => "ready ms",
             Metric::Unanswered => "unanswered",
             Metric::LimitErrorPercent => "off limit %",
+            Metric::WallMs => "wall ms",
+            Metric::CpuMs => "CPU ms",
+            Metric::MetadataBytes => "metadata B/op",
+            Metric::MetadataReads => "metadata reads/op",
         }
     }
 
@@ -88,15 +104,27 @@ impl Metric {
     /// what must hold always is judged by its worst round.
     pub fn rule(self) -> Rule {
         match self {
-            Metric::CpuPerMillion | Metric::CpuPercent => Rule::Min,
-            Metric::Unanswered | Metric::LimitErrorPercent => Rule::Max,
+            Metric::CpuPerMillion | Metric::CpuPercent | Metric::CpuMs => Rule::Min,
+            Metric::Unanswered
+            | Metric::LimitErrorPercent
+            | Metric::MetadataBytes
+            | Metric::MetadataReads => Rule::Max,
             _ => Rule::Median,
         }
     }
 
     /// Whether a table shows the subject's ratio to other rows.
     pub fn has_ratio(self) -> bool {
-        matches!(self, Metric::Iops | Metric::P50Us | Metric::P99Us | Metric::CpuPerMillion | Metric::PssKib)
+        matches!(
+            self,
+            Metric::Iops
+                | Metric::P50Us
+                | Metric::P99Us
+                | Metric::CpuPerMillion
+                | Metric::PssKib
+                | Metric::WallMs
+                | Metric::CpuMs
+        )
     }
 }
 

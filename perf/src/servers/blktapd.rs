@@ -21,7 +21,7 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
     serve.arg("serve").arg("--run-dir").arg(run_dir).args(["--metrics", "none", "--cpus", &cpus.join(",")]);
     let mut command = shown(&serve);
     let ctl = run_dir.join("ctl.sock");
-    let mut process = Process::spawn(serve, &setup.cores, &run_dir.join("log"))?;
+    let mut process = Process::spawn(serve, &setup.cores, &run_dir.join("output"))?;
     process.wait_until(READY_TIMEOUT, || answers(&ctl))?;
 
     let mut endpoints = Vec::with_capacity(setup.disks.len());
@@ -46,9 +46,10 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
 }
 
 /// The image spec of a disk.
-fn spec(disk: &Disk, name: &str) -> String {
+pub(super) fn spec(disk: &Disk, name: &str) -> String {
     match disk {
         Disk::File(path) => format!("raw:{}", percent_encoded(path)),
+        Disk::Image { format, path, .. } => format!("{}:{}", format.name(), percent_encoded(path)),
         Disk::Ram(bytes) => format!("ram:{name}?size={bytes}"),
         Disk::Null(bytes) => format!("null:?size={bytes}"),
     }

@@ -112,15 +112,71 @@ impl Program {
     }
 }
 
+/// A format of image files, as far as the benches measure it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// qcow2, with the clusters of 64 KiB that both sides make by default.
+    Qcow2,
+    /// Dynamic VHD, with blocks of 2 MiB.
+    Vhd,
+}
+
+impl Format {
+    /// The type of an image in blktapd's names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Qcow2 => "qcow2",
+            Format::Vhd => "vhd",
+        }
+    }
+
+    /// QEMU's name of its driver.
+    pub fn qemu_driver(self) -> &'static str {
+        match self {
+            Format::Qcow2 => "qcow2",
+            Format::Vhd => "vpc",
+        }
+    }
+}
+
 /// The bytes behind an export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Disk {
     /// A raw file, served with direct I/O where the server can.
     File(PathBuf),
+    /// An image, with direct I/O as well.
+    Image {
+        /// Its format.
+        format: Format,
+        /// Its file.
+        path: PathBuf,
+        /// What is below it. The image names it by itself; QEMU is told again, so that `aio` holds for all layers.
+        below: Option<Box<Disk>>,
+    },
     /// Memory of so many bytes that really holds what is written.
     Ram(u64),
     /// A disk of so many bytes that holds nothing.
     Null(u64),
+}
+
+impl Disk {
+    /// An image with nothing below it.
+    pub fn image(format: Format, path: PathBuf) -> Self {
+        Disk::Image { format, path, below: None }
+    }
+
+    /// The file that is written, if there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Disk::File(path) | Disk::Image { path, .. } => Some(path),
+            Disk::Ram(_) | Disk::Null(_) => None,
+        }
+    }
+
+    /// The name of the disk for blktapd; a disk in memory is called `name`.
+    pub fn spec(&self, name: &str) -> String {
+        blktapd::spec(self, name)
+    }
 }
 
 /// What to start: a server with disks, on cores.

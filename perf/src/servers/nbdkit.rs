@@ -23,6 +23,7 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
         [Disk::Ram(bytes)] => {
             command.args(["memory", &bytes.to_string()]);
         }
+        [Disk::Image { format, .. }] => bail!("nbdkit has no plugin for {}", format.name()),
         [Disk::Null(bytes)] => {
             command.args(["null", &bytes.to_string()]);
         }
