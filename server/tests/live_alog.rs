@@ -150,7 +150,7 @@ fn qcow2_alone() {
 
 #[test]
 fn qcow2_of_small_clusters() {
-    survives(2, |rig, _| alone(rig, "qcow2", &["cluster_size=512"]));
+    survives(2, |rig, _| alone(rig, "qcow2", &["cluster_size=4K"]));
 }
 
 #[test]
