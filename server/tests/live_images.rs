@@ -15,7 +15,7 @@ use std::time::Duration;
 use live_rig::load::Load;
 use live_rig::model::Model;
 use live_rig::nbd_client::Client;
-use live_rig::{BLKTAPD, PATIENCE, Random, Rig, Running, fio_verified, nbdsh, raw, run};
+use live_rig::{BLKTAPD, PATIENCE, Random, Rig, Running, fio_verified, nbdsh, raw, run, wait_until};
 use serde_json::Value;
 
 const KIB: u64 = 1 << 10;
@@ -316,4 +316,166 @@ fn images_survive_kill_without_a_flush() {
             scope.spawn(move || survives_kill(kind, seed as u64));
         }
     });
+}
+
+/// A program that has a file open, for writing unless it says otherwise.
+fn holder(rig: &Rig, path: &Path, options: &[&str]) -> Running {
+    let socket = rig.path("peer.sock");
+    let _ = fs::remove_file(&socket);
+    let serve = ["-t", "-f", "raw", "-k", &text(&socket), &text(path)];
+    let mut running = Running::start(std::process::Command::new("qemu-nbd").args(options).args(serve));
+    wait_until("it has the file", || socket.exists() || !running.runs());
+    assert!(running.runs(), "{}", running.printed());
+    running
+}
+
+#[test]
+fn disks_share_what_is_below_and_respect_locks() {
+    let rig = Rig::with(2, &[]);
+    let bytes = patches(3, 4 * MIB);
+    let base = file_of(&rig, "base.raw", &bytes);
+    let over = |name: &str| {
+        let path = rig.path(&format!("{name}.qcow2"));
+        qemu_img(&["create", "-f", "qcow2", "-b", &text(&base), "-F", "raw", &text(&path)]);
+        (format!("qcow2:{}", path.display()), path)
+    };
+    let ((one, one_path), (two, two_path)) = (over("one"), over("two"));
+    let shards = rig.ctl_json(&["shards"]).as_array().expect("a list").len();
+    rig.attach("one", &one, &["--shard", "0"]);
+    rig.attach("two", &two, &["--shard", &(shards - 1).to_string()]);
+    let mut expected = [bytes.clone(), bytes.clone()];
+    for (index, disk) in ["one", "two"].into_iter().enumerate() {
+        let value = 100 + index as u8;
+        Client::connect(&rig.socket(disk)).expect("connects").write(MIB + 77, &[value; 70_000]);
+        expected[index][MIB as usize + 77..][..70_000].fill(value);
+    }
+    rig.ctl_ok(&["move", "one", &(shards - 1).to_string()]);
+    assert_same(&contents(&rig, "one"), &expected[0]);
+    assert_same(&contents(&rig, "two"), &expected[1]);
+
+    // Others read what is below, and nobody writes to it; nobody else has the overlays.
+    let (below, copy) = (text(&base), text(&rig.path("copy.raw")));
+    qemu_img(&["convert", "-f", "raw", "-O", "raw", &below, &copy]);
+    let locked = |arguments: &[&str]| {
+        let said = run("qemu-io", arguments).expect_failure();
+        assert!(said.contains("lock"), "{said}");
+    };
+    locked(&["-f", "raw", "-c", "write 0 512", &below]);
+    locked(&["-f", "qcow2", "-c", "write 0 512", &text(&one_path)]);
+    locked(&["-r", "-f", "qcow2", "-c", "read 0 512", &text(&two_path)]);
+    for line in
+        [&["image", "resize", &raw(&base), "8M"][..], &["image", "check", &one], &["image", "coalesce", &two]]
+    {
+        let said = run(BLKTAPD, line).expect_failure();
+        assert!(said.contains("in use") || said.contains("uses it"), "{line:?}: {said}");
+    }
+    let said = rig.ctl(&["attach", "three", &raw(&base), "--nbd"]).expect_failure();
+    assert!(said.contains("one") && said.contains("base.raw") && said.contains("--read-only"), "{said}");
+    rig.attach("three", &raw(&base), &["--read-only"]);
+    assert_same(&contents(&rig, "three"), &bytes);
+    rig.ctl_ok(&["detach", "three"]);
+
+    // The last one gives it back.
+    rig.ctl_ok(&["detach", "one"]);
+    locked(&["-f", "raw", "-c", "write 0 512", &below]);
+    qemu_img(&["check", "-f", "qcow2", &text(&one_path)]);
+    rig.ctl_ok(&["detach", "two"]);
+    let writer = holder(&rig, &base, &[]);
+    let said = rig.ctl(&["attach", "one", &one, "--nbd"]).expect_failure();
+    assert!(said.contains("base.raw") && said.contains("one.qcow2"), "{said}");
+    drop(writer);
+    let reader = holder(&rig, &base, &["-r"]);
+    rig.attach("one", &one, &[]);
+    assert_same(&contents(&rig, "one"), &expected[0]);
+    let said = rig.ctl(&["attach", "base", &raw(&base), "--nbd"]).expect_failure();
+    assert!(said.contains("base.raw"), "{said}");
+    drop(reader);
+    assert_same(&fs::read(&base).expect("reads"), &bytes);
+}
+
+/// What a script does: pause, make another image of the same contents, resume on it.
+#[test]
+fn a_paused_disk_goes_on_with_another_image() {
+    let mut rig = Rig::with(2, &[]);
+    let image = Kind::Qcow2.make(&rig, "disk", 4 * MIB);
+    rig.attach("disk", &image.spec, &[]);
+    let mut client = Client::connect(&rig.socket("disk")).expect("connects");
+    let mut expected = patches(5, 4 * MIB);
+    client.write(0, &expected);
+    let next = format!("qcow2:{}", rig.path("next.qcow2").display());
+
+    rig.ctl_ok(&["pause", "disk"]);
+    let waiting = client.send(live_rig::nbd_client::Op::Write, 0, 5000, 3, b"abc");
+    // The old image is still locked; an overlay that nobody looks below of can be made all the same.
+    let over = [
+        "create",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        &text(&image.path),
+        "-F",
+        "qcow2",
+        &next["qcow2:".len()..],
+        "4M",
+    ];
+    qemu_img(&over);
+    // What is wrong is refused, and the disk is still paused, with the old image.
+    for (wrong, words) in [
+        (raw(&rig.image("large.raw", 8 * MIB)), "8388608 bytes"),
+        (format!("qcow2:{}", rig.path("none.qcow2").display()), "no such file"),
+        ("ram:other?size=1M".to_owned(), "1048576 bytes"),
+        (raw(&rig.image("x.raw", 4 * MIB)).replace("raw:", "vhd:"), "x.raw"),
+    ] {
+        let said = rig.ctl(&["resume", "disk", "--image", &wrong]).expect_failure();
+        assert!(said.contains(words), "{words:?} is missing for {wrong}: {said}");
+        let shown = rig.ctl_json(&["show", "disk"]);
+        assert_eq!(
+            (shown["state"].as_str(), shown["image"].as_str()),
+            (Some("paused"), Some(&*image.spec)),
+            "{said}"
+        );
+    }
+    rig.ctl_ok(&["resume", "disk", "--image", &next]);
+    let answer = client.receive().expect("an answer");
+    assert_eq!((answer.cookie, answer.error), (waiting, 0));
+    expected[5000..5003].copy_from_slice(b"abc");
+    assert_same(&client.read(0, expected.len()), &expected);
+
+    // A wrong one, and then on with the old one.
+    rig.ctl_ok(&["pause", "disk"]);
+    rig.ctl(&["resume", "disk", "--image", &raw(&rig.path("large.raw"))]).expect_failure();
+    rig.ctl_ok(&["resume", "disk"]);
+    client.write(9000, b"def");
+    expected[9000..9003].copy_from_slice(b"def");
+    // What is below is free to be read: a copy of another type.
+    rig.ctl_ok(&["pause", "disk"]);
+    let (third, copy) = (rig.path("third.qcow2"), format!("vhd:{}", rig.path("copy.vhd").display()));
+    qemu_img(&[
+        "create",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        &next["qcow2:".len()..],
+        "-F",
+        "qcow2",
+        &text(&third),
+        "4M",
+    ]);
+    rig.ctl_ok(&["resume", "disk", "--image", &format!("qcow2:{}", third.display())]);
+    rig.ctl_ok(&["pause", "disk"]);
+    image_tool(&["convert", &next, &copy]);
+    rig.ctl_ok(&["resume", "disk", "--image", &copy]);
+    assert_same(&client.read(0, expected.len()), &expected);
+    client.write(70_000, b"ghi");
+    expected[70_000..70_003].copy_from_slice(b"ghi");
+    drop(client);
+    rig.kill();
+    rig.restart();
+    rig.wait_for_state("disk", "running");
+    assert_eq!(rig.ctl_json(&["show", "disk"])["image"], copy);
+    assert_same(&contents(&rig, "disk"), &expected);
+    // The old ones are free.
+    qemu_img(&["check", "-f", "qcow2", &text(&image.path)]);
 }
