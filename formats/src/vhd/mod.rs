@@ -9,7 +9,7 @@
 //! | [`geometry`] | cylinders, heads, sectors; which size of a footer counts |
 //! | [`layout`] | reading all of them and checking them against each other |
 //! | [`bat`] | the block table and the walk over it |
-//! | [`fixed`], [`sparse`], [`sparse_plan`] | the drivers |
+//! | [`fixed`], [`sparse`], `sparse_plan` | the drivers |
 //! | [`reserve`] | places for new blocks |
 //! | [`resize`], [`create`], [`check`], `parent` | what they say |
 //!
