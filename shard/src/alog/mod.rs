@@ -7,7 +7,7 @@
 //! it is of another boot of the host: then it is void.
 //!
 //! The file is allocated before it is mapped, so that no store to it can fail (SIGBUS), and gets its name when its header is
-//! complete. [`ring`] has the bytes.
+//! complete. `ring` has the bytes.
 
 mod ring;
 #[cfg(test)]
@@ -184,7 +184,7 @@ impl Words for Mapped {
     }
 }
 
-/// A log, mapped. One [`Log`] at a time notes in it.
+/// A log, mapped. One `Log` at a time notes in it.
 pub struct LogFile {
     words: Mapped,
     path: PathBuf,
