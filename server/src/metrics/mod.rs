@@ -2,7 +2,7 @@
 //!
 //! Names follow node_exporter's diskstats with the prefix `blktapd_disk_` and one stable label, `disk`; what else is known about
 //! a disk is in `blktapd_disk_info`. Histograms of an operation appear with its first request, so that idle disks cost little.
-//! What there is for each disk is written directly ([`text`]), everything else through the collector.
+//! What there is for each disk is written directly (`text`), everything else through the collector.
 //! A scrape runs on a thread of its own and touches no shard: counters have one writer and are read without locks.
 
 mod disks;
