@@ -195,6 +195,9 @@ pub enum CtlCommand {
     Pause {
         /// The disk
         name: String,
+        /// Also close its image and give the locks back, so that a script can work on it; `resume` opens it again
+        #[arg(long)]
+        release: bool,
     },
     /// Run a paused disk, or held requests of a disk in storage-error again
     Resume {

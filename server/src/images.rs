@@ -46,6 +46,7 @@ pub struct OpenImage {
     held: Held,
     /// Allocation logs of the images of a chain that are or were written.
     logs: Vec<Arc<LogFile>>,
+    released: bool,
 }
 
 /// What has to be given back.
@@ -78,6 +79,11 @@ impl OpenImage {
         Measure(self.held.clone())
     }
 
+    /// The image was closed for a script to work on.
+    pub fn is_released(&self) -> bool {
+        self.released
+    }
+
     /// No image, of a size in bytes.
     pub fn nothing(size_bytes: u64) -> OpenImage {
         OpenImage {
@@ -88,6 +94,7 @@ impl OpenImage {
             identity: None,
             held: Held::Nothing,
             logs: Vec::new(),
+            released: true,
         }
     }
 
@@ -191,6 +198,7 @@ impl Images {
                 identity: None,
                 held: Held::Nothing,
                 logs: Vec::new(),
+                released: false,
             }),
             Target::Image { format, path, options } => {
                 let wanted = Wanted { format: format.name(), path, options, read_only, disk, deadline };
@@ -244,6 +252,7 @@ impl Images {
             identity: None,
             held: Held::File(opened.key),
             logs: Vec::new(),
+            released: false,
         })
     }
 
@@ -325,6 +334,7 @@ impl Images {
             identity: None,
             held: Held::Ram(name.to_owned()),
             logs: Vec::new(),
+            released: false,
         }))
     }
 

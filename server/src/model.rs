@@ -481,6 +481,19 @@ pub struct DetachQuery {
     pub timeout_s: Option<u32>,
 }
 
+/// How to pause.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub struct PauseQuery {
+    /// Also close the image and give its locks back, so that a script can work on it. A resume opens it again.
+    #[serde(default)]
+    pub release: Option<bool>,
+    /// Seconds; 30 when absent.
+    #[param(minimum = 0, maximum = 600)]
+    pub timeout_s: Option<u32>,
+}
+
 /// Which events.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]

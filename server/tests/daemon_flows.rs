@@ -229,12 +229,16 @@ async fn a_pause_that_takes_too_long_goes_back_to_running() {
     rig.attach("d", "null:?size=1G").await.unwrap();
     let shard = shard_with(&rig, "d").clone();
     shard.script("pause", Behaviour::Hold);
-    let problem = rig.daemon.pause("d", soon(50)).await.unwrap_err();
+    let problem = rig.daemon.pause("d", false, soon(50)).await.unwrap_err();
     assert_eq!(problem.kind, ProblemKind::TimedOut);
     assert_eq!(shard.log().last(), Some(&"resume"));
     shard.script("pause", Behaviour::Answer);
-    assert_eq!(rig.daemon.pause("d", soon(1000)).await.unwrap().state, State::Paused);
-    assert_eq!(rig.daemon.pause("d", soon(1000)).await.unwrap().state, State::Paused, "again is no error");
+    assert_eq!(rig.daemon.pause("d", false, soon(1000)).await.unwrap().state, State::Paused);
+    assert_eq!(
+        rig.daemon.pause("d", false, soon(1000)).await.unwrap().state,
+        State::Paused,
+        "again is no error"
+    );
     let disk = rig.daemon.resume("d", Default::default(), soon(1000)).await.unwrap();
     assert_eq!(disk.state, State::Running);
 }
@@ -245,10 +249,10 @@ async fn a_pause_and_a_give_up_hold_over_a_crash_until_they_are_ended() {
     for name in ["paused", "resumed", "given-up", "runs"] {
         rig.attach(name, "null:?size=1G").await.unwrap();
     }
-    rig.daemon.pause("paused", soon(1000)).await.unwrap();
-    rig.daemon.pause("resumed", soon(1000)).await.unwrap();
+    rig.daemon.pause("paused", false, soon(1000)).await.unwrap();
+    rig.daemon.pause("resumed", false, soon(1000)).await.unwrap();
     rig.daemon.resume("resumed", Default::default(), soon(1000)).await.unwrap();
-    rig.daemon.pause("given-up", soon(1000)).await.unwrap();
+    rig.daemon.pause("given-up", false, soon(1000)).await.unwrap();
     rig.daemon.fail("given-up", soon(1000)).await.unwrap();
     let states = [
         ("paused", State::Paused),
@@ -289,13 +293,13 @@ async fn a_pause_that_cannot_be_kept_is_ended() {
     // A directory in the place of the state's new file makes every write fail.
     let block = rig.dir.path().join("run/state/attachments.json.new");
     std::fs::create_dir(&block).unwrap();
-    let problem = rig.daemon.pause("d", soon(1000)).await.unwrap_err();
+    let problem = rig.daemon.pause("d", false, soon(1000)).await.unwrap_err();
     assert!(problem.message.contains("runs on"), "{problem}");
     assert_eq!(state_of(&rig, "d"), Some(State::Running));
     assert!(rig.daemon.fail("d", soon(1000)).await.is_err());
     assert_eq!(state_of(&rig, "d"), Some(State::Running), "not given up, since that could not be kept");
     std::fs::remove_dir(&block).unwrap();
-    rig.daemon.pause("d", soon(1000)).await.unwrap();
+    rig.daemon.pause("d", false, soon(1000)).await.unwrap();
     std::fs::create_dir(&block).unwrap();
     assert!(rig.daemon.resume("d", Default::default(), soon(1000)).await.is_err());
     assert_eq!(state_of(&rig, "d"), Some(State::Paused));

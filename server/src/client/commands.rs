@@ -35,8 +35,8 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
             show(json, &stats, |stats| tables::stats(stats))?;
         }
         CtlCommand::Qos(qos) => set_limits(&connection, *qos, json).await?,
-        CtlCommand::Pause { name } => {
-            let path = disk_path(&name, "/pause")?;
+        CtlCommand::Pause { name, release } => {
+            let path = disk_path(&name, &format!("/pause?release={release}"))?;
             changed(json, &connection.change(Method::POST, &path, NO_BODY).await?)?;
         }
         CtlCommand::Resume { name, data_in_doubt, image } => {

@@ -16,7 +16,24 @@ use crate::state::{Attachment, Hold};
 
 impl Daemon {
     /// Holds a disk's requests; returns when nothing is in flight. A disk that cannot be quiet in time runs on.
-    pub async fn pause(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
+    /// With `release` its image is closed then, and a resume opens it again.
+    pub async fn pause(
+        self: &Arc<Self>,
+        name: &str,
+        release: bool,
+        deadline: Instant,
+    ) -> Result<model::Disk, Problem> {
+        let paused = self.hold_requests(name, deadline).await?;
+        if !release {
+            return Ok(paused);
+        }
+        let _guard = self.lock_name(name, deadline).await?;
+        let disk = self.disk(name)?;
+        self.release_paused(&disk).await?;
+        Ok(self.describe(&disk))
+    }
+
+    async fn hold_requests(self: &Arc<Self>, name: &str, deadline: Instant) -> Result<model::Disk, Problem> {
         let (disk, id, mut call) = {
             let _guard = self.lock_name(name, deadline).await?;
             let disk = self.disk(name)?;
@@ -130,8 +147,14 @@ impl Daemon {
             }
             // An attempt that had begun before has brought it up as it was.
         }
-        if let Some(image) = &request.image {
-            self.change_image(disk, &image.spec()?, deadline).await?;
+        let released = disk.inner().live.as_ref().is_some_and(|live| live.image.is_released());
+        match &request.image {
+            Some(image) => self.change_image(disk, &image.spec()?, deadline).await?,
+            None if released => {
+                let image = disk.inner().attachment.image.clone();
+                self.change_image(disk, &image, deadline).await?;
+            }
+            None => {}
         }
         let (id, shard) = live(disk)?;
         let doubts = disk.counters.data_in_doubt.get();

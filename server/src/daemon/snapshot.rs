@@ -80,6 +80,10 @@ impl Daemon {
         if options.snapshot.is_some() {
             return refuse(format!("{spec} names a snapshot inside an image; an overlay is a new file"));
         }
+        if disk.inner().live.as_ref().is_some_and(|live| live.image.is_released()) {
+            let message = format!("disk {}: its image was released by a pause: resume it first", disk.name);
+            return Err(Problem::new(ProblemKind::Busy, message));
+        }
         let paused = match disk.state() {
             State::Running => false,
             State::Paused => true,
@@ -270,20 +274,28 @@ impl Daemon {
             ));
         }
         let before = disk.inner().attachment.clone();
+        let mut after = before.clone();
+        after.image = spec.clone();
+        after.request.image = model::Image::Parts(spec.clone());
         let size = disk.inner().live.as_ref().map_or(0, |live| live.image.size_bytes);
         self.fleet.call(shard, Command::Swap { disk: id, backend: Backend::Null }).await?;
         self.release_image(disk).await;
         let read_only = before.request.read_only;
         let opened = async {
             let image = self.images.open(spec, read_only, &disk.name, deadline).await?;
-            if image.size_bytes == size {
-                return Ok(image);
-            }
-            let problem = Problem::invalid(format!(
-                "{spec} has {} bytes and the disk has {size}: its clients would see another size; give it an image of the \
+            let problem = if image.size_bytes == size {
+                // Kept first, so that nothing can fail behind the change.
+                match self.state.set_disk(&disk.name, Some(after.clone())).await {
+                    Ok(()) => return Ok(image),
+                    Err(problem) => problem,
+                }
+            } else {
+                Problem::invalid(format!(
+                    "{spec} has {} bytes and the disk has {size}: its clients would see another size; give it an image of the \
                  same size, or detach and attach it",
-                image.size_bytes
-            ));
+                    image.size_bytes
+                ))
+            };
             self.images.release(image, &disk.name).await;
             Err(problem)
         };
@@ -313,11 +325,27 @@ impl Daemon {
             return Err(Problem::failed(format!("disk {} {reason}", disk.name)));
         }
         result?;
-        let mut after = before.clone();
-        after.image = spec.clone();
-        after.request.image = model::Image::Parts(spec.clone());
-        self.state.set_disk(&disk.name, Some(after.clone())).await?;
         disk.inner().attachment = after;
+        Ok(())
+    }
+
+    /// Closes the image of a paused disk, so that others can work on it. Its clients wait.
+    pub(super) async fn release_paused(self: &Arc<Self>, disk: &Arc<Disk>) -> Result<(), Problem> {
+        let (id, shard) = live(disk)?;
+        let image = disk.inner().attachment.image.clone();
+        if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
+            return Err(Problem::invalid(format!(
+                "disk {} is paused; {image} has no file to release",
+                disk.name
+            )));
+        }
+        if disk.state() != State::Paused || disk.inner().live.as_ref().is_none_or(|l| l.image.is_released()) {
+            return Ok(());
+        }
+        self.fleet.call(shard, Command::Swap { disk: id, backend: Backend::Null }).await?;
+        self.release_image(disk).await;
+        disk.inner().reason = Some("paused by an operator, and its image is released".to_owned());
+        self.events.record(Level::Info, Some(&disk.name), format!("paused: {image} is released"));
         Ok(())
     }
 

@@ -8,8 +8,8 @@ use super::extract::{Body, Name, Params};
 use super::{Api, Errors};
 use crate::daemon::deadline_after;
 use crate::model::{
-    AttachRequest, Deadline, DetachQuery, Disk, DiskStats, MoveRequest, QosRequest, ResizeRequest,
-    ResumeRequest, SnapshotRequest,
+    AttachRequest, Deadline, DetachQuery, Disk, DiskStats, MoveRequest, PauseQuery, QosRequest,
+    ResizeRequest, ResumeRequest, SnapshotRequest,
 };
 use crate::problem::Problem;
 
@@ -93,16 +93,17 @@ pub async fn qos(
 
 /// Hold a disk's requests. A disk that cannot be quiet in time runs on.
 #[utoipa::path(post, path = "/v1/disks/{name}/pause", tag = "disks",
-    params(("name" = String, Path, description = "The disk", pattern = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"), Deadline),
+    params(("name" = String, Path, description = "The disk", pattern = "^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"), PauseQuery),
     responses((status = 200, body = Disk), Errors))]
 pub async fn pause(
     State(api): State<Api>,
     Name(name): Name,
-    Params(query): Params<Deadline>,
+    Params(query): Params<PauseQuery>,
 ) -> Result<Json<Disk>, Problem> {
     let deadline = deadline_after(query.timeout_s)?;
     let daemon = api.daemon.clone();
-    api.daemon.run(async move { daemon.pause(&name, deadline).await }).await.map(Json)
+    let release = query.release.unwrap_or(false);
+    api.daemon.run(async move { daemon.pause(&name, release, deadline).await }).await.map(Json)
 }
 
 /// Run a paused disk, run held requests of a disk in storage-error again, or try a failed disk now.

@@ -64,7 +64,16 @@ impl Images {
                 let note = (!chain.notes.is_empty()).then(|| chain.notes.join("; "));
                 let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
                 let (held, logs) = (Held::Chain(keys), chain.logs);
-                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, identity, held, logs })
+                Ok(OpenImage {
+                    backend,
+                    size_bytes,
+                    block_bytes: 1,
+                    note,
+                    identity,
+                    held,
+                    logs,
+                    released: false,
+                })
             }
             Err(error) => {
                 let logs = std::mem::take(&mut chain.logs);
@@ -367,7 +376,16 @@ impl Images {
                 let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
                 let (held, logs) = (Held::Chain(keys), chain.logs);
                 let note = chain.notes.pop();
-                Ok(OpenImage { backend, size_bytes, block_bytes: 1, note, identity, held, logs })
+                Ok(OpenImage {
+                    backend,
+                    size_bytes,
+                    block_bytes: 1,
+                    note,
+                    identity,
+                    held,
+                    logs,
+                    released: false,
+                })
             }
             Err(error) => {
                 let logs = std::mem::take(&mut chain.logs);

@@ -2,13 +2,15 @@
 //! where it has not.
 //!
 //! fallocate always runs on a kernel thread and holds the file's lock, so at most two are out per file; discards that wait and
-//! touch each other become one. What a store refuses once (EOPNOTSUPP) is not asked again.
+//! touch each other become one. On a regular file it gets whole pages only: the kernel zeroes parts of a page in the page cache, which
+//! O_DIRECT goes around (a discard is narrowed, zeroes are written one by one). What a store refuses once (EOPNOTSUPP) is not asked again.
 
 use std::collections::VecDeque;
 
 use super::{Action, Ctx, Disk, Mem, SideTarget, Target};
-use crate::api::{Backend, FileKind};
+use crate::api::{Backend, CacheMode, FileKind};
 use crate::request::{Kind, PIECE, Phase, ReqKey};
+use crate::storage::pool::PAGE;
 use crate::storage::side::SideCall;
 use formats::raw;
 
@@ -54,11 +56,15 @@ impl Disk {
     fn way(&self, kind: Kind, offset: u64, len: u64) -> Way {
         let Backend::File(file) = &self.config.backend else { return Way::Nothing };
         let aligned = raw::cover(offset, len, self.align()).is_aligned();
+        let pages = self.whole_pages(offset, offset + len);
+        let in_pages = pages == (offset..offset + len);
         let (no_hole, fast) = match kind {
             Kind::WriteZeroes { no_hole, fast, .. } => (no_hole, fast),
             _ => {
                 return match file.kind {
-                    FileKind::Regular if !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
+                    FileKind::Regular if !self.space.no_punch && !pages.is_empty() => {
+                        Way::Call(Call::Fallocate(PUNCH))
+                    }
                     FileKind::Block { discard: true } if aligned && !self.space.no_discard => {
                         Way::Call(Call::DiscardDevice)
                     }
@@ -68,6 +74,7 @@ impl Disk {
         };
         let slow = if fast { Way::Refuse } else { Way::Fill };
         match file.kind {
+            FileKind::Regular if !in_pages => slow,
             FileKind::Regular if !no_hole && !self.space.no_punch => Way::Call(Call::Fallocate(PUNCH)),
             FileKind::Regular if !self.space.no_zero_range => Way::Call(Call::Fallocate(ZERO)),
             // A device's punch zeroes by unmapping or fails; its zero range falls back to writing, which is not fast.
@@ -79,6 +86,20 @@ impl Disk {
             }
             _ => slow,
         }
+    }
+
+    /// The pages of a regular file that lie in a range whole. What is reached through the page cache anyway counts as whole.
+    fn whole_pages(&self, start: u64, end: u64) -> std::ops::Range<u64> {
+        let page = match &self.config.backend {
+            Backend::File(file) if file.kind == FileKind::Regular && file.cache == CacheMode::None => {
+                PAGE as u64
+            }
+            _ => 1,
+        };
+        let border = self.direct_end();
+        let start = if start >= border { start } else { start.next_multiple_of(page) };
+        let end = if end >= border { end } else { end & !(page - 1) };
+        start..end.max(start)
     }
 
     /// The store will write zeroes one by one.
@@ -142,7 +163,11 @@ impl Disk {
             }
             let group = self.space.groups.insert((call, members)) as u32;
             self.space.in_flight += 1;
-            let (offset, len) = (start, end - start);
+            let range = match call {
+                Call::Fallocate(_) => self.whole_pages(start, end),
+                Call::DiscardDevice => start..end,
+            };
+            let (offset, len) = (range.start, range.end - range.start);
             ctx.out.push(match call {
                 Call::Fallocate(mode) => Action::Fallocate { group, mode, offset, len },
                 Call::DiscardDevice => Action::Side {
