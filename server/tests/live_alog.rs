@@ -238,9 +238,10 @@ fn an_image_that_somebody_changed_is_not_served() {
     run("qemu-img", &["snapshot", "-c", "foreign", &kind.path.display().to_string()]).expect_ok();
     let before = fs::read(&kind.path).expect("reads");
     rig.restart();
+    // Failed it is from the start, until its image is open: the reason tells.
+    let log = live.path.display().to_string();
+    wait_until("the reason", || rig.ctl_ok(&["show", "disk"]).contains(&log));
     rig.wait_for_state("disk", "failed");
-    let shown = rig.ctl_ok(&["show", "disk"]);
-    assert!(shown.contains(&live.path.display().to_string()), "{shown}");
     assert!(live_log(&rig).is_some(), "the log is kept");
     assert_eq!(fs::read(&kind.path).expect("reads"), before, "nothing was written");
     // What the message says to do.
@@ -259,9 +260,11 @@ fn a_table_that_somebody_changed_is_not_served() {
     bytes[table..table + 4 * 64].fill(0x11);
     fs::write(&kind.path, &bytes).expect("writes");
     rig.restart();
+    wait_until("the reason", || {
+        let shown = rig.ctl_ok(&["show", "disk"]);
+        shown.contains("allocation log") && shown.contains("0x1111")
+    });
     rig.wait_for_state("disk", "failed");
-    let shown = rig.ctl_ok(&["show", "disk"]);
-    assert!(shown.contains("allocation log") && shown.contains("0x1111"), "{shown}");
     assert!(fs::metadata(&live.path).is_ok() && live_log(&rig).is_some(), "the log is kept");
     assert_eq!(fs::read(&kind.path).expect("reads"), bytes, "nothing was written");
 }

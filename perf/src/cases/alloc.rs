@@ -6,8 +6,8 @@ use anyhow::Result;
 use super::{Bench, order, per_million};
 use crate::files::ImageDir;
 use crate::images::Tool;
-use crate::load::Op;
 use crate::load::sweep::{self, Sweep};
+use crate::load::{Client, Op};
 use crate::report::{Metric, Row, Values};
 use crate::servers::{self, Aio, Disk, Format, Kind, Program, Setup};
 use crate::{proc, stop};
@@ -160,8 +160,9 @@ fn measure(
         seed: u64::from(round) + 1,
     };
     let pids = server.pids();
+    let client = Client::open(&server.endpoints[0], job.op, BLOCK_BYTES)?;
     let before = proc::cpu(&pids)?;
-    let elapsed = sweep::run(&server.endpoints[0], &job)
+    let elapsed = sweep::run(client, &job)
         .map_err(|error| error.context(format!("the server said: {}", server.last_words())))?;
     let after = proc::usage(&pids)?;
     drop(server);

@@ -10,8 +10,8 @@ use anyhow::Result;
 
 use super::{Bench, order};
 use crate::files::{self, ImageDir};
-use crate::load::Op;
 use crate::load::sweep::{self, Sweep};
+use crate::load::{Client, Op};
 use crate::report::{Metric, Row, Values};
 use crate::servers::{self, Aio, Disk, Format, Kind, Program, Setup};
 use crate::{proc, stop};
@@ -63,7 +63,8 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let disk = Disk::image(format, images.path(&format!("disk.{}", format.name())));
         tool.create(&disk, DISK_BYTES)?;
         let server = start(bench, &blktapd, Aio::IoUring, &disk)?;
-        sweep::run(&server.endpoints[0], &sweep(Op::Write))?;
+        let client = Client::open(&server.endpoints[0], Op::Write, BLOCK_BYTES)?;
+        sweep::run(client, &sweep(Op::Write))?;
         drop(server);
 
         let mut rows = vec![(subject(), blktapd.clone()), (subject().again(), blktapd.clone())];
@@ -96,9 +97,10 @@ fn measure(bench: &mut Bench, row: &Row, program: &Program, format: Format, disk
     let server = start(bench, program, Aio::IoUring, disk)?;
     bench.started(CASE, row, &server);
     let pids = server.pids();
-    let before = proc::read_bytes(&pids)?;
     let job = sweep(Op::Read);
-    let elapsed = sweep::run(&server.endpoints[0], &job)?;
+    let client = Client::open(&server.endpoints[0], job.op, BLOCK_BYTES)?;
+    let before = proc::read_bytes(&pids)?;
+    let elapsed = sweep::run(client, &job)?;
     let read = proc::read_bytes(&pids)?.saturating_sub(before);
     let data = job.count * u64::from(BLOCK_BYTES);
     anyhow::ensure!(read >= data, "the server read {read} bytes of its file for {data} bytes of data");

@@ -9,7 +9,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::client::{Client, Op};
 use super::schedule::Random;
-use crate::servers::Endpoint;
 use crate::stop;
 
 /// Without any reply for so long the server counts as hanging.
@@ -53,8 +52,10 @@ impl Sweep {
 }
 
 /// Runs a sweep and returns how long it took, from the first request to the last reply (of the flush, for writes).
-pub fn run(endpoint: &Endpoint, sweep: &Sweep) -> Result<Duration> {
-    let mut client = Client::open(endpoint, sweep.op, sweep.block_bytes)?;
+///
+/// The connection is opened before, with the sweep's operation and block: a server may still be opening its image when its socket
+/// answers, and what is measured around the sweep must not contain that.
+pub fn run(mut client: Client, sweep: &Sweep) -> Result<Duration> {
     let offsets = sweep.offsets();
     ensure!(!offsets.is_empty() && sweep.depth > 0, "a sweep needs requests");
     let last = offsets.iter().max().copied().unwrap_or(0);
