@@ -136,6 +136,11 @@ impl SharedRegion {
         Ok(SharedRegion { mapping })
     }
 
+    /// Takes the pages out of this process until they are touched again; what they hold stays in the file.
+    pub fn drop_pages(&self) {
+        self.mapping.advise(MmapAdvise::MADV_DONTNEED);
+    }
+
     /// Bytes in the region.
     #[allow(clippy::len_without_is_empty)] // a region has at least one byte
     pub fn len(&self) -> usize {
@@ -259,7 +264,8 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Gives the kernel advice that changes cost, not contents; a refusal is of no consequence.
     fn advise(&self, advice: MmapAdvise) {
-        // SAFETY: the range is this mapping, and the two kinds of advice used here do not change its contents.
+        // SAFETY: the range is this mapping, and the kinds of advice used here do not change its contents (MADV_DONTNEED would
+        // for a private mapping; it is given for shared ones of files only).
         let _ = unsafe { madvise(self.start.cast(), self.len, advice) };
     }
 }

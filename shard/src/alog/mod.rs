@@ -299,6 +299,8 @@ impl Log {
     /// Takes a log up, and what is in it.
     pub fn new(file: Arc<LogFile>) -> (Log, Vec<LogEntry>) {
         let (first, entries) = ring::scan(&file.words);
+        // An idle disk needs none of its pages.
+        file.words.0.drop_pages();
         let position = first + entries.len() as u64;
         (Log { file, position: Cell::new(position), released: Cell::new(first) }, entries)
     }
