@@ -164,7 +164,7 @@ async fn open_sparse(
     if let (true, Some(damage)) = (open.writable, walk.damages.first()) {
         let count = walk.damaged.count();
         let what = format!(
-            "{damage} ({count} such blocks); it can be opened read-only, or repaired by `image check`"
+            "{damage} ({count} such blocks); it can be opened read-only, or repaired by `blktapd image repair`"
         );
         return Err(Error::corrupt(file.name(), what));
     }
