@@ -70,7 +70,8 @@ fn space_comes_back() {
     let found = check(&[&path], None);
     assert_eq!((found.corruptions_total, found.leaks_total, found.allocated_bytes), (0, 0, 0));
     let length = std::fs::metadata(&path).unwrap().len();
-    assert!(length < empty + (64 << 20), "320 MiB went through an image that now has {length} bytes");
+    // 16 MiB are in use at a time, and a busy image keeps up to 64 MiB in reserve.
+    assert!(length < empty + (96 << 20), "320 MiB went through an image that now has {length} bytes");
 }
 
 #[test]
