@@ -561,6 +561,8 @@ pub struct SnapshotRequest {
 #[serde(deny_unknown_fields)]
 pub struct ResizeRequest {
     /// Bytes, a multiple of 512, not less than now.
+    #[serde(deserialize_with = "bytes")]
+    #[schema(maximum = 9223372036854775296_i64)]
     pub size_bytes: u64,
 }
 
@@ -572,6 +574,17 @@ pub struct MoveRequest {
     #[serde(deserialize_with = "shard")]
     #[schema(maximum = 65535)]
     pub shard: u16,
+}
+
+/// A size in bytes; JSON knows no difference between 512 and 512.0.
+fn bytes<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let number = serde_json::Number::deserialize(from)?;
+    let whole =
+        |number: f64| (number.fract() == 0.0 && (0.0..9.3e18).contains(&number)).then_some(number as u64);
+    number.as_u64().or_else(|| number.as_f64().and_then(whole)).ok_or_else(|| {
+        let found = serde::de::Unexpected::Other("another number");
+        serde::de::Error::invalid_value(found, &"a size in bytes")
+    })
 }
 
 /// A shard's number; JSON knows no difference between 1 and 1.0.
