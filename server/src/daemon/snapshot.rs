@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use formats::driver::Create;
 use formats::spec::{ImageSpec, ImageType, Target};
-use shard::api::{Backend, ChainLayer, Command, ImageChain};
+use shard::api::{Backend, ChainLayer, Command, DiskId, ImageChain};
 use tokio::time::Instant;
 
 use super::control::live;
@@ -33,7 +33,7 @@ struct Taking {
     made: bool,
     /// The overlay with the old image below, open; until the disk has it.
     next: Option<OpenImage>,
-    /// The shard has the overlay.
+    /// The shard was told to take the overlay.
     swapped: bool,
 }
 
@@ -191,8 +191,9 @@ impl Daemon {
         };
         let Some((old, old_spec)) = old else { return Err(Problem::failed("it has no image")) };
         next.backend = stack(&next.backend, &old, &old_spec)?;
-        self.fleet.call(shard, Command::Swap { disk: id, backend: next.backend.clone() }).await?;
+        // Before the answer: one that says no may have come after the change.
         one.swapped = true;
+        self.fleet.call(shard, Command::Swap { disk: id, backend: next.backend.clone() }).await?;
         Ok(())
     }
 
@@ -231,9 +232,8 @@ impl Daemon {
                 if let (true, Some(old)) = (one.swapped, old)
                     && let Err(error) = self.fleet.call(shard, Command::Swap { disk: id, backend: old }).await
                 {
-                    let message =
-                        format!("its image could not be brought back after a failed snapshot: {error}");
-                    self.events.record(Level::Error, Some(&one.disk.name), message);
+                    self.give_up_between_images(&mut one, id, shard, &error.message).await;
+                    continue;
                 }
                 // Also ends a pause that is still waited for.
                 let resume = Command::Resume { disk: id, data_in_doubt: false };
@@ -252,6 +252,26 @@ impl Daemon {
                 self.images.remove_overlay(&one.spec, deadline).await;
             }
         }
+    }
+
+    /// Nobody knows which image the shard has: nothing may be acknowledged any more, and no file of either is given back before
+    /// the disk is detached. The attachment names the old image.
+    async fn give_up_between_images(&self, one: &mut Taking, id: DiskId, shard: usize, why: &str) {
+        let failed = self.fleet.call(shard, Command::Fail { disk: id }).await;
+        let reason = format!(
+            "its image could not be brought back after a failed snapshot: {why}; detach it, and attach it again"
+        );
+        if let Err(error) = failed {
+            tracing::error!(disk = &*one.disk.name, "it could not be given up: {error}");
+        }
+        {
+            let mut inner = one.disk.inner();
+            inner.reason = Some(reason.clone());
+            if let (Some(live), Some(next)) = (&mut inner.live, one.next.take()) {
+                live.image.put_on_top(next);
+            }
+        }
+        self.events.record(Level::Error, Some(&one.disk.name), reason);
     }
 
     /// Gives a paused disk another image: what a script has made of the old one. The old image is closed before the new one is

@@ -481,6 +481,7 @@ impl<K: Kernel> Shard<K> {
             self.open_gate(store);
         }
         self.drop_volume(slot);
+        self.end_swap(slot, "the disk's code failed");
         let entry = &mut self.disks[slot as usize];
         entry.panics += 1;
         entry.quarantined = true;

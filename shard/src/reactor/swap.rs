@@ -87,7 +87,9 @@ impl<K: Kernel> Shard<K> {
 
     /// The image of a disk in a swap is open.
     pub(super) fn swap_opened(&mut self, slot: u32) {
-        let Some(swap) = self.disks[slot as usize].swap.take() else { return };
+        // One that has not begun goes on when the disk is at rest.
+        let replaced = |swap: &mut Swap| swap.to.is_none();
+        let Some(swap) = self.disks[slot as usize].swap.take_if(replaced) else { return };
         let result = match swap.error {
             None => Ok(Reply::Done),
             Some(message) => Err(ShardError { kind: ShardErrorKind::Failed, message }),

@@ -516,6 +516,15 @@ impl<K: Kernel> Shard<K> {
                 match polled {
                     Ok(Poll::Pending) => {}
                     Ok(Poll::Ready(result)) => self.task_done(slot, whom, result),
+                    // Opening it once more would come to the same: it is an error of the image, not a quarantine.
+                    Err(message) if whom == For::Open => {
+                        if let Some(engine) = &mut self.disks[slot as usize].engine {
+                            engine.tasks.try_remove(task);
+                        }
+                        let what =
+                            format!("its driver failed while it was opened ({message}); please report it");
+                        self.task_done(slot, whom, Err(Error::corrupt("the image", what)));
+                    }
                     Err(message) => return self.quarantine(slot, &message),
                 }
             }
