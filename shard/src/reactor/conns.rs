@@ -68,7 +68,10 @@ impl<K: Kernel> Shard<K> {
         match stop {
             Stop::Input => {
                 let op = conn.receive_op(&self.pool);
-                match self.kernel.receive_now(op) {
+                // A client with one request at a time sends the next when it has its answer: looking now would find nothing.
+                let more = matches!(op, Op::RecvMsg { .. }) || conn.requests() > 1;
+                let result = if more { self.kernel.receive_now(op) } else { -libc::EAGAIN };
+                match result {
                     errno if matches!(-errno, libc::EAGAIN | libc::EINTR) => {
                         let user_data = self.ops.insert(OpKind::Recv { conn: slot });
                         conn.recv_op = Some(user_data);

@@ -20,7 +20,8 @@ const ENTRIES: u32 = 1024;
 const CQ_ENTRIES: u32 = 8192;
 /// Completions that nobody waits for: of cancels' timer updates.
 const IGNORED: u64 = u64::MAX - 1;
-/// IORING_RECVSEND_POLL_FIRST of linux/io_uring.h: the socket was just found empty, so do not look before it is readable.
+/// IORING_RECVSEND_POLL_FIRST of linux/io_uring.h: the socket was just found empty, or is expected to be, so do not look before it is
+/// readable.
 const POLL_FIRST: u16 = 1;
 /// Kernel threads for operations that block (bounded: regular files and devices; unbounded: sockets and the like). The reactor
 /// lets no more than a quarter of the bounded ones work for one store, and no I/O take one unasked (`nowait`).
