@@ -30,6 +30,8 @@ pub enum Hold {
     No,
     /// `ctl pause`: to hold its requests, until `ctl resume`.
     Paused,
+    /// `ctl pause --release`: the same with its image closed, so that others can work on it. Never opened before `ctl resume`.
+    Released,
     /// `ctl fail`: to answer everything with errors, until it is detached.
     GivenUp,
 }
@@ -39,11 +41,19 @@ impl Hold {
         *self == Hold::No
     }
 
+    /// Its requests wait for `ctl resume`.
+    pub fn is_pause(self) -> bool {
+        matches!(self, Hold::Paused | Hold::Released)
+    }
+
     /// Why a disk that is held does not serve, for the operator.
     pub fn reason(self) -> Option<&'static str> {
         match self {
             Hold::No => None,
             Hold::Paused => Some("paused by `ctl pause`; `ctl resume` runs it again"),
+            Hold::Released => Some(
+                "paused by `ctl pause --release`, its image is closed; `ctl resume` opens it and runs it again",
+            ),
             Hold::GivenUp => Some("given up by `ctl fail`; detach it, and attach it again to use it"),
         }
     }

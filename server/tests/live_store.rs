@@ -325,6 +325,17 @@ fn a_store_that_never_answers_makes_a_zombie_and_disturbs_nobody() {
     let outcome = rig.ctl(&["--timeout", "1", "pause", "d1"]);
     assert_eq!(outcome.code, Some(6), "{outcome:?}");
     assert!(outcome.stderr.contains("1 requests were not answered in time"), "{outcome:?}");
+    let overlays = [rig.path("over-d1.qcow2"), rig.path("over-neighbour.qcow2")];
+    let [stuck, other] = overlays.each_ref().map(|path| format!("qcow2:{}", path.display()));
+    let pair = [format!("d1={stuck}"), format!("neighbour={other}")];
+    let outcome = rig.ctl(&["--timeout", "2", "snapshot", &pair[0], &pair[1]]);
+    assert_eq!(outcome.code, Some(6), "{outcome:?}");
+    assert!(outcome.stderr.contains("1 requests were not answered in time"), "{outcome:?}");
+    assert!(
+        overlays.iter().all(|path| !path.exists()),
+        "what was made for a snapshot that timed out is left"
+    );
+    neighbour.wait_for(500);
     let outcome = rig.ctl(&["--timeout", "1", "detach", "d1"]);
     assert_eq!(outcome.code, Some(4), "{outcome:?}");
     assert!(outcome.stderr.contains("1 requests in flight"), "{outcome:?}");

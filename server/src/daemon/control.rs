@@ -29,7 +29,7 @@ impl Daemon {
         }
         let _guard = self.lock_name(name, deadline).await?;
         let disk = self.disk(name)?;
-        self.release_paused(&disk).await?;
+        self.release_paused(&disk, deadline).await?;
         Ok(self.describe(&disk))
     }
 
@@ -71,7 +71,8 @@ impl Daemon {
     /// A disk that was just paused stays so over a restart, unless something has ended the pause since. A pause that cannot be
     /// kept is ended. The caller holds the name.
     async fn keep_pause(&self, disk: &Arc<Disk>) -> Result<model::Disk, Problem> {
-        if disk.state() != State::Paused {
+        let released = disk.inner().attachment.hold == Hold::Released;
+        if disk.state() != State::Paused || released {
             return Ok(self.describe(disk));
         }
         if let Err(problem) = self.set_hold(disk, Hold::Paused).await {
@@ -85,7 +86,7 @@ impl Daemon {
     }
 
     /// Keeps what an operator told a disk to do. The caller holds the name, and the disk is attached.
-    async fn set_hold(&self, disk: &Disk, hold: Hold) -> Result<(), Problem> {
+    pub(super) async fn set_hold(&self, disk: &Disk, hold: Hold) -> Result<(), Problem> {
         let attachment = Attachment { hold, ..disk.inner().attachment.clone() };
         if attachment != disk.inner().attachment {
             self.state.set_disk(&disk.name, Some(attachment)).await?;
@@ -105,7 +106,9 @@ impl Daemon {
         let hold = disk.inner().attachment.hold;
         match hold {
             Hold::No => Ok(()),
-            Hold::Paused => self.command(disk, shard, Command::Pause { disk: id }, deadline).await,
+            Hold::Paused | Hold::Released => {
+                self.command(disk, shard, Command::Pause { disk: id }, deadline).await
+            }
             Hold::GivenUp => self.command(disk, shard, Command::Fail { disk: id }, deadline).await,
         }
     }
@@ -119,14 +122,27 @@ impl Daemon {
     ) -> Result<model::Disk, Problem> {
         let _guard = self.lock_name(name, deadline).await?;
         let disk = self.disk(name)?;
-        if matches!(disk.standing(), Standing::Live | Standing::Down)
-            && disk.inner().attachment.hold == Hold::Paused
-        {
+        if let (Standing::Down, Some(image)) = (disk.standing(), &request.image) {
+            let image = image.spec()?;
+            return Err(Problem::new(
+                ProblemKind::Busy,
+                format!(
+                    "disk {name} is not served, so it cannot be given {image}: detach it, and attach {image}"
+                ),
+            ));
+        }
+        let hold = disk.inner().attachment.hold;
+        if matches!(disk.standing(), Standing::Live | Standing::Down) && hold.is_pause() {
             // First, so that nothing can fail behind it.
             self.set_hold(&disk, Hold::No).await?;
             let result = self.resume_now(&disk, request, deadline).await;
             if result.is_err() {
-                self.set_hold(&disk, Hold::Paused).await?;
+                let hold = match &disk.inner().live {
+                    Some(live) if live.image.is_released() => Hold::Released,
+                    Some(_) => Hold::Paused,
+                    None => hold,
+                };
+                self.set_hold(&disk, hold).await?;
             }
             return result;
         }

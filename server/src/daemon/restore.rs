@@ -14,6 +14,7 @@ use super::disk::Standing;
 use super::{Daemon, Disk};
 use crate::model::Level;
 use crate::problem::{Problem, ProblemKind};
+use crate::state::Hold;
 
 /// Images that are opened at a time.
 const CONCURRENT: usize = 64;
@@ -49,6 +50,11 @@ impl Daemon {
 
     /// Tries a disk that is down; when that fails it goes on being tried in the background. `word` is the event of success.
     pub(super) async fn bring_back(self: &Arc<Self>, disk: Arc<Disk>, word: &str) {
+        if disk.inner().attachment.hold == Hold::Released {
+            // Somebody else works on its image. `resume` tries it.
+            disk.inner().reason = Hold::Released.reason().map(str::to_owned);
+            return;
+        }
         let deadline = Instant::now() + self.settings().open_timeout;
         if let Err(problem) = self.attempt(&disk, deadline, word).await
             && self.has(&disk)

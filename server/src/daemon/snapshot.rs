@@ -14,6 +14,7 @@ use std::sync::Arc;
 use formats::driver::Create;
 use formats::spec::{ImageSpec, ImageType, Target};
 use shard::api::{Backend, ChainLayer, Command, DiskId, ImageChain};
+use tokio::sync::OwnedRwLockReadGuard;
 use tokio::time::Instant;
 
 use super::control::live;
@@ -51,16 +52,19 @@ impl Daemon {
         if items.is_empty() {
             return Err(Problem::invalid("no disk is given: name at least one, as NAME=TYPE:FILE"));
         }
-        let mut guards: Vec<NameGuard> = Vec::new();
+        let mut guards: Vec<(NameGuard, OwnedRwLockReadGuard<()>)> = Vec::new();
         let mut taking = Vec::new();
         // In the order of their names, so that two snapshots never wait for each other.
         for item in &items {
-            guards.push(self.lock_name(&item.disk, deadline).await?);
+            let name = self.lock_name(&item.disk, deadline).await?;
+            let place = self.hold_place(&*self.disk(&item.disk)?, deadline).await?;
+            guards.push((name, place));
             taking.push(self.check_snapshot(item)?);
         }
         let result = self.take_snapshot(&mut taking, deadline).await;
         if let Err(problem) = result {
-            self.undo_snapshot(taking, deadline).await;
+            // It may have failed because its time was up; what it made goes all the same.
+            self.undo_snapshot(taking, Instant::now() + super::DEFAULT_TIMEOUT).await;
             return Err(problem.context("no snapshot was taken"));
         }
         let disks = taking.iter().map(|one| self.describe(&one.disk)).collect();
@@ -200,20 +204,23 @@ impl Daemon {
     /// The disk has its overlay for good: it runs on, and its old image becomes one that is only read.
     async fn finish_snapshot(&self, one: &mut Taking) {
         let Some(next) = one.next.take() else { return };
-        if let (false, Ok((id, shard))) = (one.paused, live(&one.disk))
-            && let Err(error) =
-                self.fleet.call(shard, Command::Resume { disk: id, data_in_doubt: false }).await
-        {
-            let message = format!("its snapshot was taken, and it could not be resumed: {error}");
-            self.events.record(Level::Error, Some(&one.disk.name), message);
-        }
-        {
-            let mut inner = one.disk.inner();
-            if !one.paused {
-                inner.reason = None;
-            }
-            if let Some(live) = &mut inner.live {
+        let unused = match &mut one.disk.inner().live {
+            Some(live) => {
                 live.image.put_on_top(next);
+                None
+            }
+            None => Some(next),
+        };
+        if let Some(next) = unused {
+            self.images.release(next, &one.disk.name).await;
+        }
+        if let (false, Ok((id, shard))) = (one.paused, live(&one.disk)) {
+            match self.fleet.call(shard, Command::Resume { disk: id, data_in_doubt: false }).await {
+                Ok(_) => one.disk.inner().reason = None,
+                Err(error) => {
+                    let message = format!("its snapshot was taken, and it could not be resumed: {error}");
+                    self.events.record(Level::Error, Some(&one.disk.name), message);
+                }
             }
         }
         let below = one.disk.inner().live.as_ref().map(|live| live.image.below());
@@ -293,64 +300,86 @@ impl Daemon {
                 ),
             ));
         }
+        let _place = self.hold_place(disk, deadline).await?;
         let before = disk.inner().attachment.clone();
         let mut after = before.clone();
         after.image = spec.clone();
         after.request.image = model::Image::Parts(spec.clone());
-        let size = disk.inner().live.as_ref().map_or(0, |live| live.image.size_bytes);
-        self.fleet.call(shard, Command::Swap { disk: id, backend: Backend::Null }).await?;
-        self.release_image(disk).await;
-        let read_only = before.request.read_only;
-        let opened = async {
-            let image = self.images.open(spec, read_only, &disk.name, deadline).await?;
-            let problem = if image.size_bytes == size {
-                // Kept first, so that nothing can fail behind the change.
-                match self.state.set_disk(&disk.name, Some(after.clone())).await {
-                    Ok(()) => return Ok(image),
-                    Err(problem) => problem,
-                }
-            } else {
-                Problem::invalid(format!(
-                    "{spec} has {} bytes and the disk has {size}: its clients would see another size; give it an image of the \
-                 same size, or detach and attach it",
-                    image.size_bytes
-                ))
-            };
-            self.images.release(image, &disk.name).await;
-            Err(problem)
-        };
-        let (image, result) = match opened.await {
-            Ok(image) => (Ok(image), Ok(())),
-            Err(problem) => {
-                (self.images.open(&before.image, read_only, &disk.name, deadline).await, Err(problem))
-            }
-        };
-        let swapped = match image {
-            Ok(image) => {
-                let swap = Command::Swap { disk: id, backend: image.backend.clone() };
-                let swapped = self.fleet.call(shard, swap).await.map_err(Problem::from);
-                match (&mut disk.inner().live, &swapped) {
-                    (Some(live), Ok(_)) => live.image = image,
-                    _ => tracing::warn!("an image stays open until the disk is detached"),
-                }
-                swapped.map(drop)
-            }
-            Err(problem) => Err(problem),
-        };
-        if let Err(problem) = swapped {
-            // It must not run on nothing.
-            let _ = self.fleet.call(shard, Command::Fail { disk: id }).await;
-            let reason = format!("it has no image: {problem}; detach it, and attach it again");
-            disk.inner().reason = Some(reason.clone());
-            return Err(Problem::failed(format!("disk {} {reason}", disk.name)));
+        let released = disk.inner().live.as_ref().is_some_and(|live| live.image.is_released());
+        if !released {
+            self.fleet.call(shard, Command::Swap { disk: id, backend: Backend::Null }).await?;
+            self.release_image(disk).await;
         }
-        result?;
-        disk.inner().attachment = after;
-        Ok(())
+        let Err(problem) = self.open_into(disk, (id, shard), after, deadline).await else { return Ok(()) };
+        if released {
+            return Err(problem.context(&format!("disk {} stays paused, its image released", disk.name)));
+        }
+        // It was open until now, and is wanted back although the command has used up its time.
+        let deadline = Instant::now() + super::DEFAULT_TIMEOUT;
+        let Err(second) = self.open_into(disk, (id, shard), before, deadline).await else {
+            return Err(problem);
+        };
+        let reason = format!(
+            "paused, and its image is closed: {problem}; then its old image: {second}; `ctl resume` tries that one again"
+        );
+        disk.inner().reason = Some(reason.clone());
+        self.events.record(Level::Error, Some(&disk.name), reason.clone());
+        Err(Problem::failed(format!("disk {} is {reason}", disk.name)))
     }
 
-    /// Closes the image of a paused disk, so that others can work on it. Its clients wait.
-    pub(super) async fn release_paused(self: &Arc<Self>, disk: &Arc<Disk>) -> Result<(), Problem> {
+    /// Opens the image of `attachment` for a paused disk that has none, and keeps that. After an error it has none.
+    async fn open_into(
+        &self,
+        disk: &Arc<Disk>,
+        (id, shard): (DiskId, usize),
+        attachment: Attachment,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let (spec, read_only) = (&attachment.image, attachment.request.read_only);
+        let before = disk.inner().attachment.clone();
+        let size = disk.inner().live.as_ref().map_or(0, |live| live.image.size_bytes);
+        let image = self.images.open(spec, read_only, &disk.name, deadline).await?;
+        let taken = async {
+            if image.size_bytes != size {
+                return Err(Problem::invalid(format!(
+                    "{spec} has {} bytes and the disk has {size}: its clients would see another size; give it an image of the \
+                     same size, or detach and attach it",
+                    image.size_bytes
+                )));
+            }
+            // Kept first: behind a change that was not kept a restart would bring the old image back.
+            self.state.set_disk(&disk.name, Some(attachment.clone())).await?;
+            let swap = Command::Swap { disk: id, backend: image.backend.clone() };
+            if let Err(error) = self.fleet.call(shard, swap).await {
+                self.state.set_disk(&disk.name, Some(before)).await?;
+                return Err(Problem::from(error));
+            }
+            Ok(())
+        };
+        let unused = match taken.await {
+            Ok(()) => {
+                let mut inner = disk.inner();
+                inner.attachment = attachment;
+                match &mut inner.live {
+                    Some(live) => {
+                        live.image = image;
+                        return Ok(());
+                    }
+                    None => (image, Ok(())),
+                }
+            }
+            Err(problem) => (image, Err(problem)),
+        };
+        self.images.release(unused.0, &disk.name).await;
+        unused.1
+    }
+
+    /// Closes the image of a paused disk, so that others can work on it. Its clients wait. The caller holds the name.
+    pub(super) async fn release_paused(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
         let (id, shard) = live(disk)?;
         let image = disk.inner().attachment.image.clone();
         if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
@@ -362,11 +391,27 @@ impl Daemon {
         if disk.state() != State::Paused || disk.inner().live.as_ref().is_none_or(|l| l.image.is_released()) {
             return Ok(());
         }
-        self.fleet.call(shard, Command::Swap { disk: id, backend: Backend::Null }).await?;
+        let _place = self.hold_place(disk, deadline).await?;
+        // First: whatever happens behind it, nobody opens a file that others were promised.
+        self.set_hold(disk, Hold::Released).await?;
+        let swap = Command::Swap { disk: id, backend: Backend::Null };
+        if let Err(error) = self.fleet.call(shard, swap).await {
+            self.set_hold(disk, Hold::Paused).await?;
+            return Err(Problem::from(error).context(&format!("disk {} is paused; its image", disk.name)));
+        }
         self.release_image(disk).await;
-        disk.inner().reason = Some("paused by an operator, and its image is released".to_owned());
+        disk.inner().reason = Hold::Released.reason().map(str::to_owned);
         self.events.record(Level::Info, Some(&disk.name), format!("paused: {image} is released"));
         Ok(())
+    }
+
+    /// Keeps a disk on its shard, and what is known of it in place when that shard ends, until the guard goes.
+    async fn hold_place(&self, disk: &Disk, deadline: Instant) -> Result<OwnedRwLockReadGuard<()>, Problem> {
+        let place = disk.place.clone().read_owned();
+        tokio::time::timeout_at(deadline, place).await.map_err(|_| {
+            let message = format!("disk {}: its shard is being changed; try again", disk.name);
+            Problem::new(ProblemKind::TimedOut, message)
+        })
     }
 
     /// Closes the image of a disk that its shard does not use.
