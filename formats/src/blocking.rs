@@ -155,21 +155,26 @@ impl Blocking {
 
     fn zero_now(&self, range: Range<u64>) -> Result<(), Error> {
         self.check_writable()?;
-        if !self.device && range.end >= self.length.get() && range.start < self.length.get() {
-            // What is cut off and grown again is a hole.
-            let length = self.length.get();
-            self.set_length(range.start)?;
-            return self.set_length(length.max(range.end));
+        if self.device {
+            return self.write_zeroes(range);
         }
-        if !self.device {
+        // Never cut and grown again: a kill in between would leave a shorter disk.
+        let inside = range.start..range.end.min(self.length.get());
+        if inside.start < inside.end {
             use rustix::fs::{FallocateFlags, fallocate};
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            let punched = fallocate(&self.file, punch, range.start, range.end - range.start);
-            if punched.is_ok() && range.end <= self.length.get() {
-                return Ok(());
+            if fallocate(&self.file, punch, inside.start, inside.end - inside.start).is_err() {
+                // A store without holes.
+                self.write_zeroes(inside)?;
             }
-            // A store without holes: zeroes are written.
         }
+        if range.end > self.length.get() {
+            self.set_length(range.end)?;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&self, range: Range<u64>) -> Result<(), Error> {
         let zeroes = vec![0; ZERO_RUN.min((range.end - range.start) as usize)];
         let mut at = range.start;
         while at < range.end {
@@ -248,5 +253,37 @@ impl ImageFile for Blocking {
 
     fn data_run(&self, offset: u64) -> Pending<'static, (u64, bool)> {
         done(Ok(if self.device { (u64::MAX, true) } else { data_run(&self.file, offset, self.length.get()) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+    /// Goal: no instant of making zeroes leaves the file shorter than it was. Method: a file that its store does not let shrink;
+    /// ranges inside of it, up to its end, over its end and behind it.
+    #[test]
+    fn zeroes_never_make_a_file_shorter() {
+        for (range, length) in [
+            (4096..8192, 20_000),
+            (100..20_000, 20_000),
+            (0..20_000, 20_000),
+            (19_000..30_000, 30_000),
+            (25_000..30_000, 30_000),
+        ] {
+            let memory = File::from(memfd_create("image", MemfdFlags::ALLOW_SEALING).unwrap());
+            memory.write_all_at(&[7; 20_000], 0).unwrap();
+            fcntl_add_seals(&memory, SealFlags::SHRINK).unwrap();
+            let file = Blocking::new(memory.try_clone().unwrap(), "image", true).unwrap();
+            wait(file.zero(range.clone())).unwrap();
+            let mut expected = vec![7; 20_000];
+            expected.resize(length, 0);
+            expected[range.start as usize..range.end as usize].fill(0);
+            let mut found = vec![1; length];
+            memory.read_exact_at(&mut found, 0).unwrap();
+            assert!(found == expected, "{range:?}");
+            assert_eq!((file.length(), memory.metadata().unwrap().len()), (length as u64, length as u64));
+        }
     }
 }

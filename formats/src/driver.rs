@@ -377,6 +377,14 @@ pub struct Snapshot {
     pub machine_bytes: u64,
 }
 
+impl Snapshot {
+    /// The one of `all` that `wanted` means; an identifier wins over a name.
+    pub fn find<'a>(all: &'a [Snapshot], wanted: &str) -> Option<&'a Snapshot> {
+        let by_id = all.iter().find(|one| one.id == wanted);
+        by_id.or_else(|| all.iter().find(|one| one.name == wanted))
+    }
+}
+
 /// What is to be done with the snapshots inside an image. A name is looked up as identifier first, as in [`Open::snapshot`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SnapshotChange {

@@ -90,7 +90,8 @@ impl Budget {
 #[derive(Debug)]
 struct Slice {
     number: u64,
-    bytes: Buf,
+    /// No [`Buf`]: its alignment costs more memory than a small slice has, and is needed only while the slice is written.
+    bytes: Box<[u8]>,
     /// Looked at since the clock's hand passed.
     recent: Cell<bool>,
     /// The number of the last change; 0 when the file has them all.
@@ -211,7 +212,7 @@ impl Tables {
                 return Ok(());
             }
             let bytes = self.file.read(number * self.slice_bytes as u64, self.slice_bytes).await?;
-            self.insert(number, bytes);
+            self.insert(number, Box::from(&bytes[..]));
             Ok(())
         })
     }
@@ -327,7 +328,7 @@ impl Tables {
         let upto = self.changes.get();
         let log_position = self.log.as_ref().map(|log| log.position());
         // As of now: what changes from here on may need data that the flush below does not cover.
-        let mut dirty: Vec<(u64, u64, Buf)> = Vec::new();
+        let mut dirty: Vec<(u64, u64, Box<[u8]>)> = Vec::new();
         let mut after_data = false;
         for (_, slice) in &self.slices.borrow().slab {
             if slice.changed > 0 {
@@ -343,13 +344,13 @@ impl Tables {
         }
         dirty.sort_unstable_by_key(|(number, ..)| *number);
         let mut failure = None;
-        for chunk in dirty.chunks_mut(WRITES_MAX) {
+        for chunk in dirty.chunks(WRITES_MAX) {
             let mut under_way = InFlight { stray: &self.stray, writes: VecDeque::with_capacity(chunk.len()) };
-            for (number, _, bytes) in &mut *chunk {
-                let bytes = std::mem::replace(bytes, Buf::zeroed(0));
-                under_way.writes.push_back(self.file.write(*number * self.slice_bytes as u64, bytes));
+            for (number, _, bytes) in chunk {
+                let write = self.file.write(*number * self.slice_bytes as u64, Buf::copy_of(bytes));
+                under_way.writes.push_back(write);
             }
-            for (number, changed, _) in &*chunk {
+            for (number, changed, _) in chunk {
                 let Some(write) = under_way.writes.front_mut() else { break };
                 match write.await {
                     Ok(()) => self.note_written(*number, *changed),
@@ -421,7 +422,7 @@ impl Tables {
         self.slices.borrow().by_number.contains_key(&number)
     }
 
-    fn insert(&self, number: u64, bytes: Buf) {
+    fn insert(&self, number: u64, bytes: Box<[u8]>) {
         self.budget.make_room(self, self.slice_bytes);
         let mut slices = self.slices.borrow_mut();
         let slice = Slice { number, bytes, recent: Cell::new(true), changed: 0, after_data: 0 };

@@ -22,6 +22,7 @@ use crate::problem::{Problem, ProblemKind};
 use crate::ram_dir::RamDir;
 
 mod chain;
+pub mod links;
 pub mod logs;
 
 use chain::Wanted;

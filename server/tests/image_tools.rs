@@ -329,7 +329,7 @@ fn the_gate_opens_what_was_stated_and_nothing_else() {
     let at = bytes.windows(4).position(|word| word == 0xe279_2aca_u32.to_be_bytes()).unwrap();
     bytes[at..at + 4].copy_from_slice(&0x1234_5678_u32.to_be_bytes());
     fs::write(bench.path("n"), bytes).unwrap();
-    bench.refuses("map qcow2:n", 1, &["not guessed", "rebase --unsafe"]);
+    bench.refuses("map qcow2:n", 1, &["never guessed", "rebase --unsafe"]);
     bench.ok("rebase --unsafe --parent raw:a.raw qcow2:n");
     assert_eq!(bench.image("compare raw:a.raw qcow2:n").0, 0);
     // Relative paths are relative to the image, wherever the command runs.
@@ -434,6 +434,9 @@ fn snapshots_inside_an_image() {
     assert_eq!(bench.image("compare raw:b.raw qcow2:q").0, 0);
     assert_eq!(bench.image("compare raw:a.raw qcow2:q?snapshot=first").0, 0);
     bench.refuses("resize qcow2:q?snapshot=first 1G", 1, &["read-only"]);
+    // The active state may be smaller by now.
+    bench.refuses("map qcow2:q?snapshot=first --start 25M", 64, &["25165824 bytes"]);
+    bench.refuses("map qcow2:q?snapshot=none", 1, &["none", "it has: first"]);
     bench.ok("convert qcow2:q?snapshot=first raw:x");
     assert!(bench.same("a.raw", "x"));
     bench.ok("snapshot --internal apply first qcow2:q");
@@ -609,4 +612,124 @@ fn an_image_with_writes_in_a_log_is_refused() {
     }
     bench.ok("info -U qcow2:q --run-dir run");
     bench.ok("check qcow2:q --run-dir elsewhere");
+    // Nor is anything put in its place: the new image would be taken for the old one.
+    let before = fs::read(bench.path("q")).unwrap();
+    for line in [
+        "create qcow2:q 1M --force",
+        "convert raw:a.raw qcow2:q --force",
+        "snapshot raw:a.raw qcow2:q --force",
+    ] {
+        bench.refuses(&format!("{line} --run-dir run"), 1, &["acknowledged writes", "move the log aside"]);
+    }
+    assert!(fs::read(bench.path("q")).unwrap() == before);
+    let Some(device) = Loop::over(&bench.path("a.raw")) else {
+        println!("no loop devices here: not tried on one");
+        return;
+    };
+    let node = &device.0;
+    let number = fs::metadata(node).unwrap().rdev();
+    fs::write(bench.path(&format!("run/log/{number:x}.alog")), "x").unwrap();
+    for line in [
+        format!("create qcow2:{node} 1M"),
+        format!("convert qcow2:q qcow2:{node} --allow-device {node}"),
+        format!("dd qcow2:q raw:{node} --count 1"),
+    ] {
+        // The source is not the one with a log.
+        fs::remove_file(bench.path(&format!("run/log/{:x}-{}.alog", stat.dev(), stat.ino()))).ok();
+        bench.refuses(&format!("{line} --run-dir run"), 1, &["acknowledged writes", node]);
+    }
+}
+
+#[test]
+fn new_images_ask_for_logs_of_their_number() {
+    let bench = Bench::new();
+    bench.sample("a.raw", 19);
+    fs::create_dir(bench.path("run")).unwrap();
+    // A directory of logs that nobody can look into.
+    fs::write(bench.path("run/log"), "").unwrap();
+    for line in ["create qcow2:new 1M", "create qcow2:new 1M -o data_file=new.data", "create vhd:new 1M"] {
+        let words = ["new", "run/log is a file", "directory", "move the file away"];
+        bench.refuses(&format!("{line} --run-dir run"), 1, &words);
+        bench.ok(&format!("{line} --run-dir elsewhere"));
+        fs::remove_file(bench.path("new")).unwrap();
+    }
+    fs::remove_file(bench.path("new.data")).unwrap();
+    assert_eq!(bench.names(), ["a.raw", "run"], "nothing is left");
+}
+
+#[test]
+fn snapshots_inside_are_not_changed_through_a_parent() {
+    let bench = Bench::new();
+    bench.sample("a.raw", 20);
+    bench.sample("b.raw", 21);
+    bench.ok("convert raw:a.raw qcow2:base");
+    bench.ok("snapshot qcow2:base qcow2:child --empty");
+    bench.ok("snapshot --internal create first qcow2:child");
+    bench.ok("convert raw:b.raw qcow2:child --in-place");
+    let files = ["base", "child"].map(|name| fs::read(bench.path(name)).unwrap());
+    for line in [
+        "coalesce qcow2:child",
+        "coalesce --take-place qcow2:child",
+        "rebase --parent raw:b.raw qcow2:child",
+        "rebase --no-parent qcow2:child",
+    ] {
+        bench.refuses(line, 1, &["qcow2:", "snapshots inside", "first", "--internal delete"]);
+    }
+    assert!(
+        files == ["base", "child"].map(|name| fs::read(bench.path(name)).unwrap()),
+        "nothing was written"
+    );
+    assert_eq!(bench.image("compare raw:a.raw qcow2:child?snapshot=first").0, 0);
+    // The same parent elsewhere, as the operator says.
+    fs::rename(bench.path("base"), bench.path("moved")).unwrap();
+    bench.ok("rebase --unsafe --parent qcow2:moved qcow2:child");
+    assert_eq!(bench.image("compare raw:a.raw qcow2:child?snapshot=first").0, 0);
+    // Of the parent they are its own.
+    bench.ok("snapshot --internal delete first qcow2:child");
+    bench.ok("snapshot --internal create second qcow2:moved");
+    bench.ok("coalesce qcow2:child");
+    assert_eq!(bench.image("compare raw:b.raw qcow2:moved").0, 0);
+    assert_eq!(bench.image("compare raw:a.raw qcow2:moved?snapshot=second").0, 0);
+}
+
+#[test]
+fn a_snapshot_inside_an_image_is_no_parent() {
+    let bench = Bench::new();
+    bench.sample("a.raw", 22);
+    bench.sample("b.raw", 23);
+    bench.ok("convert raw:a.raw qcow2:b");
+    bench.ok("snapshot --internal create s qcow2:b");
+    bench.ok("convert raw:b.raw qcow2:b --in-place");
+    bench.ok("snapshot raw:a.raw qcow2:c");
+    let before = fs::read(bench.path("c")).unwrap();
+    for line in [
+        "rebase --parent qcow2:b?snapshot=s qcow2:c",
+        "rebase --unsafe --parent qcow2:b?snapshot=s qcow2:c",
+        "create qcow2:d --parent qcow2:b?snapshot=s",
+        "snapshot qcow2:b?snapshot=s qcow2:d",
+        "snapshot --empty qcow2:b?snapshot=s qcow2:d",
+    ] {
+        bench.refuses(line, 64, &["qcow2:", "snapshot \"s\"", "parent", "convert"]);
+    }
+    assert!(fs::read(bench.path("c")).unwrap() == before);
+    assert_eq!(bench.names(), ["a.raw", "b", "b.raw", "c"]);
+}
+
+#[test]
+fn an_empty_image_that_cuts_its_parent_off_is_kept() {
+    let bench = Bench::new();
+    bench.sample("a.raw", 24);
+    bench.ok("snapshot -S 4M raw:a.raw qcow2:short");
+    bench.ok("dd --bs 4M --count 1 raw:a.raw raw:want");
+    bench.ok("resize raw:want 24M");
+    bench.ok("snapshot -S 24M qcow2:short qcow2:long");
+    assert_eq!(bench.image("compare --strict raw:want qcow2:long").0, 0, "zeroes behind what the parent has");
+    bench.ok("snapshot qcow2:short qcow2:same");
+    assert_eq!(bench.json("info qcow2:same")["size"], 4 << 20);
+    // Where nothing is cut off the parent's parent will do.
+    let (code, stdout, _) = bench.image("snapshot -S 2M qcow2:short qcow2:shorter");
+    assert!(code == 0 && stdout.contains("over raw:"), "{stdout}");
+    assert_eq!(bench.image("compare raw:want qcow2:shorter").0, 1);
+    bench.ok("dd --bs 2M --count 1 raw:a.raw raw:start");
+    assert_eq!(bench.image("compare --strict raw:start qcow2:shorter").0, 0);
 }

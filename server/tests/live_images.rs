@@ -393,6 +393,104 @@ fn disks_share_what_is_below_and_respect_locks() {
     assert_same(&fs::read(&base).expect("reads"), &bytes);
 }
 
+/// Goal: the disk of a snapshot inside an image is what the disk was then, its size included. Method: an image that has grown since.
+#[test]
+fn a_snapshot_inside_has_the_size_of_its_time() {
+    let rig = Rig::with(1, &[]);
+    let start = patches(6, 4 * MIB);
+    let (data, path) = (file_of(&rig, "data.raw", &start), rig.path("disk.qcow2"));
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", &text(&data), &text(&path)]);
+    qemu_img(&["snapshot", "-c", "then", &text(&path)]);
+    qemu_img(&["snapshot", "-c", "1", &text(&path)]);
+    qemu_img(&["resize", "-f", "qcow2", &text(&path), "9M"]);
+    run("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 9M", &text(&path)]).expect_ok();
+    let spec = format!("qcow2:{}", path.display());
+    for wanted in ["then", "1", "2"] {
+        rig.attach("disk", &format!("{spec}?snapshot={wanted}"), &["--read-only"]);
+        assert_eq!(rig.ctl_json(&["show", "disk"])["size_bytes"], 4 * MIB);
+        assert_same(&contents(&rig, "disk"), &start);
+        rig.ctl_ok(&["detach", "disk"]);
+    }
+    let none = format!("{spec}?snapshot=none");
+    let said = rig.ctl(&["attach", "disk", "--nbd", "--read-only", &none]).expect_failure();
+    assert!(said.contains("\"none\"") && said.contains("then"), "{said}");
+    rig.attach("disk", &spec, &[]);
+    assert_same(&contents(&rig, "disk"), &[5; 9 * MIB as usize]);
+}
+
+/// Goal: of several names that an image has for its parent, the one that leads to what it was made over is taken. Method: a child that
+/// was moved to where another image has its parent's name.
+#[test]
+fn a_name_that_leads_to_another_image_is_not_the_parent() {
+    let rig = Rig::with(1, &[]);
+    let start = patches(7, 4 * MIB);
+    let data = file_of(&rig, "data.raw", &start);
+    fs::create_dir(rig.path("first")).expect("mkdir");
+    let (parent, child) = (rig.path("first/parent.vhd"), rig.path("first/child.vhd"));
+    let (parent, child) = (format!("vhd:{}", parent.display()), format!("vhd:{}", child.display()));
+    image_tool(&["convert", &raw(&data), &parent]);
+    image_tool(&["snapshot", &parent, &child]);
+    fs::rename(rig.path("first/child.vhd"), rig.path("child.vhd")).expect("renames");
+    image_tool(&["create", &format!("vhd:{}", rig.path("parent.vhd").display()), "4M"]);
+    let child = format!("vhd:{}", rig.path("child.vhd").display());
+    rig.attach("disk", &child, &[]);
+    assert_same(&contents(&rig, "disk"), &start);
+    rig.ctl_ok(&["detach", "disk"]);
+    image_tool(&["compare", &child, &raw(&data)]);
+    // What was looked at and not taken is free.
+    run("qemu-io", &["-f", "vpc", "-c", "write 0 512", &text(&rig.path("parent.vhd"))]).expect_ok();
+}
+
+/// Goal: an overlay of a live snapshot finds its parent when both are moved together, where the format can say it. Method: moved files.
+#[test]
+fn overlays_of_live_snapshots_can_be_moved_with_their_parents() {
+    let rig = Rig::with(1, &[]);
+    let start = patches(8, 4 * MIB);
+    // Not beside each other: a VHD has the last part of its parent's path anyway.
+    fs::create_dir(rig.path("below")).expect("mkdir");
+    fs::create_dir_all(rig.path("moved/below")).expect("mkdir");
+    let (data, base) = (file_of(&rig, "data.raw", &start), rig.path("below/base.vhd"));
+    let over = rig.path("over.vhd");
+    image_tool(&["convert", &raw(&data), &format!("vhd:{}", base.display())]);
+    rig.attach("disk", &format!("vhd:{}", base.display()), &[]);
+    rig.ctl_ok(&["snapshot", &format!("disk=vhd:{}", over.display())]);
+    Client::connect(&rig.socket("disk")).expect("connects").write(MIB, &[9; 4096]);
+    rig.ctl_ok(&["detach", "disk"]);
+    fs::rename(&base, rig.path("moved/below/base.vhd")).expect("renames");
+    fs::rename(&over, rig.path("moved/over.vhd")).expect("renames");
+    let mut expected = start;
+    expected[MIB as usize..][..4096].fill(9);
+    let moved = format!("vhd:{}", rig.path("moved/over.vhd").display());
+    rig.attach("disk", &moved, &[]);
+    assert_same(&contents(&rig, "disk"), &expected);
+}
+
+#[test]
+fn a_file_in_the_place_of_the_logs_is_named() {
+    let rig = Rig::with(1, &[]);
+    let image = Kind::Qcow2.make(&rig, "disk", 4 * MIB);
+    let logs = rig.run_dir().join("log");
+    assert!(!logs.exists(), "made by the first image that needs it");
+    fs::write(&logs, "").expect("writes");
+    for options in [&["--nbd"][..], &["--nbd", "--read-only"]] {
+        let said = rig.ctl(&[&["attach", "disk", &image.spec], options].concat()).expect_failure();
+        let words = [&*text(&logs), "is a file", "directory", "move the file away"];
+        assert!(words.iter().all(|word| said.contains(word)), "{said}");
+    }
+    fs::remove_file(&logs).expect("removes");
+    rig.attach("disk", &image.spec, &[]);
+    // An overlay that cannot be told from a deleted image's is not made, and the disk goes on.
+    let aside = rig.run_dir().join("aside");
+    fs::rename(&logs, &aside).expect("renames");
+    fs::write(&logs, "").expect("writes");
+    let over = rig.path("over.qcow2");
+    let said = rig.ctl(&["snapshot", &format!("disk=qcow2:{}", over.display())]).expect_failure();
+    assert!(said.contains("is a file") && !over.exists(), "{said}");
+    fs::remove_file(&logs).expect("removes");
+    fs::rename(&aside, &logs).expect("renames");
+    rig.ctl_ok(&["snapshot", &format!("disk=qcow2:{}", over.display())]);
+}
+
 /// What a script does: pause, make another image of the same contents, resume on it.
 #[test]
 fn a_paused_disk_goes_on_with_another_image() {

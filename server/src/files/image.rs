@@ -12,6 +12,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::rc::Rc;
 
 use nix::sys::stat::fstat;
 use rustix::fs::{AtFlags, StatxFlags};
@@ -136,21 +137,21 @@ pub fn open_image(object: &Object, options: &ImageOptions, fence: Fence) -> Resu
     Ok(image)
 }
 
-/// What an image of a format says of itself.
+/// What a driver reads in an image of its format. Blocks.
 ///
 /// Errors: `Invalid` with the driver's words.
-pub fn describe(
+pub fn ask<T>(
     path: &Path,
     image: &ImageFile,
-    format: &'static dyn formats::driver::Format,
-) -> Result<formats::driver::Description, OpenError> {
+    question: impl FnOnce(Rc<dyn formats::file::ImageFile>) -> formats::file::Pending<'static, T>,
+) -> Result<T, OpenError> {
     let read = || {
         // The same description, so that nothing is opened that was not checked; positioned reads leave it alone.
         let fd = image.fd.try_clone().map_err(|error| {
             formats::error::Error::io(&path.display().to_string(), "dup", error.raw_os_error().unwrap_or(5))
         })?;
         let file = formats::blocking::Blocking::new(File::from(fd), &path.display().to_string(), false)?;
-        formats::blocking::wait(format.describe(file))
+        formats::blocking::wait(question(file))
     };
     read().map_err(|error| OpenError::new(OpenErrorKind::Invalid, error.message))
 }
@@ -407,6 +408,19 @@ pub fn allocated_bytes(path: &Path, image: &ImageFile) -> Result<u64, OpenError>
     }
 }
 
+/// When a regular file was made (seconds and nanoseconds since 1970), where its file system knows: a file that has got the inode of a
+/// deleted one is told from that by it. `None` for devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Born(pub Option<(i64, u32)>);
+
+/// See [`Born`].
+pub fn born(path: &Path, image: &ImageFile) -> Result<Born, OpenError> {
+    let found = rustix::fs::statx(&image.fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME)
+        .map_err(|errno| OpenError::from_io(path, "statx", &errno.into()))?;
+    let is_known = matches!(image.kind, FileKind::Regular) && found.stx_mask & StatxFlags::BTIME.bits() != 0;
+    Ok(Born(is_known.then_some((found.stx_btime.tv_sec, found.stx_btime.tv_nsec))))
+}
+
 /// The length in bytes now: of a file or device that somebody has resized since it was opened.
 pub fn current_length(path: &Path, image: &ImageFile) -> Result<u64, OpenError> {
     let length = match image.kind {
@@ -419,4 +433,44 @@ pub fn current_length(path: &Path, image: &ImageFile) -> Result<u64, OpenError> 
         }
     };
     length.map_err(|error| OpenError::from_io(path, "ask for its size", &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(file: &File, kind: FileKind) -> ImageFile {
+        ImageFile {
+            fd: file.try_clone().expect("duplicates").into(),
+            tail: None,
+            offset_align: 1,
+            memory_align: 1,
+            cache: CacheMode::Writeback,
+            kind,
+            length: 0,
+            length_now: 0.into(),
+            punts: false,
+            store: 0,
+        }
+    }
+
+    /// Goal: a file that takes the place of another one is told from it, and use changes nothing. Method: two files, one written.
+    #[test]
+    fn another_file_was_born_at_another_time() {
+        let dir = tempfile::tempdir().expect("directory");
+        let make = |name: &str| File::create(dir.path().join(name)).expect("create");
+        let of = |file: &File, kind| born(dir.path(), &image(file, kind)).expect("statx");
+        let one = make("one");
+        let first = of(&one, FileKind::Regular);
+        assert_eq!(of(&one, FileKind::Block { discard: false }), Born(None));
+        if first == Born(None) {
+            println!("skipped: this file system does not know when a file was made");
+            return;
+        }
+        one.set_len(4096).expect("set_len");
+        assert_eq!(of(&one, FileKind::Regular), first, "use does not change it");
+        // More than the grain of the kernel's clock.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_ne!(of(&make("two"), FileKind::Regular), first);
+    }
 }

@@ -19,7 +19,8 @@
 //! read-locked byte, numbered from the identity of RUN_DIR, that only the daemon holds. A successor waits
 //! until nobody holds it, since writes of its predecessor may land until then.
 //!
-//! Invariant: locks are never released by hand; they go with their descriptor.
+//! Invariant: locks go with their descriptor; the one that is given back before is a writer's, when it becomes a reader
+//! ([`become_reader`]).
 
 use std::io;
 use std::os::fd::AsFd;

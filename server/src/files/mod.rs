@@ -22,7 +22,7 @@ pub mod mounts;
 pub mod opener;
 pub mod table;
 
-pub use image::{Geometry, ImageOptions};
+pub use image::{Born, Geometry, ImageOptions};
 pub use locks::Fence;
 pub use table::{FileEntry, FileState, Files, OpenRequest, Opened, Released};
 

@@ -32,7 +32,7 @@ use shard::api::{CacheMode, ImageFile};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::image::{self, Attempt, Geometry, ImageOptions};
+use super::image::{self, Attempt, Born, Geometry, ImageOptions};
 use super::lanes::{Bounds, Lanes, OnLane};
 use super::mounts::Mount;
 use super::opener::{Object, Opener};
@@ -554,8 +554,25 @@ impl Files {
         format: &'static dyn formats::driver::Format,
         deadline: Duration,
     ) -> Result<formats::driver::Description, OpenError> {
-        let ask = move |path: &Path, image: &ImageFile| image::describe(path, image, format);
+        let ask = move |path: &Path, image: &ImageFile| image::ask(path, image, |file| format.describe(file));
         self.measure(key, deadline, "read its header", ask).await
+    }
+
+    /// The snapshots inside an open image of a format. Errors as above.
+    pub async fn snapshots(
+        &self,
+        key: FileKey,
+        format: &'static dyn formats::driver::Format,
+        deadline: Duration,
+    ) -> Result<Vec<formats::driver::Snapshot>, OpenError> {
+        let ask =
+            move |path: &Path, image: &ImageFile| image::ask(path, image, |file| format.snapshots(file));
+        self.measure(key, deadline, "read its snapshots", ask).await
+    }
+
+    /// When an open file was made. Errors: `Timeout`, `Io`.
+    pub async fn born(&self, key: FileKey, deadline: Duration) -> Result<Born, OpenError> {
+        self.measure(key, deadline, "ask when it was made", image::born).await
     }
 
     /// The length in bytes that the file or device has now. Errors as above.

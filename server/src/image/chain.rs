@@ -1,22 +1,22 @@
 //! The gate through which images are opened: an image, what it refers to, and so on down.
 //!
-//! A path inside an image may have been written by anybody. So: the type of what it names must be stated in the image (raw is never
-//! guessed), only regular files are opened, block devices if the operator named them, nothing twice, and no more than
-//! [`DEPTH_MAX`] images.
+//! A path inside an image may have been written by anybody. So: only regular files are opened, block devices if the operator named them,
+//! and nothing twice. What else holds for references holds for the daemon, too: [`crate::images::links`].
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use formats::driver::{Description, Format, Identity, Link};
+use formats::driver::{Description, Format, Identity, Link, Snapshot};
+use formats::error::ErrorKind;
 use formats::file::ImageFile;
 use formats::tools::layers::LayerFiles;
-use formats::volume::DEPTH_MAX;
 
 use super::failure::Failure;
 use super::file::{OpenFile, Want};
-use super::name::{ImageName, format};
+use super::name::ImageName;
 use crate::files::FileKey;
-use crate::images::logs::refuse_live;
+use crate::images::links;
+use crate::images::logs::{refuse_live, refuse_live_new};
 
 /// Bytes at the start of a file that show what it is.
 const HEAD_BYTES: usize = 64 << 10;
@@ -37,6 +37,34 @@ impl Gate {
         let key = |path: &PathBuf| OpenFile::open(path, Want::Look).map(|file| file.key);
         let devices = devices.iter().map(key).collect::<Result<_, _>>()?;
         Ok(Gate { devices, run_dir: run_dir.to_owned() })
+    }
+
+    /// Refuses a file to which acknowledged writes are missing that the log of a dead daemon has.
+    ///
+    /// # Errors
+    /// It has such a log.
+    pub fn refuse_live(&self, name: &ImageName, file: &OpenFile) -> Result<(), Failure> {
+        refuse_live(&self.run_dir, file.key).map_err(|message| Failure::new(format!("{name}: {message}")))
+    }
+
+    /// The same for a file that was made a moment ago: its inode may be that of an image that was deleted.
+    ///
+    /// # Errors
+    /// There is a log with that inode.
+    pub fn refuse_live_new(&self, name: &ImageName, file: &OpenFile) -> Result<(), Failure> {
+        refuse_live_new(&self.run_dir, &file.file)
+            .map_err(|message| Failure::new(format!("{name}: {message}")))
+    }
+
+    /// Refuses a device that only an image has named.
+    fn refuse_device(&self, file: &OpenFile, by: &ImageName) -> Result<(), Failure> {
+        if !file.is_device() || self.devices.contains(&file.key) {
+            return Ok(());
+        }
+        let path = file.path.display();
+        Err(Failure::new(format!(
+            "{by} names the block device {path}, which nobody has allowed: add --allow-device {path} if that is right"
+        )))
     }
 }
 
@@ -60,8 +88,7 @@ impl Opened {
         let mut file = OpenFile::open(&name.path, want)?;
         file.buffered = name.buffered;
         if want != Want::Look {
-            refuse_live(&gate.run_dir, file.key)
-                .map_err(|message| Failure::new(format!("{name}: {message}")))?;
+            gate.refuse_live(name, &file)?;
         }
         let blocking = file.blocking()?;
         let described = futures_lite::future::block_on(name.format.describe(blocking.clone()));
@@ -80,9 +107,13 @@ impl Opened {
     }
 
     /// How another image refers to this one that lies at `child`: paths (best first), type, identity; and its size.
-    pub fn link_from(&self, child: &ImageName) -> (Link, u64) {
+    ///
+    /// # Errors
+    /// It is a snapshot inside an image: none can refer to that.
+    pub fn link_from(&self, child: &ImageName) -> Result<(Link, u64), Failure> {
+        links::check_parent(&self.name, self.name.snapshot.as_deref()).map_err(Failure::usage)?;
         let absolute = self.name.path.display().to_string();
-        let relative = relative(&self.name.path, child.folder());
+        let relative = links::relative(&self.name.path, child.folder());
         let paths = match (relative, self.name.typed_absolute) {
             (None, _) => vec![absolute],
             (Some(relative), true) => vec![absolute, relative],
@@ -93,21 +124,33 @@ impl Opened {
         let uuid = self.description.identity.map_or([0; 16], |identity| identity.uuid);
         let identity = Some(Identity { uuid, modified });
         let link = Link { paths, format: Some(self.name.format.name().to_owned()), identity };
-        (link, self.description.size)
+        Ok((link, self.description.size))
     }
-}
 
-/// A path as seen from a folder, without symbolic links on the way.
-fn relative(path: &Path, folder: &Path) -> Option<String> {
-    let name = path.file_name()?;
-    let to = path.parent()?.canonicalize().ok()?;
-    let from = folder.canonicalize().ok()?;
-    let common = to.components().zip(from.components()).take_while(|(a, b)| a == b).count();
-    let up = from.components().skip(common).map(|_| "..".as_ref());
-    let down = to.components().skip(common);
-    let mut relative: PathBuf = up.chain(down.map(|part| part.as_os_str())).collect();
-    relative.push(name);
-    relative.into_os_string().into_string().ok()
+    /// The snapshots inside it; none where the format has no such thing.
+    ///
+    /// # Errors
+    /// Their table is damaged.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>, Failure> {
+        let found = futures_lite::future::block_on(self.name.format.snapshots(self.files[0].blocking()?));
+        match found {
+            Err(error) if error.kind == ErrorKind::Unsupported => Ok(Vec::new()),
+            found => Ok(found?),
+        }
+    }
+
+    /// Bytes of the disk: of a snapshot inside it, as it was then.
+    ///
+    /// # Errors
+    /// There is no such snapshot.
+    pub fn disk_size(&self) -> Result<u64, Failure> {
+        let snapshots = match &self.name.snapshot {
+            Some(wanted) => Some((wanted.as_str(), self.snapshots()?)),
+            None => None,
+        };
+        let snapshot = snapshots.as_ref().map(|(wanted, all)| (*wanted, &all[..]));
+        links::disk_size(&self.name, &self.description, snapshot).map_err(Failure::new)
+    }
 }
 
 /// What a file is instead, if it shows that.
@@ -122,26 +165,16 @@ fn other_format(asked: &dyn Format, file: &dyn ImageFile) -> Option<String> {
 }
 
 fn open_data_file(name: &ImageName, link: &Link, want: Want, gate: &Gate) -> Result<OpenFile, Failure> {
-    let path = link.paths.first().map(|path| name.folder().join(path));
-    let path = path.ok_or_else(|| Failure::new(format!("{name} does not name its data file")))?;
+    let named = link.paths.first().map_or("", String::as_str);
+    let path = links::resolve(named, &name.path).map_err(Failure::new)?;
     let opened = OpenFile::open(&path, want);
     let mut file = opened.map_err(|error| Failure {
         message: format!("the data file of {name}: {}", error.message),
         ..error
     })?;
-    check_device(&file, name, gate)?;
+    gate.refuse_device(&file, name)?;
     file.buffered = name.buffered;
     Ok(file)
-}
-
-fn check_device(file: &OpenFile, by: &ImageName, gate: &Gate) -> Result<(), Failure> {
-    if !file.is_device() || gate.devices.contains(&file.key) {
-        return Ok(());
-    }
-    let path = file.path.display();
-    Err(Failure::new(format!(
-        "{by} names the block device {path}, which nobody has allowed: add --allow-device {path} if that is right"
-    )))
 }
 
 /// Images from the top down.
@@ -226,12 +259,7 @@ fn follow(images: &mut Vec<Opened>, wants: &[Want], gate: &Gate) -> Result<(), F
     while let Some(last) = images.last()
         && let Some(link) = &last.description.backing
     {
-        if images.len() == DEPTH_MAX {
-            return Err(Failure::new(format!(
-                "the chain of {} has more than {DEPTH_MAX} images: shorten it with image coalesce",
-                images[0].name
-            )));
-        }
+        links::check_depth(images.len(), &images[0].name).map_err(Failure::new)?;
         let want = wants.get(images.len()).copied().unwrap_or(Want::Read);
         let above: Vec<_> = images.iter().flat_map(|image| &image.files).map(|file| file.key).collect();
         let parent = open_parent(last, link, want, gate, &above)?;
@@ -265,68 +293,41 @@ fn open_parent(
     above: &[FileKey],
 ) -> Result<Opened, Failure> {
     let name = &child.name;
-    let advice = format!("give it the right one with image rebase --unsafe --parent TYPE:PATH {name}");
-    let Some(type_name) = &link.format else {
-        return Err(Failure::new(format!(
-            "{name} does not say of which type its parent {:?} is, and that is not guessed: {advice}",
-            link.paths.first().map_or("", String::as_str)
-        )));
-    };
-    let format = format(type_name).map_err(|error| Failure::new(format!("the parent of {name}: {error}")))?;
-    let mut problem = None;
+    let format = links::parent_format(link, name).map_err(Failure::new)?;
+    let (mut problem, mut missing) = (None, Vec::new());
     for path in &link.paths {
-        let mut parent = ImageName::plain(format, name.folder().join(path));
+        let path = links::resolve(path, &name.path).map_err(Failure::new)?;
+        let mut parent = ImageName::plain(format, path);
         parent.buffered = name.buffered;
         if !parent.path.exists() {
+            missing.push(parent.path);
             continue;
         }
         // Before it is opened as an image: a loop would meet our own locks.
         let key = OpenFile::open(&parent.path, Want::Look)?;
         if above.contains(&key.key) {
             return Err(Failure::new(format!(
-                "the parents of {name} go round in a circle: {parent} again; {advice}"
+                "the parents of {name} go round in a circle: {parent} again; {}",
+                links::advice(name)
             )));
         }
-        check_device(&key, name, gate)?;
+        gate.refuse_device(&key, name)?;
         match Opened::open(&parent, want, gate).and_then(|opened| check_identity(name, link, opened)) {
             Ok(opened) => return Ok(opened),
             Err(error) => problem = problem.or(Some(error)),
         }
     }
     Err(problem.map_or_else(
-        || {
-            let tried: Vec<_> =
-                link.paths.iter().map(|path| name.folder().join(path).display().to_string()).collect();
-            Failure::new(format!(
-                "the parent of {name} is missing: there is no {}; {advice}",
-                tried.join(", nor ")
-            ))
-        },
+        || Failure::new(links::missing(link, name, &missing)),
         |error| Failure { message: format!("the parent of {name}: {}", error.message), ..error },
     ))
 }
 
 fn check_identity(child: &ImageName, link: &Link, parent: Opened) -> Result<Opened, Failure> {
-    let (Some(expected), Some(found)) = (link.identity, parent.description.identity) else {
-        return Ok(parent);
-    };
-    let show = |uuid: [u8; 16]| format!("{:032x}", u128::from_be_bytes(uuid));
-    if expected.uuid != found.uuid {
-        return Err(Failure::new(format!(
-            "{} is another image than the one that {child} was made over: it is {}, expected {}",
-            parent.name,
-            show(found.uuid),
-            show(expected.uuid)
-        )));
-    }
-    let changed = parent.files.first().and_then(OpenFile::modified);
-    if let (Some(expected), Some(changed)) = (expected.modified, changed)
-        && expected != changed
-    {
-        eprintln!(
-            "blktapd image: {}: its time of modification is not the one that {child} remembers",
-            parent.name
-        );
+    let modified = parent.files.first().and_then(OpenFile::modified);
+    let note = links::check_identity(link, parent.description.identity, modified, (child, &parent.name));
+    if let Some(note) = note.map_err(Failure::new)? {
+        eprintln!("blktapd image: {note}");
     }
     Ok(parent)
 }

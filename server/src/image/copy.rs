@@ -45,14 +45,14 @@ impl Goal {
 /// The target is not there then, or, written in place, holds a part of the source.
 pub fn convert(args: &ConvertArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
     let source = Chain::open(&args.source, gate)?;
-    let size = disk_size(&source)?;
+    let size = source.top().disk_size()?;
     // A device is the raw image that it always was.
     let raw_device = args.target.format.name() == "raw" && is_device(&args.target);
     let goal = match args.in_place || raw_device {
         true => Goal::used(&args.target, gate)?,
         false => {
             let create = Create { size: Some(size), backing: None, options: args.new.options.clone() };
-            let image = NewImage::make(&args.target, &create, args.new.force)?;
+            let image = NewImage::make(&args.target, &create, args.new.force, gate)?;
             Goal::New(Box::new(create), image)
         }
     };
@@ -82,7 +82,7 @@ pub fn dd(args: &DdArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
     };
     let (skip, to) = (bytes(args.skip, "skip")?, bytes(args.seek, "seek")?);
     let source = Chain::open(&args.source, gate)?;
-    let size = disk_size(&source)?;
+    let size = source.top().disk_size()?;
     if skip > size {
         return Err(Failure::new(format!(
             "--skip: {skip} bytes are more than the {size} of {}",
@@ -98,7 +98,7 @@ pub fn dd(args: &DdArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
         false => {
             let end = to.checked_add(len).ok_or_else(|| Failure::usage("--seek: too many"))?;
             let create = Create { size: Some(end), backing: None, options: Vec::new() };
-            let image = NewImage::make(&args.target, &create, false)?;
+            let image = NewImage::make(&args.target, &create, false, gate)?;
             Goal::New(Box::new(create), image)
         }
     };
@@ -107,18 +107,6 @@ pub fn dd(args: &DdArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
 
 fn is_device(name: &ImageName) -> bool {
     OpenFile::open(&name.path, Want::Look).is_ok_and(|file| file.is_device())
-}
-
-/// Bytes of the disk at the top of a chain: of a snapshot, as it was then.
-fn disk_size(chain: &Chain) -> Result<u64, Failure> {
-    if chain.top().name.snapshot.is_none() {
-        return Ok(chain.top().description.size);
-    }
-    let shape = chain.shape();
-    engine::run_blocking(&chain.files(), |files, budget| async move {
-        let volume = layers::open(&shape.take(&mut files.into_iter()), false, &budget).await?;
-        Ok(volume.size())
-    })
 }
 
 #[expect(clippy::too_many_arguments)] // both commands end here

@@ -182,7 +182,7 @@ pub fn map(
     json: bool,
 ) -> Result<u8, Failure> {
     let chain = Chain::open(name, gate)?;
-    let size = chain.top().description.size;
+    let size = chain.top().disk_size()?;
     if start > size {
         return Err(Failure::usage(format!("--start {start}: {name} has {size} bytes")));
     }

@@ -28,8 +28,9 @@ impl NewImage {
     /// Makes files for an image that is to be made as `create` says.
     ///
     /// # Errors
-    /// They exist, or cannot be made; the options make no sense.
-    pub fn make(name: &ImageName, create: &Create, force: bool) -> Result<NewImage, Failure> {
+    /// They exist, or cannot be made; the options make no sense; the log of a dead daemon has writes for what they replace, or
+    /// would be taken for one of theirs.
+    pub fn make(name: &ImageName, create: &Create, force: bool, gate: &Gate) -> Result<NewImage, Failure> {
         if name.snapshot.is_some() {
             return Err(Failure::usage(format!("{name} is to be made: it has no snapshot yet")));
         }
@@ -47,9 +48,12 @@ impl NewImage {
         }
         let mut made = NewImage { new, device };
         for new in &mut made.new {
+            new.replaced().map_or(Ok(()), |replaced| gate.refuse_live(name, replaced))?;
+            gate.refuse_live_new(name, &new.file)?;
             new.file.buffered = name.buffered;
         }
         if let Some(device) = &mut made.device {
+            gate.refuse_live(name, device)?;
             device.buffered = name.buffered;
         }
         Ok(made)
@@ -82,7 +86,7 @@ pub fn create(args: &CreateArgs, gate: &Gate, json: bool) -> Result<u8, Failure>
         return Err(Failure::usage(format!("{} needs a size or a --parent to take it from", args.image)));
     }
     let parent = parent.as_ref().map(Chain::top);
-    make_over(&args.image, args.size, parent, &args.new, json)
+    make_over(&args.image, args.size, parent, &args.new, (gate, json))
 }
 
 /// Makes an empty image, over `parent` if there is one, and says so.
@@ -91,17 +95,11 @@ fn make_over(
     size: Option<u64>,
     parent: Option<&Opened>,
     new: &NewArgs,
-    json: bool,
+    (gate, json): (&Gate, bool),
 ) -> Result<u8, Failure> {
-    if let Some(parent) = parent.filter(|parent| parent.name.snapshot.is_some()) {
-        return Err(Failure::usage(format!(
-            "{}: a snapshot inside an image cannot be a parent",
-            parent.name
-        )));
-    }
-    let backing = parent.map(|parent| parent.link_from(image));
+    let backing = parent.map(|parent| parent.link_from(image)).transpose()?;
     let create = Create { size, backing, options: new.options.clone() };
-    let files = NewImage::make(image, &create, new.force)?;
+    let files = NewImage::make(image, &create, new.force, gate)?;
     let format = image.format;
     let below = create.backing.as_ref().map(|(_, size)| *size);
     let size = engine::run_blocking(&files.files(), |files, budget| async move {
@@ -167,14 +165,20 @@ pub fn snapshot(args: &SnapshotArgs, gate: &Gate, json: bool) -> Result<u8, Fail
             args.depth_limit
         )));
     }
-    make_over(&image, args.size, Some(chain.top()), &args.new, json)
+    make_over(&image, args.size, Some(chain.top()), &args.new, (gate, json))
 }
 
-/// Takes images off the chain that have nothing of their own.
+/// Takes images off the chain that have nothing of their own and cut nothing off: a new disk of `size` bytes (by itself that of its
+/// parent) reads the same without them.
 fn skip_empty(chain: &mut Chain, size: Option<u64>) -> Result<(), Failure> {
     while let [top, below, ..] = &chain.images[..] {
-        let same_size = size.is_some() || top.description.size == below.description.size;
-        if !same_size || top.name.snapshot.is_some() {
+        // Where the top ends before the layer below does, a larger disk reads zeroes over it.
+        let (top_size, below_size) = (top.description.size, below.description.size);
+        let reads_same = match size {
+            Some(size) => size <= top_size || top_size >= below_size,
+            None => top_size == below_size,
+        };
+        if !reads_same || top.name.snapshot.is_some() {
             return Ok(());
         }
         let (format, below_size) = (top.name.format, chain.below_size());

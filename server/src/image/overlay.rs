@@ -26,14 +26,16 @@ pub fn coalesce(args: &CoalesceArgs, gate: &Gate, json: bool) -> Result<u8, Fail
         return Err(Failure::new(format!("{name} has no parent: there is nothing to coalesce it into")));
     };
     let child_size = child.description.size;
+    refuse_snapshots(child, "coalesce it")?;
     if args.take_place {
         check_take_place(child, parent)?;
     }
-    let shape = chain.shape();
+    let (shape, below_size) = (chain.shape(), chain.below_size());
     let copied = engine::run(&chain.files(), move |files, budget| async move {
         let images = shape.take(&mut files.into_iter());
+        // The one that is written last: from then on everything that may fail ends with a close.
+        let child = layers::open_alone(&images[0], false, below_size, &budget).await?;
         let parent = layers::open(&images[1..], true, &budget).await?;
-        let child = layers::open_alone(&images[0], false, Some(parent.size()), &budget).await?;
         let bar = Bar::new("coalesce");
         let copied = formats::tools::coalesce::coalesce(&child, &parent, &bar).await;
         let finished = layers::finish(&parent).await;
@@ -59,6 +61,20 @@ pub fn coalesce(args: &CoalesceArgs, gate: &Gate, json: bool) -> Result<u8, Fail
     });
     output::print(json, &value, &text)?;
     Ok(0)
+}
+
+/// Refuses an image with snapshots inside: what they do not have themselves they read from the parent, which is about to be another one
+/// or to hold other bytes.
+fn refuse_snapshots(image: &Opened, doing: &str) -> Result<(), Failure> {
+    let found = image.snapshots()?;
+    let Some(first) = found.first() else { return Ok(()) };
+    let name = &image.name;
+    Err(Failure::new(format!(
+        "{name} has {} snapshots inside ({:?} first), which would read other bytes from its parent afterwards: before you {doing}, delete \
+         them (`blktapd image snapshot --internal delete NAME {name}`), or copy the whole with `blktapd image convert` instead",
+        found.len(),
+        if first.name.is_empty() { &first.id } else { &first.name },
+    )))
 }
 
 fn check_take_place(child: &Opened, parent: &Opened) -> Result<(), Failure> {
@@ -90,7 +106,7 @@ fn check_take_place(child: &Opened, parent: &Opened) -> Result<(), Failure> {
 pub fn rebase(args: &RebaseArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
     let name = &args.image;
     let below = args.parent.as_ref().map(|parent| Chain::open(parent, gate)).transpose()?;
-    let link = below.as_ref().map(|below| below.top().link_from(name));
+    let link = below.as_ref().map(|below| below.top().link_from(name)).transpose()?;
     let format = name.format;
     let copied = if args.r#unsafe {
         let image = Opened::open(name, Want::Write, gate)?;
@@ -101,17 +117,19 @@ pub fn rebase(args: &RebaseArgs, gate: &Gate, json: bool) -> Result<u8, Failure>
     } else {
         let chain = Chain::open_for(name, &[Want::Write], gate)?;
         check_circle(chain.top(), below.as_ref())?;
+        refuse_snapshots(chain.top(), "rebase it")?;
         let (shape, below_shape) = (chain.shape(), below.as_ref().map(Chain::shape));
         let mut files = chain.files();
         files.extend(below.iter().flat_map(Chain::files));
         let copied = engine::run(&files, move |files, budget| async move {
             let mut files = files.into_iter();
             let images = shape.take(&mut files);
-            let image = layers::open(&images, true, &budget).await?;
             let below = match below_shape {
                 Some(shape) => Some(layers::open(&shape.take(&mut files), false, &budget).await?),
                 None => None,
             };
+            // The one that is written last: from then on everything that may fail ends with a close.
+            let image = layers::open(&images, true, &budget).await?;
             let bar = Bar::new("rebase");
             let copied = formats::tools::rebase::rebase(&image, below.as_ref(), &bar).await;
             let finished = layers::finish(&image).await;

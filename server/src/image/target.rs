@@ -66,6 +66,11 @@ impl NewFile {
         Ok(NewFile { file, path, folder, partial, replaced })
     }
 
+    /// What it takes the place of.
+    pub fn replaced(&self) -> Option<&OpenFile> {
+        self.replaced.as_ref()
+    }
+
     /// Makes the file durable and gives it its name.
     ///
     /// # Errors

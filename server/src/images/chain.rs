@@ -1,9 +1,10 @@
-//! Images of formats with what is below them: every file passes the gate before it is read.
+//! Images of formats with what is below them. Every file passes the gate before a byte of it is read: it is opened without side
+//! effects and locked, then the gate looks at where it is, and only then somebody reads it.
 //!
 //! The gate: the image that the operator names may be anywhere he may name files; what that image names by itself (its parent, its
 //! data file) must lie beside the image that names it or below that folder, or in an allowed directory of the
-//! configuration, and be a regular file there. Its type is the one that is stated; raw is never guessed. No file comes twice, and no
-//! chain is deeper than [`formats::volume::DEPTH_MAX`].
+//! configuration, and be a regular file there. No file comes twice. What else holds for references holds for the offline tools, too:
+//! [`super::links`].
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -11,11 +12,12 @@ use std::sync::Arc;
 
 use formats::driver::{Create, Description, Format, Identity, Link};
 use formats::spec::{FormatOptions, ImageSpec, Target};
-use formats::volume::DEPTH_MAX;
 use shard::alog::LogFile;
 use shard::api::{Backend, ChainLayer, FileKind, ImageChain, ImageFile};
 use tokio::time::Instant;
 
+use super::links::{self, named_format};
+use super::logs::refuse_live_new;
 use super::{Held, Images, OpenImage, problem};
 use crate::files::{FileKey, OpenError, OpenErrorKind, OpenRequest};
 use crate::problem::{Problem, ProblemKind};
@@ -43,9 +45,9 @@ fn image_problem(message: String) -> Problem {
     Problem::new(ProblemKind::Image, message)
 }
 
-/// Names that other programs have for our formats.
-fn format_named(name: &str) -> Option<&'static dyn Format> {
-    formats::registry::format(if name == "vpc" { "vhd" } else { name })
+/// A format that an operator named.
+fn built_in(name: &str) -> Result<&'static dyn Format, Problem> {
+    named_format(name).ok_or_else(|| image_problem(format!("the format {name} is not built in")))
 }
 
 /// Where a descriptor's file is now.
@@ -58,28 +60,33 @@ impl Images {
     pub(super) async fn open_chain(&self, wanted: Wanted<'_>) -> Result<OpenImage, Problem> {
         let mut chain = Chain::default();
         let opened = self.open_layers(&wanted, &mut chain).await;
-        let keys = std::mem::take(&mut chain.keys);
+        self.finish_chain(chain, opened, wanted.disk).await
+    }
+
+    /// The image that a chain is, if everything of it could be opened; else gives back what was. `opened` is the size of the disk, in
+    /// bytes, and the identity of its first image.
+    async fn finish_chain(
+        &self,
+        chain: Chain,
+        opened: Result<(u64, Option<Identity>), Problem>,
+        disk: &str,
+    ) -> Result<OpenImage, Problem> {
+        let Chain { layers, keys, logs, notes } = chain;
         match opened {
-            Ok((size_bytes, identity)) => {
-                let note = (!chain.notes.is_empty()).then(|| chain.notes.join("; "));
-                let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
-                let (held, logs) = (Held::Chain(keys), chain.logs);
-                Ok(OpenImage {
-                    backend,
-                    size_bytes,
-                    block_bytes: 1,
-                    note,
-                    identity,
-                    held,
-                    logs,
-                    released: false,
-                })
-            }
+            Ok((size_bytes, identity)) => Ok(OpenImage {
+                backend: Backend::Image(Arc::new(ImageChain { layers })),
+                size_bytes,
+                block_bytes: 1,
+                note: (!notes.is_empty()).then(|| notes.join("; ")),
+                identity,
+                held: Held::Chain(keys),
+                logs,
+                released: false,
+            }),
             Err(error) => {
-                let logs = std::mem::take(&mut chain.logs);
-                drop(chain);
-                self.logs.remove(logs, wanted.disk).await;
-                self.release_files(&keys, wanted.disk).await;
+                drop(layers);
+                self.logs.remove(logs, disk).await;
+                self.release_files(&keys, disk).await;
                 Err(error)
             }
         }
@@ -99,8 +106,7 @@ impl Images {
                 wanted.path.display()
             )));
         }
-        let format = format_named(wanted.format)
-            .ok_or_else(|| image_problem(format!("the format {} is not built in", wanted.format)))?;
+        let format = built_in(wanted.format)?;
         let (image, description) =
             self.open_layer(wanted, chain, format, wanted.path.clone(), wanted.read_only, None).await?;
         if let (false, Err(reason)) = (wanted.read_only, &description.writable) {
@@ -109,17 +115,12 @@ impl Images {
                 wanted.path.display()
             )));
         }
-        let (size, identity) = (description.size, description.identity);
+        let size = self.disk_size(wanted, chain, format, &description).await?;
+        let identity = description.identity;
         let (mut above, mut above_path) = (description, self.place_of(&image, &wanted.path));
         while let Some(link) = above.backing.take() {
-            if chain.layers.len() >= DEPTH_MAX {
-                return Err(image_problem(format!(
-                    "{}: the chain of images is deeper than {DEPTH_MAX}: shorten it with `blktapd image coalesce`",
-                    wanted.path.display()
-                )));
-            }
+            links::check_depth(chain.layers.len(), wanted.path.display()).map_err(image_problem)?;
             let (image, description) = self.open_parent(wanted, chain, &link, &above_path).await?;
-            check_identity(&link, &description, &above_path, chain)?;
             above_path = self.place_of(&image, &above_path);
             above = description;
         }
@@ -127,6 +128,26 @@ impl Images {
             layer.snapshot = snapshot;
         }
         Ok((size, identity))
+    }
+
+    /// Bytes of the disk that the first image of `chain` serves.
+    async fn disk_size(
+        &self,
+        wanted: &Wanted<'_>,
+        chain: &Chain,
+        format: &'static dyn Format,
+        description: &Description,
+    ) -> Result<u64, Problem> {
+        let snapshots = match (&wanted.options.snapshot, chain.keys.first()) {
+            (Some(snapshot), Some(key)) => {
+                let left = wanted.deadline.saturating_duration_since(Instant::now());
+                let all = self.files.snapshots(*key, format, left).await.map_err(problem)?;
+                Some((snapshot.as_str(), all))
+            }
+            _ => None,
+        };
+        let snapshot = snapshots.as_ref().map(|(wanted, all)| (*wanted, &all[..]));
+        links::disk_size(wanted.path.display(), description, snapshot).map_err(image_problem)
     }
 
     fn place_of(&self, image: &ImageFile, named: &Path) -> PathBuf {
@@ -150,7 +171,8 @@ impl Images {
         let (mut files, mut names, mut keys) = (vec![image.clone()], vec![name], vec![key]);
         let place = self.place_of(&image, &path);
         for link in &description.data_files {
-            let path = resolve(link, &place)?;
+            let named = link.paths.first().map_or("", String::as_str);
+            let path = links::resolve(named, &place).map_err(image_problem)?;
             let (file, key) = self.open_gated(wanted, chain, path.clone(), read_only, Some(&place)).await?;
             files.push(file);
             keys.push(key);
@@ -161,7 +183,7 @@ impl Images {
                 self.logs.refuse_live(key).await?;
                 None
             }
-            false => match self.logs.open(&keys, &place, format.name(), &description).await? {
+            false => match self.open_log(wanted, &keys, &place, (format, &description)).await? {
                 Ok(log) => Some(log),
                 Err(note) => {
                     tracing::warn!(disk = wanted.disk, "{note}");
@@ -181,6 +203,22 @@ impl Images {
             log,
         });
         Ok((image, description))
+    }
+
+    /// The log of an image whose files are open for writing.
+    async fn open_log(
+        &self,
+        wanted: &Wanted<'_>,
+        keys: &[FileKey],
+        place: &Path,
+        (format, description): (&dyn Format, &Description),
+    ) -> Result<Result<Arc<LogFile>, String>, Problem> {
+        let mut files = Vec::new();
+        for key in keys {
+            let left = wanted.deadline.saturating_duration_since(Instant::now());
+            files.push((*key, self.files.born(*key, left).await.map_err(problem)?));
+        }
+        self.logs.open(&files, place, format.name(), description).await
     }
 
     /// Opens a file; one that an image named must be where the gate lets it be.
@@ -240,7 +278,7 @@ impl Images {
         Ok(())
     }
 
-    /// Opens the first of a link's paths that can be opened.
+    /// Opens the first of a link's paths that is what the image at `image` expects.
     async fn open_parent(
         &self,
         wanted: &Wanted<'_>,
@@ -248,75 +286,40 @@ impl Images {
         link: &Link,
         image: &Path,
     ) -> Result<(Arc<ImageFile>, Description), Problem> {
-        let format = link.format.as_deref().ok_or_else(|| {
-            image_problem(format!(
-                "{} does not say of which type its parent {} is, and raw is never guessed: state it with `blktapd image \
-                 rebase --unsafe`",
-                image.display(),
-                link.paths.first().map_or("", String::as_str)
-            ))
-        })?;
-        let format = format_named(format).ok_or_else(|| {
-            image_problem(format!(
-                "{}: its parent is of type {format}, which is not built in",
-                image.display()
-            ))
-        })?;
+        let format = links::parent_format(link, image.display()).map_err(image_problem)?;
         let mut failure = None;
         for path in &link.paths {
-            let single = Link { paths: vec![path.clone()], ..link.clone() };
-            let path = resolve(&single, image)?;
-            let before = chain.keys.len();
-            match self.open_layer(wanted, chain, format, path, true, Some(image)).await {
+            let path = links::resolve(path, image).map_err(image_problem)?;
+            let (keys, layers) = (chain.keys.len(), chain.layers.len());
+            let opened = self.open_layer(wanted, chain, format, path.clone(), true, Some(image)).await;
+            let opened = opened.and_then(|(file, description)| {
+                let found = description.identity;
+                let modified = found.and_then(|identity| identity.modified);
+                let checked = links::check_identity(link, found, modified, (image.display(), path.display()));
+                chain.notes.extend(checked.map_err(image_problem)?);
+                Ok((file, description))
+            });
+            match opened {
                 Ok(opened) => return Ok(opened),
                 Err(error) => {
-                    let keys = chain.keys.split_off(before);
+                    chain.layers.truncate(layers);
+                    let keys = chain.keys.split_off(keys);
                     self.release_files(&keys, wanted.disk).await;
                     failure.get_or_insert(error);
                 }
             }
         }
-        Err(failure.unwrap_or_else(|| {
-            image_problem(format!("{} has a parent and does not say where", image.display()))
-        }))
+        Err(failure.unwrap_or_else(|| image_problem(links::missing(link, image.display(), &[]))))
     }
 }
 
-/// The path that a link means, seen from the image that has it.
-fn resolve(link: &Link, image: &Path) -> Result<PathBuf, Problem> {
-    let text = link.paths.first().map_or("", String::as_str);
-    if text.is_empty() || text.contains('\0') {
-        return Err(image_problem(format!("{} refers to a file without a name", image.display())));
-    }
-    let path = Path::new(text);
-    if path.is_absolute() {
-        return Ok(path.to_owned());
-    }
-    Ok(image.parent().unwrap_or(Path::new("/")).join(path))
-}
-
-/// The parent is the one that the child was made over.
-fn check_identity(link: &Link, parent: &Description, child: &Path, chain: &mut Chain) -> Result<(), Problem> {
-    let (Some(expected), Some(found)) = (link.identity, parent.identity) else { return Ok(()) };
-    let hex = |uuid: [u8; 16]| uuid.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    if expected.uuid != found.uuid {
-        return Err(image_problem(format!(
-            "{}: its parent has the identity {}, and {} is expected: it is another image, or was made anew; data would be \
-             wrong; find the right parent, or name it with `blktapd image rebase`",
-            child.display(),
-            hex(found.uuid),
-            hex(expected.uuid)
-        )));
-    }
-    if let (Some(expected), Some(found)) = (expected.modified, found.modified)
-        && expected != found
-    {
-        chain.notes.push(format!(
-            "the parent of {} was changed after the child was made (time stamps {expected} and {found})",
-            child.display()
-        ));
-    }
-    Ok(())
+/// Adds how the image at `child` names its parent relatively, behind the absolute name: formats that have a place for one name have the
+/// absolute one, those that have several find each other again when their folder is moved. Blocks.
+fn add_relative(link: &mut Link, child: &Path) {
+    let absolute = link.paths.iter().find(|path| path.starts_with('/'));
+    let folder = child.parent().unwrap_or(Path::new("/"));
+    let relative = absolute.and_then(|parent| links::relative(Path::new(parent), folder));
+    link.paths.extend(relative);
 }
 
 /// Overlays of live snapshots.
@@ -325,16 +328,21 @@ impl Images {
     pub async fn create_overlay(
         &self,
         spec: &ImageSpec,
-        create: Create,
+        mut create: Create,
         disk: &str,
         deadline: Instant,
     ) -> Result<(), Problem> {
         let path = PathBuf::from(&spec.path);
-        let format = format_named(spec.image_type.name())
-            .ok_or_else(|| image_problem(format!("the format {} is not built in", spec.image_type)))?;
+        let format = built_in(spec.image_type.name())?;
         let name = path.display().to_string();
         tracing::debug!(disk, "making the overlay {name}");
+        let run_dir = self.logs.run_dir().to_owned();
         let fill = move |file: std::fs::File| {
+            refuse_live_new(&run_dir, &file)
+                .map_err(|message| OpenError::new(OpenErrorKind::Invalid, format!("{name}: {message}")))?;
+            if let Some((link, _)) = &mut create.backing {
+                add_relative(link, Path::new(&name));
+            }
             let make = || {
                 let file = formats::blocking::Blocking::new(file, &name, true)?;
                 formats::blocking::wait(async {
@@ -362,39 +370,14 @@ impl Images {
         };
         let wanted = Wanted { format: format.name(), path, options, read_only: false, disk, deadline };
         let mut chain = Chain::default();
-        let format = format_named(wanted.format)
-            .ok_or_else(|| image_problem(format!("the format {} is not built in", wanted.format)))?;
+        let format = built_in(wanted.format)?;
         let opened = self.open_layer(&wanted, &mut chain, format, wanted.path.clone(), false, None).await;
         let opened = opened.and_then(|(image, description)| {
             let (file, named) = below;
             self.check_gate(&file, Path::new(&named.path), &self.place_of(&image, &wanted.path))?;
             Ok((description.size, description.identity))
         });
-        let keys = std::mem::take(&mut chain.keys);
-        match opened {
-            Ok((size_bytes, identity)) => {
-                let backend = Backend::Image(Arc::new(ImageChain { layers: chain.layers }));
-                let (held, logs) = (Held::Chain(keys), chain.logs);
-                let note = chain.notes.pop();
-                Ok(OpenImage {
-                    backend,
-                    size_bytes,
-                    block_bytes: 1,
-                    note,
-                    identity,
-                    held,
-                    logs,
-                    released: false,
-                })
-            }
-            Err(error) => {
-                let logs = std::mem::take(&mut chain.logs);
-                drop(chain);
-                self.logs.remove(logs, disk).await;
-                self.release_files(&keys, disk).await;
-                Err(error)
-            }
-        }
+        self.finish_chain(chain, opened, disk).await
     }
 
     /// Removes the file of an overlay that is not used.
