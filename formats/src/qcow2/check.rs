@@ -1,12 +1,15 @@
 //! A survey of everything that an image refers to, compared with its refcounts.
 //!
 //! ```text
+//!  places    header, directory of bitmaps, snapshot table ─▶ where the tables are that are named there; none on another
 //!  collect   L1 tables (active, snapshots) ─▶ every distinct L2 table, with how often it is referred to
 //!  window    references ─▶ counts of clusters, as many as memory allows ─▶ compared with the refcount blocks ─▶ next window
 //!  copied    active tables again: the flag "refcount is one" against the counts
 //! ```
 //! Memory is bounded: counts are kept in pages of 1024 clusters, at most [`PAGES_MAX`]; an image with more is read in several passes.
-//! Time is bounded by the file: every L2 table is read once a pass, however often it is referred to.
+//! What is kept besides is a line for each table, and tables are clusters of the file.
+//! Time is bounded by the file: tables that lie on each other are damage and are not followed, so that what is read in a pass is
+//! in the file once; every L2 table is read once a pass, however often it is referred to.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -62,6 +65,28 @@ struct TableUse {
     active: Option<u64>,
 }
 
+/// A table that the header, or a table next to it, names.
+#[derive(Debug, Clone)]
+struct Fixed {
+    range: Range<u64>,
+    /// In words.
+    name: String,
+    holds: Holds,
+    /// It lies on another one of these: what it refers to is not known.
+    overlaps: bool,
+}
+
+/// What a [`Fixed`] table refers to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holds {
+    /// Nothing, or what is read elsewhere.
+    Other,
+    /// L2 tables of the active state, or of a snapshot.
+    L1 { active: bool },
+    /// Bits of a bitmap.
+    Bitmap,
+}
+
 /// A table, for [`Survey::separate`].
 #[derive(Debug, Clone, Copy)]
 enum Place {
@@ -84,6 +109,15 @@ pub(super) struct Counts {
 }
 
 impl Counts {
+    /// Adds a reference to each cluster of a range.
+    fn add_range(&mut self, clusters: Range<u64>, kind: Word) {
+        let mut cluster = clusters.start.max(self.first.saturating_mul(PAGE));
+        while cluster < clusters.end && self.contains(cluster) {
+            self.add(cluster, kind, 1);
+            cluster += 1;
+        }
+    }
+
     /// Adds `times` references to a cluster; returns what was known of it before, if the cluster is in the window.
     fn add(&mut self, cluster: u64, kind: Word, times: u32) -> Option<Word> {
         let page = cluster / PAGE;
@@ -124,7 +158,15 @@ impl Counts {
         let word = self.pages.get(&(cluster / PAGE)).map_or(0, |page| page[(cluster % PAGE) as usize]);
         u64::from(word & COUNT)
     }
+
+    /// References to the clusters of a page, if there are any.
+    fn page(&self, page: u64) -> Option<&[Word; PAGE as usize]> {
+        self.pages.get(&page).map(Box::as_ref)
+    }
 }
+
+/// Words of tables that are read at a time, in bytes: enough for speed, and others get in between.
+const READ_BYTES: u64 = 1 << 20;
 
 /// See the module.
 pub(super) struct Survey<'a> {
@@ -139,8 +181,8 @@ pub(super) struct Survey<'a> {
     tables: Vec<(u64, TableUse)>,
     /// Offset of each refcount block that can be used; 0 for none.
     blocks: Vec<u64>,
-    /// Ranges of tables other than L2 tables.
-    fixed: Vec<(Range<u64>, String)>,
+    /// Tables other than L2 tables and refcount blocks.
+    fixed: Vec<Fixed>,
     /// The result.
     pub findings: Findings,
     /// Tables could not be followed: what they refer to is not known, so nothing may be called unused.
@@ -202,6 +244,8 @@ impl<'a> Survey<'a> {
 
     /// Surveys, reports, and changes what it may. Changes are flushed.
     pub async fn run(&mut self) -> Result<(), Error> {
+        self.collect_places().await?;
+        self.separate_fixed();
         self.collect().await?;
         self.collect_blocks().await?;
         self.separate();
@@ -240,78 +284,32 @@ impl<'a> Survey<'a> {
         self.blocks.clear();
     }
 
-    /// Reads all L1 tables; notes every distinct L2 table and the places of other tables.
-    async fn collect(&mut self) -> Result<(), Error> {
+    /// Notes the places of all tables that can be found without following one.
+    async fn collect_places(&mut self) -> Result<(), Error> {
         let header = self.header;
-        let geometry = self.geometry();
-        self.fixed.push((0..geometry.cluster(), "the header".into()));
-        self.note_fixed(header.reftable, "the refcount table");
-        self.fixed.push((
-            header.snapshots_offset..header.snapshots_offset + self.snapshots.bytes,
-            "the snapshot table".into(),
-        ));
-        self.collect_bitmaps().await?;
-        let mut tables = HashMap::new();
-        let mut seen = HashSet::new();
-        self.collect_l1(header.l1, "the active L1 table", true, &mut tables).await?;
-        self.note_fixed(header.l1, "the active L1 table");
-        seen.insert(header.l1.offset);
+        self.note_fixed(0, self.geometry().cluster(), "the header".into(), Holds::Other);
+        let table = header.reftable;
+        self.note_fixed(table.offset, table.entries * 8, "the refcount table".into(), Holds::Other);
+        let bytes = self.snapshots.bytes;
+        self.note_fixed(header.snapshots_offset, bytes, "the snapshot table".into(), Holds::Other);
+        self.note_l1(header.l1, "the active L1 table".into(), true);
         for one in &self.snapshots.snapshots {
-            let what = format!("the L1 table of snapshot {:?}", one.name);
-            if one.l1.entries > 0 && !seen.insert(one.l1.offset) {
-                self.damage(format!("{what} is another's, too"));
-                continue;
-            }
-            self.note_fixed(one.l1, &what);
-            self.collect_l1(one.l1, &what, false, &mut tables).await?;
+            self.note_l1(one.l1, format!("the L1 table of snapshot {}", shown(&one.name)), false);
         }
         for l1 in self.extra.clone() {
-            self.collect_l1(l1, "the new L1 table", false, &mut tables).await?;
+            self.note_l1(l1, "the new L1 table".into(), false);
         }
-        self.tables = tables.into_iter().collect();
-        self.tables.sort_unstable_by_key(|(offset, _)| *offset);
-        Ok(())
+        self.collect_bitmaps().await
     }
 
-    fn note_fixed(&mut self, place: TablePlace, what: &str) {
-        self.fixed.push((place.offset..place.offset + place.entries * 8, what.into()));
+    fn note_fixed(&mut self, offset: u64, bytes: u64, name: String, holds: Holds) {
+        // All of them were checked to lie in the file.
+        let range = offset..offset.saturating_add(bytes);
+        self.fixed.push(Fixed { range, name, holds, overlaps: false });
     }
 
-    async fn collect_l1(
-        &mut self,
-        l1: TablePlace,
-        what: &str,
-        active: bool,
-        tables: &mut HashMap<u64, TableUse>,
-    ) -> Result<(), Error> {
-        let geometry = self.geometry();
-        let bytes = self.file.read(l1.offset, (l1.entries * 8) as usize).await?;
-        for (index, word) in bytes.chunks_exact(8).enumerate() {
-            let entry = match L1Entry::decode(geometry, be64(word), self.end) {
-                Ok(entry) if entry.table == 0 => continue,
-                Ok(entry) => entry,
-                Err(why) => {
-                    self.blind = true;
-                    self.damage(format!("entry {index} of {what} ({:#x}) {why}", be64(word)));
-                    continue;
-                }
-            };
-            let table: &mut TableUse = tables.entry(entry.table).or_default();
-            table.references += 1;
-            if !active {
-                continue;
-            }
-            match table.active {
-                None => table.active = Some(index as u64 * geometry.l2_covers()),
-                Some(other) => {
-                    let line = format!(
-                        "entry {index} of {what} points to the L2 table of offset {other} of the disk"
-                    );
-                    self.damage(line);
-                }
-            }
-        }
-        Ok(())
+    fn note_l1(&mut self, l1: TablePlace, name: String, active: bool) {
+        self.note_fixed(l1.offset, l1.entries * 8, name, Holds::L1 { active });
     }
 
     /// Notes the places of bitmaps. They count also while they are inconsistent: their clusters are in use.
@@ -323,10 +321,7 @@ impl<'a> Survey<'a> {
                 .push("its bitmaps are stale: a program that does not know them has written to it".into());
             return Ok(());
         }
-        self.fixed.push((
-            place.directory_offset..place.directory_offset + place.directory_bytes,
-            "the bitmap directory".into(),
-        ));
+        // Checks the place of the directory, and of every table that it names.
         let bitmaps = match bitmap::read(self.file, self.geometry(), place).await {
             Ok(bitmaps) => bitmaps,
             Err(error) => {
@@ -335,25 +330,91 @@ impl<'a> Survey<'a> {
                 return Ok(());
             }
         };
+        let directory = "the bitmap directory".into();
+        self.note_fixed(place.directory_offset, place.directory_bytes, directory, Holds::Other);
         for one in bitmaps {
-            let name = format!("the table of bitmap {:?}", one.name);
+            let name = shown(&one.name);
             let bytes = u64::from(one.table_entries) * 8;
-            let table = self.file.read(one.table, bytes as usize).await?;
-            self.fixed.push((one.table..one.table + bytes, name.clone()));
-            for (index, word) in table.chunks_exact(8).enumerate() {
-                match bitmap::bits_place(self.geometry(), be64(word), self.end) {
-                    Ok(None) => {}
-                    Ok(Some(range)) => self.fixed.push((range, format!("bits of bitmap {:?}", one.name))),
+            self.note_fixed(one.table, bytes, format!("the table of bitmap {name}"), Holds::Bitmap);
+            if one.flags & bitmap::IN_USE != 0 && self.findings.remarks.len() < Findings::LINES_MAX {
+                self.findings.remarks.push(format!("bitmap {name} was not saved and is not to be trusted"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the tables noted so far that lie on each other. None of those is followed, and nothing is repaired: a repair of one would
+    /// damage the other.
+    fn separate_fixed(&mut self) {
+        let mut order: Vec<usize> =
+            (0..self.fixed.len()).filter(|index| !self.fixed[*index].range.is_empty()).collect();
+        order.sort_unstable_by_key(|index| self.fixed[*index].range.start);
+        // The one of those before that reaches furthest.
+        let mut before: Option<usize> = None;
+        for index in order {
+            // Tables own whole clusters.
+            let end = |index: usize| self.geometry().round_up(self.fixed[index].range.end);
+            if let Some(other) = before.filter(|other| end(*other) > self.fixed[index].range.start) {
+                self.fixed[index].overlaps = true;
+                self.fixed[other].overlaps = true;
+                self.overlap(Place::Fixed(index), Place::Fixed(other));
+            }
+            let end = |index: usize| self.geometry().round_up(self.fixed[index].range.end);
+            if before.is_none_or(|before| end(before) < end(index)) {
+                before = Some(index);
+            }
+        }
+    }
+
+    /// Reads all L1 tables; notes every distinct L2 table.
+    async fn collect(&mut self) -> Result<(), Error> {
+        let mut tables = HashMap::new();
+        for index in 0..self.fixed.len() {
+            if let Fixed { holds: Holds::L1 { active }, overlaps: false, .. } = self.fixed[index] {
+                self.collect_l1(index, active, &mut tables).await?;
+            }
+        }
+        self.tables = tables.into_iter().collect();
+        self.tables.sort_unstable_by_key(|(offset, _)| *offset);
+        Ok(())
+    }
+
+    async fn collect_l1(
+        &mut self,
+        table: usize,
+        active: bool,
+        tables: &mut HashMap<u64, TableUse>,
+    ) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let range = self.fixed[table].range.clone();
+        for start in range.clone().step_by(READ_BYTES as usize) {
+            let len = READ_BYTES.min(range.end - start);
+            let bytes = self.file.read(start, len as usize).await?;
+            for (index, word) in ((start - range.start) / 8..).zip(bytes.chunks_exact(8)) {
+                let entry = match L1Entry::decode(geometry, be64(word), self.end) {
+                    Ok(entry) if entry.table == 0 => continue,
+                    Ok(entry) => entry,
                     Err(why) => {
                         self.blind = true;
-                        self.damage(format!("entry {index} of {name} {why}"));
+                        let what = &self.fixed[table].name;
+                        self.damage(format!("entry {index} of {what} ({:#x}) {why}", be64(word)));
+                        continue;
+                    }
+                };
+                let found: &mut TableUse = tables.entry(entry.table).or_default();
+                found.references += 1;
+                if !active {
+                    continue;
+                }
+                match found.active {
+                    None => found.active = Some(index * geometry.l2_covers()),
+                    Some(other) => {
+                        let what = &self.fixed[table].name;
+                        self.damage(format!(
+                            "entry {index} of {what} points to the L2 table of offset {other} of the disk"
+                        ));
                     }
                 }
-            }
-            if one.flags & bitmap::IN_USE != 0 {
-                self.findings
-                    .remarks
-                    .push(format!("bitmap {:?} was not saved and is not to be trusted", one.name));
             }
         }
         Ok(())
@@ -387,15 +448,12 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
-    /// Finds tables that lie on each other. A refcount block that does is not used; nothing is repaired while others do, since a
-    /// repair of one would damage the other.
+    /// Finds blocks and L2 tables that lie on each other, or on other tables. A refcount block that does is not used; nothing is
+    /// repaired while others do, since a repair of one would damage the other.
     fn separate(&mut self) {
         let cluster = self.geometry().cluster();
-        let fixed = self
-            .fixed
-            .iter()
-            .enumerate()
-            .map(|(index, (range, _))| (range.start, range.end, Place::Fixed(index)));
+        let fixed = self.fixed.iter().enumerate();
+        let fixed = fixed.map(|(index, one)| (one.range.start, one.range.end, Place::Fixed(index)));
         let blocks = self.blocks.iter().enumerate().filter(|(_, block)| **block != 0);
         let blocks = blocks.map(|(index, block)| (*block, *block + cluster, Place::Block(index)));
         let tables = self.tables.iter().map(|(table, _)| (*table, *table + cluster, Place::L2(*table)));
@@ -406,8 +464,11 @@ impl<'a> Survey<'a> {
         for (start, end, place) in places {
             // Tables own whole clusters.
             let end = self.geometry().round_up(end);
-            if let Some((_, other)) = before.filter(|(before_end, _)| *before_end > start) {
-                self.overlap(place, other);
+            let other = before.filter(|(before_end, _)| *before_end > start).map(|(_, other)| other);
+            match (place, other) {
+                // Found before.
+                (_, None) | (Place::Fixed(_), Some(Place::Fixed(_))) => {}
+                (_, Some(other)) => self.overlap(place, other),
             }
             if before.is_none_or(|(before_end, _)| before_end < end) {
                 before = Some((end, place));
@@ -433,7 +494,7 @@ impl<'a> Survey<'a> {
 
     fn describe(&self, place: Place) -> String {
         match place {
-            Place::Fixed(index) => self.fixed[index].1.clone(),
+            Place::Fixed(index) => self.fixed[index].name.clone(),
             Place::Block(index) => format!("refcount block {index}"),
             Place::L2(table) => format!("the L2 table at {table}"),
         }
@@ -442,10 +503,9 @@ impl<'a> Survey<'a> {
     /// Counts all references to clusters of the window.
     async fn count(&mut self, counts: &mut Counts) -> Result<(), Error> {
         let bits = self.geometry().cluster_bits;
-        for (range, _) in &self.fixed {
-            for cluster in range.start >> bits..range.end.div_ceil(1 << bits) {
-                counts.add(cluster, TABLE, 1);
-            }
+        // Those that lie on others are counted for none: where there are thousands, that would take as long as reading them.
+        for one in self.fixed.iter().filter(|one| !one.overlaps) {
+            counts.add_range(one.range.start >> bits..one.range.end.div_ceil(1 << bits), TABLE);
         }
         for block in self.blocks.iter().filter(|block| **block != 0) {
             counts.add(block >> bits, TABLE, 1);
@@ -454,11 +514,45 @@ impl<'a> Survey<'a> {
             let active = if uses.active.is_some() { ACTIVE } else { 0 };
             counts.add(table >> bits, L2 | active, uses.references);
         }
+        for index in 0..self.fixed.len() {
+            if let Fixed { holds: Holds::Bitmap, overlaps: false, .. } = self.fixed[index] {
+                self.count_bitmap(counts, index).await?;
+            }
+        }
         let tables = self.tables.clone();
         let mut reads = ReadAhead::new(self.file, self.geometry(), tables.iter().map(|(offset, _)| *offset));
         for &(table, uses) in &tables {
             let bytes = reads.next().await?;
             self.count_table(counts, table, uses, &bytes);
+        }
+        Ok(())
+    }
+
+    /// Counts the clusters that hold the bits of a bitmap; `table` is its table's number in `fixed`.
+    async fn count_bitmap(&mut self, counts: &mut Counts, table: usize) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let range = self.fixed[table].range.clone();
+        for start in range.clone().step_by(READ_BYTES as usize) {
+            let len = READ_BYTES.min(range.end - start);
+            let bytes = self.file.read(start, len as usize).await?;
+            for (index, word) in ((start - range.start) / 8..).zip(bytes.chunks_exact(8)) {
+                let why = match bitmap::bits_place(geometry, be64(word), self.end) {
+                    Ok(None) => continue,
+                    Ok(Some(bits)) => {
+                        // Nobody else may have it, nor another bitmap: their writers take it for their own.
+                        match counts.add(bits.start >> geometry.cluster_bits, TABLE, 1) {
+                            None | Some(0) => continue,
+                            Some(_) => "points to a cluster that is used otherwise",
+                        }
+                    }
+                    Err(why) => {
+                        self.blind = true;
+                        why
+                    }
+                };
+                let name = &self.fixed[table].name;
+                self.damage(format!("entry {index} of {name} {why}"));
+            }
         }
         Ok(())
     }
@@ -516,7 +610,6 @@ impl<'a> Survey<'a> {
     async fn compare(&mut self, counts: &Counts) -> Result<(), Error> {
         let geometry = self.geometry();
         let per_block = geometry.block_entries();
-        let used_end = counts.pages.last_key_value().map_or(0, |(page, _)| (page + 1) * PAGE);
         self.compare_missing_blocks(counts);
         for index in 0..self.blocks.len() as u64 {
             let block = self.blocks[index as usize];
@@ -526,10 +619,14 @@ impl<'a> Survey<'a> {
             }
             let mut bytes = self.file.read(block, geometry.cluster() as usize).await?;
             let mut touched = false;
+            let mut page = None;
             for entry in 0..per_block {
                 let cluster = clusters.start + entry;
+                if entry == 0 || cluster.is_multiple_of(PAGE) {
+                    page = counts.page(cluster / PAGE);
+                }
                 let stored = refcount::get(&bytes, geometry.refcount_order, entry as usize);
-                let counted = if cluster < used_end { counts.get(cluster) } else { 0 };
+                let counted = page.map_or(0, |words| u64::from(words[(cluster % PAGE) as usize] & COUNT));
                 if stored == counted || !counts.contains(cluster) {
                     continue;
                 }
@@ -577,9 +674,7 @@ impl<'a> Survey<'a> {
             let index = usize::try_from(cluster / per_block).unwrap_or(usize::MAX);
             self.blocks.get(index).is_some_and(|block| *block != 0)
         };
-        let missing: Vec<u64> =
-            counts.used().map(|(cluster, _)| cluster).filter(|cluster| !has_block(*cluster)).collect();
-        for cluster in missing {
+        for (cluster, _) in counts.used().filter(|(cluster, _)| !has_block(*cluster)) {
             self.findings.corruption(format!("cluster {cluster} is used and has no refcount"));
             self.needs_rebuild = true;
         }
@@ -646,6 +741,11 @@ impl<'a> Survey<'a> {
         self.findings.repaired_total += u64::from(repair);
         repair
     }
+}
+
+/// A name that an image gave something, for a message.
+fn shown(name: &str) -> String {
+    format!("{:?}", name.chars().take(200).collect::<String>())
 }
 
 /// Reads L2 tables in order, several at a time.
