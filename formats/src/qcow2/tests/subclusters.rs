@@ -197,7 +197,9 @@ fn nobody_overtakes_zeroes_whose_writer_went_away() {
         let rig = Rig::create(&case(), seed).unwrap();
         let volume = rig.open(true).unwrap();
         rig.store.run(write(&volume, 0, &[1; CLUSTER as usize])).unwrap();
+        // Two subclusters that nobody writes without a plan.
         rig.store.run(volume.erase(7 * SUB, SUB, Erase::Zero)).unwrap();
+        rig.store.run(volume.erase(12 * SUB, SUB, Erase::Zero)).unwrap();
         rig.store.settle();
         // A part of a subcluster whose old bytes are under it: the driver zeroes it first.
         let is_zero = |op: &Op| op.kind == Kind::Zero;
