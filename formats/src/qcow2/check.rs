@@ -6,17 +6,23 @@
 //!  window    references ─▶ counts of clusters, as many as memory allows ─▶ compared with the refcount blocks ─▶ next window
 //!  copied    active tables again: the flag "refcount is one" against the counts
 //! ```
-//! Memory is bounded: counts are kept in pages of 1024 clusters, at most [`PAGES_MAX`]; an image with more is read in several passes.
+//! Memory is bounded: counts are kept in pages of 1024 clusters, at most `PAGES_MAX` of them; an image with more is read in several
+//! passes.
 //! What is kept besides is a line for each table, and tables are clusters of the file.
 //! Time is bounded by the file: tables that lie on each other are damage and are not followed, so that what is read in a pass is
 //! in the file once; every L2 table is read once a pass, however often it is referred to.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::ops::Range;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+mod counts;
+mod places;
+
+use counts::{ACTIVE, COUNT, Counts, DATA, L2, PAGE, TABLE};
+use places::{Fixed, Holds};
+
 use super::bitmap;
-use super::header::{self, Geometry, Header, TablePlace};
+use super::header::{Geometry, Header, TablePlace};
 use super::l1::L1Entry;
 use super::l2::Entry;
 use super::refcount::{self, TABLE_OFFSET_MASK};
@@ -25,26 +31,10 @@ use crate::driver::Findings;
 use crate::error::Error;
 use crate::file::{Buf, ImageFile, Pending};
 
-/// Clusters of a page of counts.
-const PAGE: u64 = 1024;
-/// Pages of counts in memory (4 KiB each).
-const PAGES_MAX: usize = 32768;
 /// L2 tables that are read at the same time, in bytes.
 const READ_AHEAD_BYTES: u64 = 4 << 20;
 /// Most L2 tables that are read at the same time.
 const READ_AHEAD_MAX: u64 = 16;
-
-/// A count of references, and what they are.
-type Word = u32;
-const COUNT: Word = 0x00ff_ffff;
-/// A table that may be referred to once only.
-const TABLE: Word = 1 << 31;
-/// An L2 table.
-const L2: Word = 1 << 30;
-/// Bytes of the disk.
-const DATA: Word = 1 << 29;
-/// Referred to by the active state.
-const ACTIVE: Word = 1 << 28;
 
 /// What a survey may change.
 #[derive(Debug, Clone, Copy, Default)]
@@ -65,28 +55,6 @@ struct TableUse {
     active: Option<u64>,
 }
 
-/// A table that the header, or a table next to it, names.
-#[derive(Debug, Clone)]
-struct Fixed {
-    range: Range<u64>,
-    /// In words.
-    name: String,
-    holds: Holds,
-    /// It lies on another one of these: what it refers to is not known.
-    overlaps: bool,
-}
-
-/// What a [`Fixed`] table refers to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Holds {
-    /// Nothing, or what is read elsewhere.
-    Other,
-    /// L2 tables of the active state, or of a snapshot.
-    L1 { active: bool },
-    /// Bits of a bitmap.
-    Bitmap,
-}
-
 /// A table, for [`Survey::separate`].
 #[derive(Debug, Clone, Copy)]
 enum Place {
@@ -96,73 +64,6 @@ enum Place {
     Block(usize),
     /// Offset of an L2 table.
     L2(u64),
-}
-
-/// Counts of the clusters of one window.
-#[derive(Default)]
-pub(super) struct Counts {
-    pages: BTreeMap<u64, Box<[Word; PAGE as usize]>>,
-    /// First page of this window.
-    first: u64,
-    /// First page behind it, once memory ended.
-    end: Option<u64>,
-}
-
-impl Counts {
-    /// Adds a reference to each cluster of a range.
-    fn add_range(&mut self, clusters: Range<u64>, kind: Word) {
-        let mut cluster = clusters.start.max(self.first.saturating_mul(PAGE));
-        while cluster < clusters.end && self.contains(cluster) {
-            self.add(cluster, kind, 1);
-            cluster += 1;
-        }
-    }
-
-    /// Adds `times` references to a cluster; returns what was known of it before, if the cluster is in the window.
-    fn add(&mut self, cluster: u64, kind: Word, times: u32) -> Option<Word> {
-        let page = cluster / PAGE;
-        if page < self.first || self.end.is_some_and(|end| page >= end) {
-            return None;
-        }
-        let words = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
-        let word = &mut words[(cluster % PAGE) as usize];
-        let old = *word;
-        *word = (old & !COUNT) | kind | (old & COUNT).saturating_add(times).min(COUNT);
-        if self.pages.len() > PAGES_MAX
-            && let Some((last, _)) = self.pages.pop_last()
-        {
-            self.end = Some(last);
-        }
-        Some(old)
-    }
-
-    fn contains(&self, cluster: u64) -> bool {
-        let page = cluster / PAGE;
-        page >= self.first && self.end.is_none_or(|end| page < end)
-    }
-
-    /// Where the next window begins; `None` when this was the last.
-    pub fn next(&self) -> Option<u64> {
-        self.end
-    }
-
-    /// All clusters with references, ascending.
-    pub fn used(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.pages.iter().flat_map(|(page, words)| {
-            let used = words.iter().enumerate().filter(|(_, word)| **word & COUNT > 0);
-            used.map(move |(at, word)| (page * PAGE + at as u64, u64::from(word & COUNT)))
-        })
-    }
-
-    fn get(&self, cluster: u64) -> u64 {
-        let word = self.pages.get(&(cluster / PAGE)).map_or(0, |page| page[(cluster % PAGE) as usize]);
-        u64::from(word & COUNT)
-    }
-
-    /// References to the clusters of a page, if there are any.
-    fn page(&self, page: u64) -> Option<&[Word; PAGE as usize]> {
-        self.pages.get(&page).map(Box::as_ref)
-    }
 }
 
 /// Words of tables that are read at a time, in bytes: enough for speed, and others get in between.
@@ -282,88 +183,6 @@ impl<'a> Survey<'a> {
     /// The refcount blocks as they are do not count as used any more.
     pub fn forget_blocks(&mut self) {
         self.blocks.clear();
-    }
-
-    /// Notes the places of all tables that can be found without following one.
-    async fn collect_places(&mut self) -> Result<(), Error> {
-        let header = self.header;
-        self.note_fixed(0, self.geometry().cluster(), "the header".into(), Holds::Other);
-        let table = header.reftable;
-        self.note_fixed(table.offset, table.entries * 8, "the refcount table".into(), Holds::Other);
-        let bytes = self.snapshots.bytes;
-        self.note_fixed(header.snapshots_offset, bytes, "the snapshot table".into(), Holds::Other);
-        self.note_l1(header.l1, "the active L1 table".into(), true);
-        for one in &self.snapshots.snapshots {
-            self.note_l1(one.l1, format!("the L1 table of snapshot {}", shown(&one.name)), false);
-        }
-        for l1 in self.extra.clone() {
-            self.note_l1(l1, "the new L1 table".into(), false);
-        }
-        self.collect_bitmaps().await
-    }
-
-    fn note_fixed(&mut self, offset: u64, bytes: u64, name: String, holds: Holds) {
-        // All of them were checked to lie in the file.
-        let range = offset..offset.saturating_add(bytes);
-        self.fixed.push(Fixed { range, name, holds, overlaps: false });
-    }
-
-    fn note_l1(&mut self, l1: TablePlace, name: String, active: bool) {
-        self.note_fixed(l1.offset, l1.entries * 8, name, Holds::L1 { active });
-    }
-
-    /// Notes the places of bitmaps. They count also while they are inconsistent: their clusters are in use.
-    async fn collect_bitmaps(&mut self) -> Result<(), Error> {
-        let Some(place) = self.header.extensions.bitmaps else { return Ok(()) };
-        if self.header.autoclear & header::BITMAPS == 0 {
-            self.findings
-                .remarks
-                .push("its bitmaps are stale: a program that does not know them has written to it".into());
-            return Ok(());
-        }
-        // Checks the place of the directory, and of every table that it names.
-        let bitmaps = match bitmap::read(self.file, self.geometry(), place).await {
-            Ok(bitmaps) => bitmaps,
-            Err(error) => {
-                self.blind = true;
-                self.damage(error.message);
-                return Ok(());
-            }
-        };
-        let directory = "the bitmap directory".into();
-        self.note_fixed(place.directory_offset, place.directory_bytes, directory, Holds::Other);
-        for one in bitmaps {
-            let name = shown(&one.name);
-            let bytes = u64::from(one.table_entries) * 8;
-            self.note_fixed(one.table, bytes, format!("the table of bitmap {name}"), Holds::Bitmap);
-            if one.flags & bitmap::IN_USE != 0 && self.findings.remarks.len() < Findings::LINES_MAX {
-                self.findings.remarks.push(format!("bitmap {name} was not saved and is not to be trusted"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Finds the tables noted so far that lie on each other. None of those is followed, and nothing is repaired: a repair of one would
-    /// damage the other.
-    fn separate_fixed(&mut self) {
-        let mut order: Vec<usize> =
-            (0..self.fixed.len()).filter(|index| !self.fixed[*index].range.is_empty()).collect();
-        order.sort_unstable_by_key(|index| self.fixed[*index].range.start);
-        // The one of those before that reaches furthest.
-        let mut before: Option<usize> = None;
-        for index in order {
-            // Tables own whole clusters.
-            let end = |index: usize| self.geometry().round_up(self.fixed[index].range.end);
-            if let Some(other) = before.filter(|other| end(*other) > self.fixed[index].range.start) {
-                self.fixed[index].overlaps = true;
-                self.fixed[other].overlaps = true;
-                self.overlap(Place::Fixed(index), Place::Fixed(other));
-            }
-            let end = |index: usize| self.geometry().round_up(self.fixed[index].range.end);
-            if before.is_none_or(|before| end(before) < end(index)) {
-                before = Some(index);
-            }
-        }
     }
 
     /// Reads all L1 tables; notes every distinct L2 table.
@@ -741,11 +560,6 @@ impl<'a> Survey<'a> {
         self.findings.repaired_total += u64::from(repair);
         repair
     }
-}
-
-/// A name that an image gave something, for a message.
-fn shown(name: &str) -> String {
-    format!("{:?}", name.chars().take(200).collect::<String>())
 }
 
 /// Reads L2 tables in order, several at a time.
