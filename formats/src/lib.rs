@@ -10,6 +10,7 @@ pub mod blocking;
 pub mod driver;
 pub mod error;
 pub mod file;
+mod late;
 pub mod locks;
 pub mod metadata;
 pub mod qcow2;

@@ -50,6 +50,16 @@ pub(super) struct Bitmap {
     pub name: String,
 }
 
+/// Where the directory is, if that is a place within a file of `length` bytes.
+pub(super) fn directory_range(geometry: &Geometry, place: BitmapsPlace, length: u64) -> Option<Range<u64>> {
+    let end = place.directory_offset.checked_add(place.directory_bytes)?;
+    let sensible = place.directory_bytes <= DIRECTORY_MAX_BYTES
+        && place.count <= COUNT_MAX
+        && geometry.is_aligned(place.directory_offset)
+        && end <= geometry.round_up(length);
+    sensible.then_some(place.directory_offset..end)
+}
+
 /// Reads and checks the directory.
 pub(super) async fn read(
     file: &Rc<dyn ImageFile>,
@@ -57,12 +67,7 @@ pub(super) async fn read(
     place: BitmapsPlace,
 ) -> Result<Vec<Bitmap>, Error> {
     let corrupt = |what: String| Error::corrupt(file.name(), what);
-    let end = place.directory_offset.checked_add(place.directory_bytes);
-    if place.directory_bytes > DIRECTORY_MAX_BYTES
-        || place.count > COUNT_MAX
-        || !geometry.is_aligned(place.directory_offset)
-        || end.is_none_or(|end| end > geometry.round_up(file.length()))
-    {
+    if directory_range(geometry, place, file.length()).is_none() {
         return Err(corrupt(format!(
             "its bitmap directory ({} bytes at {}) is not within the file",
             place.directory_bytes, place.directory_offset

@@ -1,19 +1,28 @@
 //! A survey of everything that an image refers to, compared with its refcounts.
 //!
 //! ```text
+//!  places    header, directory of bitmaps, snapshot table ─▶ where the tables are that are named there; none on another
 //!  collect   L1 tables (active, snapshots) ─▶ every distinct L2 table, with how often it is referred to
 //!  window    references ─▶ counts of clusters, as many as memory allows ─▶ compared with the refcount blocks ─▶ next window
 //!  copied    active tables again: the flag "refcount is one" against the counts
 //! ```
-//! Memory is bounded: counts are kept in pages of 1024 clusters, at most [`PAGES_MAX`]; an image with more is read in several passes.
-//! Time is bounded by the file: every L2 table is read once a pass, however often it is referred to.
+//! Memory is bounded: counts are kept in pages of 1024 clusters, at most `PAGES_MAX` of them; an image with more is read in several
+//! passes.
+//! What is kept besides is a line for each table, and tables are clusters of the file.
+//! Time is bounded by the file: tables that lie on each other are damage and are not followed, so that what is read in a pass is
+//! in the file once; every L2 table is read once a pass, however often it is referred to.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::ops::Range;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
+mod counts;
+mod places;
+
+use counts::{ACTIVE, COUNT, Counts, DATA, L2, PAGE, TABLE};
+use places::{Fixed, Holds};
+
 use super::bitmap;
-use super::header::{self, Geometry, Header, TablePlace};
+use super::header::{Geometry, Header, TablePlace};
 use super::l1::L1Entry;
 use super::l2::Entry;
 use super::refcount::{self, TABLE_OFFSET_MASK};
@@ -22,26 +31,10 @@ use crate::driver::Findings;
 use crate::error::Error;
 use crate::file::{Buf, ImageFile, Pending};
 
-/// Clusters of a page of counts.
-const PAGE: u64 = 1024;
-/// Pages of counts in memory (4 KiB each).
-const PAGES_MAX: usize = 32768;
 /// L2 tables that are read at the same time, in bytes.
 const READ_AHEAD_BYTES: u64 = 4 << 20;
 /// Most L2 tables that are read at the same time.
 const READ_AHEAD_MAX: u64 = 16;
-
-/// A count of references, and what they are.
-type Word = u32;
-const COUNT: Word = 0x00ff_ffff;
-/// A table that may be referred to once only.
-const TABLE: Word = 1 << 31;
-/// An L2 table.
-const L2: Word = 1 << 30;
-/// Bytes of the disk.
-const DATA: Word = 1 << 29;
-/// Referred to by the active state.
-const ACTIVE: Word = 1 << 28;
 
 /// What a survey may change.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,58 +66,8 @@ enum Place {
     L2(u64),
 }
 
-/// Counts of the clusters of one window.
-#[derive(Default)]
-pub(super) struct Counts {
-    pages: BTreeMap<u64, Box<[Word; PAGE as usize]>>,
-    /// First page of this window.
-    first: u64,
-    /// First page behind it, once memory ended.
-    end: Option<u64>,
-}
-
-impl Counts {
-    /// Adds `times` references to a cluster; returns what was known of it before, if the cluster is in the window.
-    fn add(&mut self, cluster: u64, kind: Word, times: u32) -> Option<Word> {
-        let page = cluster / PAGE;
-        if page < self.first || self.end.is_some_and(|end| page >= end) {
-            return None;
-        }
-        let words = self.pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
-        let word = &mut words[(cluster % PAGE) as usize];
-        let old = *word;
-        *word = (old & !COUNT) | kind | (old & COUNT).saturating_add(times).min(COUNT);
-        if self.pages.len() > PAGES_MAX
-            && let Some((last, _)) = self.pages.pop_last()
-        {
-            self.end = Some(last);
-        }
-        Some(old)
-    }
-
-    fn contains(&self, cluster: u64) -> bool {
-        let page = cluster / PAGE;
-        page >= self.first && self.end.is_none_or(|end| page < end)
-    }
-
-    /// Where the next window begins; `None` when this was the last.
-    pub fn next(&self) -> Option<u64> {
-        self.end
-    }
-
-    /// All clusters with references, ascending.
-    pub fn used(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.pages.iter().flat_map(|(page, words)| {
-            let used = words.iter().enumerate().filter(|(_, word)| **word & COUNT > 0);
-            used.map(move |(at, word)| (page * PAGE + at as u64, u64::from(word & COUNT)))
-        })
-    }
-
-    fn get(&self, cluster: u64) -> u64 {
-        let word = self.pages.get(&(cluster / PAGE)).map_or(0, |page| page[(cluster % PAGE) as usize]);
-        u64::from(word & COUNT)
-    }
-}
+/// Words of tables that are read at a time, in bytes: enough for speed, and others get in between.
+const READ_BYTES: u64 = 1 << 20;
 
 /// See the module.
 pub(super) struct Survey<'a> {
@@ -139,8 +82,8 @@ pub(super) struct Survey<'a> {
     tables: Vec<(u64, TableUse)>,
     /// Offset of each refcount block that can be used; 0 for none.
     blocks: Vec<u64>,
-    /// Ranges of tables other than L2 tables.
-    fixed: Vec<(Range<u64>, String)>,
+    /// Tables other than L2 tables and refcount blocks.
+    fixed: Vec<Fixed>,
     /// The result.
     pub findings: Findings,
     /// Tables could not be followed: what they refer to is not known, so nothing may be called unused.
@@ -202,6 +145,8 @@ impl<'a> Survey<'a> {
 
     /// Surveys, reports, and changes what it may. Changes are flushed.
     pub async fn run(&mut self) -> Result<(), Error> {
+        self.collect_places().await?;
+        self.separate_fixed();
         self.collect().await?;
         self.collect_blocks().await?;
         self.separate();
@@ -240,120 +185,55 @@ impl<'a> Survey<'a> {
         self.blocks.clear();
     }
 
-    /// Reads all L1 tables; notes every distinct L2 table and the places of other tables.
+    /// Reads all L1 tables; notes every distinct L2 table.
     async fn collect(&mut self) -> Result<(), Error> {
-        let header = self.header;
-        let geometry = self.geometry();
-        self.fixed.push((0..geometry.cluster(), "the header".into()));
-        self.note_fixed(header.reftable, "the refcount table");
-        self.fixed.push((
-            header.snapshots_offset..header.snapshots_offset + self.snapshots.bytes,
-            "the snapshot table".into(),
-        ));
-        self.collect_bitmaps().await?;
         let mut tables = HashMap::new();
-        let mut seen = HashSet::new();
-        self.collect_l1(header.l1, "the active L1 table", true, &mut tables).await?;
-        self.note_fixed(header.l1, "the active L1 table");
-        seen.insert(header.l1.offset);
-        for one in &self.snapshots.snapshots {
-            let what = format!("the L1 table of snapshot {:?}", one.name);
-            if one.l1.entries > 0 && !seen.insert(one.l1.offset) {
-                self.damage(format!("{what} is another's, too"));
-                continue;
+        for index in 0..self.fixed.len() {
+            if let Fixed { holds: Holds::L1 { active }, overlaps: false, .. } = self.fixed[index] {
+                self.collect_l1(index, active, &mut tables).await?;
             }
-            self.note_fixed(one.l1, &what);
-            self.collect_l1(one.l1, &what, false, &mut tables).await?;
-        }
-        for l1 in self.extra.clone() {
-            self.collect_l1(l1, "the new L1 table", false, &mut tables).await?;
         }
         self.tables = tables.into_iter().collect();
         self.tables.sort_unstable_by_key(|(offset, _)| *offset);
         Ok(())
     }
 
-    fn note_fixed(&mut self, place: TablePlace, what: &str) {
-        self.fixed.push((place.offset..place.offset + place.entries * 8, what.into()));
-    }
-
     async fn collect_l1(
         &mut self,
-        l1: TablePlace,
-        what: &str,
+        table: usize,
         active: bool,
         tables: &mut HashMap<u64, TableUse>,
     ) -> Result<(), Error> {
         let geometry = self.geometry();
-        let bytes = self.file.read(l1.offset, (l1.entries * 8) as usize).await?;
-        for (index, word) in bytes.chunks_exact(8).enumerate() {
-            let entry = match L1Entry::decode(geometry, be64(word), self.end) {
-                Ok(entry) if entry.table == 0 => continue,
-                Ok(entry) => entry,
-                Err(why) => {
-                    self.blind = true;
-                    self.damage(format!("entry {index} of {what} ({:#x}) {why}", be64(word)));
-                    continue;
-                }
-            };
-            let table: &mut TableUse = tables.entry(entry.table).or_default();
-            table.references += 1;
-            if !active {
-                continue;
-            }
-            match table.active {
-                None => table.active = Some(index as u64 * geometry.l2_covers()),
-                Some(other) => {
-                    let line = format!(
-                        "entry {index} of {what} points to the L2 table of offset {other} of the disk"
-                    );
-                    self.damage(line);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes the places of bitmaps. They count also while they are inconsistent: their clusters are in use.
-    async fn collect_bitmaps(&mut self) -> Result<(), Error> {
-        let Some(place) = self.header.extensions.bitmaps else { return Ok(()) };
-        if self.header.autoclear & header::BITMAPS == 0 {
-            self.findings
-                .remarks
-                .push("its bitmaps are stale: a program that does not know them has written to it".into());
-            return Ok(());
-        }
-        self.fixed.push((
-            place.directory_offset..place.directory_offset + place.directory_bytes,
-            "the bitmap directory".into(),
-        ));
-        let bitmaps = match bitmap::read(self.file, self.geometry(), place).await {
-            Ok(bitmaps) => bitmaps,
-            Err(error) => {
-                self.blind = true;
-                self.damage(error.message);
-                return Ok(());
-            }
-        };
-        for one in bitmaps {
-            let name = format!("the table of bitmap {:?}", one.name);
-            let bytes = u64::from(one.table_entries) * 8;
-            let table = self.file.read(one.table, bytes as usize).await?;
-            self.fixed.push((one.table..one.table + bytes, name.clone()));
-            for (index, word) in table.chunks_exact(8).enumerate() {
-                match bitmap::bits_place(self.geometry(), be64(word), self.end) {
-                    Ok(None) => {}
-                    Ok(Some(range)) => self.fixed.push((range, format!("bits of bitmap {:?}", one.name))),
+        let range = self.fixed[table].range.clone();
+        for start in range.clone().step_by(READ_BYTES as usize) {
+            let len = READ_BYTES.min(range.end - start);
+            let bytes = self.file.read(start, len as usize).await?;
+            for (index, word) in ((start - range.start) / 8..).zip(bytes.chunks_exact(8)) {
+                let entry = match L1Entry::decode(geometry, be64(word), self.end) {
+                    Ok(entry) if entry.table == 0 => continue,
+                    Ok(entry) => entry,
                     Err(why) => {
                         self.blind = true;
-                        self.damage(format!("entry {index} of {name} {why}"));
+                        let what = &self.fixed[table].name;
+                        self.damage(format!("entry {index} of {what} ({:#x}) {why}", be64(word)));
+                        continue;
+                    }
+                };
+                let found: &mut TableUse = tables.entry(entry.table).or_default();
+                found.references += 1;
+                if !active {
+                    continue;
+                }
+                match found.active {
+                    None => found.active = Some(index * geometry.l2_covers()),
+                    Some(other) => {
+                        let what = &self.fixed[table].name;
+                        self.damage(format!(
+                            "entry {index} of {what} points to the L2 table of offset {other} of the disk"
+                        ));
                     }
                 }
-            }
-            if one.flags & bitmap::IN_USE != 0 {
-                self.findings
-                    .remarks
-                    .push(format!("bitmap {:?} was not saved and is not to be trusted", one.name));
             }
         }
         Ok(())
@@ -387,15 +267,12 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
-    /// Finds tables that lie on each other. A refcount block that does is not used; nothing is repaired while others do, since a
-    /// repair of one would damage the other.
+    /// Finds blocks and L2 tables that lie on each other, or on other tables. A refcount block that does is not used; nothing is
+    /// repaired while others do, since a repair of one would damage the other.
     fn separate(&mut self) {
         let cluster = self.geometry().cluster();
-        let fixed = self
-            .fixed
-            .iter()
-            .enumerate()
-            .map(|(index, (range, _))| (range.start, range.end, Place::Fixed(index)));
+        let fixed = self.fixed.iter().enumerate();
+        let fixed = fixed.map(|(index, one)| (one.range.start, one.range.end, Place::Fixed(index)));
         let blocks = self.blocks.iter().enumerate().filter(|(_, block)| **block != 0);
         let blocks = blocks.map(|(index, block)| (*block, *block + cluster, Place::Block(index)));
         let tables = self.tables.iter().map(|(table, _)| (*table, *table + cluster, Place::L2(*table)));
@@ -406,8 +283,11 @@ impl<'a> Survey<'a> {
         for (start, end, place) in places {
             // Tables own whole clusters.
             let end = self.geometry().round_up(end);
-            if let Some((_, other)) = before.filter(|(before_end, _)| *before_end > start) {
-                self.overlap(place, other);
+            let other = before.filter(|(before_end, _)| *before_end > start).map(|(_, other)| other);
+            match (place, other) {
+                // Found before.
+                (_, None) | (Place::Fixed(_), Some(Place::Fixed(_))) => {}
+                (_, Some(other)) => self.overlap(place, other),
             }
             if before.is_none_or(|(before_end, _)| before_end < end) {
                 before = Some((end, place));
@@ -433,7 +313,7 @@ impl<'a> Survey<'a> {
 
     fn describe(&self, place: Place) -> String {
         match place {
-            Place::Fixed(index) => self.fixed[index].1.clone(),
+            Place::Fixed(index) => self.fixed[index].name.clone(),
             Place::Block(index) => format!("refcount block {index}"),
             Place::L2(table) => format!("the L2 table at {table}"),
         }
@@ -442,10 +322,9 @@ impl<'a> Survey<'a> {
     /// Counts all references to clusters of the window.
     async fn count(&mut self, counts: &mut Counts) -> Result<(), Error> {
         let bits = self.geometry().cluster_bits;
-        for (range, _) in &self.fixed {
-            for cluster in range.start >> bits..range.end.div_ceil(1 << bits) {
-                counts.add(cluster, TABLE, 1);
-            }
+        // Those that lie on others are counted for none: where there are thousands, that would take as long as reading them.
+        for one in self.fixed.iter().filter(|one| !one.overlaps) {
+            counts.add_range(one.range.start >> bits..one.range.end.div_ceil(1 << bits), TABLE);
         }
         for block in self.blocks.iter().filter(|block| **block != 0) {
             counts.add(block >> bits, TABLE, 1);
@@ -454,11 +333,45 @@ impl<'a> Survey<'a> {
             let active = if uses.active.is_some() { ACTIVE } else { 0 };
             counts.add(table >> bits, L2 | active, uses.references);
         }
+        for index in 0..self.fixed.len() {
+            if let Fixed { holds: Holds::Bitmap, overlaps: false, .. } = self.fixed[index] {
+                self.count_bitmap(counts, index).await?;
+            }
+        }
         let tables = self.tables.clone();
         let mut reads = ReadAhead::new(self.file, self.geometry(), tables.iter().map(|(offset, _)| *offset));
         for &(table, uses) in &tables {
             let bytes = reads.next().await?;
             self.count_table(counts, table, uses, &bytes);
+        }
+        Ok(())
+    }
+
+    /// Counts the clusters that hold the bits of a bitmap; `table` is its table's number in `fixed`.
+    async fn count_bitmap(&mut self, counts: &mut Counts, table: usize) -> Result<(), Error> {
+        let geometry = self.geometry();
+        let range = self.fixed[table].range.clone();
+        for start in range.clone().step_by(READ_BYTES as usize) {
+            let len = READ_BYTES.min(range.end - start);
+            let bytes = self.file.read(start, len as usize).await?;
+            for (index, word) in ((start - range.start) / 8..).zip(bytes.chunks_exact(8)) {
+                let why = match bitmap::bits_place(geometry, be64(word), self.end) {
+                    Ok(None) => continue,
+                    Ok(Some(bits)) => {
+                        // Nobody else may have it, nor another bitmap: their writers take it for their own.
+                        match counts.add(bits.start >> geometry.cluster_bits, TABLE, 1) {
+                            None | Some(0) => continue,
+                            Some(_) => "points to a cluster that is used otherwise",
+                        }
+                    }
+                    Err(why) => {
+                        self.blind = true;
+                        why
+                    }
+                };
+                let name = &self.fixed[table].name;
+                self.damage(format!("entry {index} of {name} {why}"));
+            }
         }
         Ok(())
     }
@@ -516,7 +429,6 @@ impl<'a> Survey<'a> {
     async fn compare(&mut self, counts: &Counts) -> Result<(), Error> {
         let geometry = self.geometry();
         let per_block = geometry.block_entries();
-        let used_end = counts.pages.last_key_value().map_or(0, |(page, _)| (page + 1) * PAGE);
         self.compare_missing_blocks(counts);
         for index in 0..self.blocks.len() as u64 {
             let block = self.blocks[index as usize];
@@ -526,10 +438,14 @@ impl<'a> Survey<'a> {
             }
             let mut bytes = self.file.read(block, geometry.cluster() as usize).await?;
             let mut touched = false;
+            let mut page = None;
             for entry in 0..per_block {
                 let cluster = clusters.start + entry;
+                if entry == 0 || cluster.is_multiple_of(PAGE) {
+                    page = counts.page(cluster / PAGE);
+                }
                 let stored = refcount::get(&bytes, geometry.refcount_order, entry as usize);
-                let counted = if cluster < used_end { counts.get(cluster) } else { 0 };
+                let counted = page.map_or(0, |words| u64::from(words[(cluster % PAGE) as usize] & COUNT));
                 if stored == counted || !counts.contains(cluster) {
                     continue;
                 }
@@ -577,9 +493,7 @@ impl<'a> Survey<'a> {
             let index = usize::try_from(cluster / per_block).unwrap_or(usize::MAX);
             self.blocks.get(index).is_some_and(|block| *block != 0)
         };
-        let missing: Vec<u64> =
-            counts.used().map(|(cluster, _)| cluster).filter(|cluster| !has_block(*cluster)).collect();
-        for cluster in missing {
+        for (cluster, _) in counts.used().filter(|(cluster, _)| !has_block(*cluster)) {
             self.findings.corruption(format!("cluster {cluster} is used and has no refcount"));
             self.needs_rebuild = true;
         }

@@ -163,7 +163,7 @@ impl Image {
 
     /// One round: see the module. `need` is how many clusters somebody waits for. The caller holds `refcounts_turn`.
     async fn round(&self, need: u64) -> Result<(), Error> {
-        self.finish_late().await?;
+        self.late.wait().await;
         let reserve = &self.reserve;
         reserve.settling.borrow_mut().append(&mut reserve.freed.borrow_mut());
         let settles = !reserve.settling.borrow().is_empty();
@@ -229,7 +229,8 @@ impl Image {
             self.refs.forget(bytes.clone());
             if !self.file.is_device() && bytes.start < self.file.length() {
                 // Not doing it costs space only.
-                let _ = self.finish(self.file.zero(bytes.start..bytes.end.min(self.file.length()))).await;
+                let _ =
+                    self.late.finish(self.file.zero(bytes.start..bytes.end.min(self.file.length()))).await;
             }
             self.reserve.cursor.set(self.reserve.cursor.get().min(range.start));
         }
@@ -376,7 +377,7 @@ impl Image {
         let bits = self.geometry.cluster_bits;
         self.claim(range.clone()).await?;
         self.file.extend(range.end << bits).await?;
-        self.finish(self.file.zero(range.start << bits..range.end << bits)).await
+        self.late.finish(self.file.zero(range.start << bits..range.end << bits)).await
     }
 
     /// Claims clusters behind all others.
@@ -387,7 +388,7 @@ impl Image {
         let former = if self.file.is_device() { u64::MAX } else { self.file.length() };
         self.file.extend(range.end << bits).await?;
         if range.start << bits < former {
-            self.finish(self.file.zero(range.start << bits..(range.end << bits).min(former))).await?;
+            self.late.finish(self.file.zero(range.start << bits..(range.end << bits).min(former))).await?;
         }
         self.reserve.end.set(Some(range.end));
         self.claim(range).await

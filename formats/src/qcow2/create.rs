@@ -381,7 +381,7 @@ async fn preallocate(driver: &Qcow2Driver, how: Preallocation) -> Result<(), Err
                 let host = Some(cluster << geometry.cluster_bits);
                 let entry =
                     Entry { host, copied: true, data: geometry.all_subclusters(), zero: 0, compressed: None };
-                image.set_l2_entry(image.l2_entry_at(table, guest), &entry, Order::Anytime).await?;
+                image.change_l2_entry(table, guest, Order::Anytime, |_| Some(entry)).await?;
                 done += 1;
             }
         }

@@ -53,7 +53,7 @@ pub(super) async fn open(open: Open) -> Result<Rc<Qcow2Driver>, Error> {
         }
         _ => Vec::new(),
     };
-    let fixed = fixed_places(&header, snapshots.bytes);
+    let fixed = fixed_places(&header, snapshots.bytes, file.length());
     if open.writable {
         check_overlap(&name, &fixed)?;
     }
@@ -95,8 +95,8 @@ pub(super) async fn open(open: Open) -> Result<Rc<Qcow2Driver>, Error> {
     Ok(Rc::new(Qcow2Driver { image: Image::new(parts) }))
 }
 
-/// Where the metadata is whose place the header names.
-fn fixed_places(header: &Header, snapshot_bytes: u64) -> Vec<Range<u64>> {
+/// Where the metadata is whose place the header names, in a file of `length` bytes.
+fn fixed_places(header: &Header, snapshot_bytes: u64, length: u64) -> Vec<Range<u64>> {
     let geometry = &header.geometry;
     let mut fixed = Vec::new();
     let mut add = |offset: u64, bytes: u64| {
@@ -108,8 +108,10 @@ fn fixed_places(header: &Header, snapshot_bytes: u64) -> Vec<Range<u64>> {
     add(header.l1.offset, header.l1.entries * 8);
     add(header.reftable.offset, header.reftable.entries * 8);
     add(header.snapshots_offset, snapshot_bytes);
-    if let Some(place) = header.extensions.bitmaps.filter(|_| header.autoclear & header::BITMAPS != 0) {
-        add(place.directory_offset, place.directory_bytes);
+    let bitmaps = header.extensions.bitmaps.filter(|_| header.autoclear & header::BITMAPS != 0);
+    // A directory that cannot be is not read, so nothing is kept away from it.
+    if let Some(range) = bitmaps.and_then(|place| bitmap::directory_range(geometry, place, length)) {
+        add(range.start, range.end - range.start);
     }
     fixed
 }

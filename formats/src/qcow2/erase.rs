@@ -27,10 +27,10 @@ impl Image {
     /// See [`crate::driver::Driver::erase`]. The range may end at the end of the disk within a granule.
     pub async fn erase(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
         self.begin_changes().await?;
-        self.finish_late().await?;
+        self.late.wait().await;
         if let Some(data) = self.data.as_ref().filter(|_| self.header.data_file_raw()) {
             // The data file must read right by itself.
-            data.zero(range).await?;
+            self.late.finish(data.zero(range)).await?;
             return Ok(Erased::Done);
         }
         if self.geometry.version < 3 && (how == Erase::ZeroKeep || self.below_has(range.start)) {
@@ -85,12 +85,13 @@ impl Image {
                 // The copy of a shared table has other flags: look again.
                 continue;
             }
-            let place = self.l2_entry_at(table.unwrap_or(read_table), guest);
             match change {
                 Change::Nothing => {}
                 Change::Write => erased = Erased::WriteZeroes,
-                Change::Set { entry, frees } => {
-                    self.set_l2_entry(place, &entry, Order::Anytime).await?;
+                Change::Set { .. } => {
+                    let Some((old, frees)) = self.set_erased(read_table, guest, &part, how).await? else {
+                        continue;
+                    };
                     if let Some(host) = old.host.filter(|_| !matches!(how, Erase::ZeroKeep)) {
                         if frees && !geometry.data_file {
                             let cluster = host >> geometry.cluster_bits;
@@ -105,7 +106,7 @@ impl Image {
                         }
                     }
                 }
-                Change::Fill { subclusters } => self.fill_zero(place, &old, subclusters).await?,
+                Change::Fill { subclusters } => self.fill_zero(read_table, guest, subclusters).await?,
             }
             guest += geometry.cluster();
         }
@@ -115,6 +116,30 @@ impl Image {
             self.settle_freed().await?;
         }
         Ok(erased)
+    }
+
+    /// Sets the entry of a cluster to what erasing its granules `part` makes of it. Returns the entry before, and whether its cluster is
+    /// not used any more; `None` when others have made something else of the entry, so that nothing is to be set.
+    async fn set_erased(
+        &self,
+        table: u64,
+        guest: u64,
+        part: &Range<u64>,
+        how: Erase,
+    ) -> Result<Option<(Entry, bool)>, Error> {
+        let mut freed = None;
+        let erase = |now: &Entry| match self.erased(now, guest, part, how) {
+            Ok(Change::Set { entry, frees }) => {
+                freed = Some(frees);
+                Some(entry)
+            }
+            _ => {
+                freed = None;
+                None
+            }
+        };
+        let old = self.change_l2_entry(table, guest, Order::Anytime, erase).await?;
+        Ok(freed.map(|frees| (old, frees)))
     }
 
     /// What becomes of the granules `part` of the cluster at `guest`.
@@ -162,20 +187,24 @@ impl Image {
     }
 
     /// Maps a new cluster that reads as zero.
-    async fn fill_zero(&self, place: u64, old: &Entry, subclusters: u32) -> Result<(), Error> {
+    async fn fill_zero(&self, table: u64, guest: u64, subclusters: u32) -> Result<(), Error> {
         let taken = self.allocate(1).await?;
         let Some(cluster) = taken.first().map(|range| range.start) else { return Ok(()) };
         let host = Some(cluster << self.geometry.cluster_bits);
         let entry = Entry { host, copied: true, data: subclusters, zero: 0, compressed: None };
-        if let Err(error) = self.set_l2_entry(place, &entry, Order::Anytime).await {
-            self.reserve.put_back(cluster..cluster + 1);
-            return Err(error);
+        match self.change_l2_entry(table, guest, Order::Anytime, |_| Some(entry)).await {
+            Ok(old) => {
+                if let Some(host) = old.host {
+                    let cluster = host >> self.geometry.cluster_bits;
+                    self.reserve.free(cluster..cluster + 1);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.reserve.put_back(cluster..cluster + 1);
+                Err(error)
+            }
         }
-        if let Some(host) = old.host {
-            let cluster = host >> self.geometry.cluster_bits;
-            self.reserve.free(cluster..cluster + 1);
-        }
-        Ok(())
     }
 
     /// Gives bytes of the payload's file to the store, in as long stretches as come; `None` ends it.
@@ -191,7 +220,7 @@ impl Image {
         if let Some(old) = std::mem::replace(pending, next) {
             let old = old.start..old.end.min(file.length());
             if !old.is_empty() {
-                self.finish(file.zero(old)).await?;
+                self.late.finish(file.zero(old)).await?;
             }
         }
         Ok(())

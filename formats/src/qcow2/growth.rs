@@ -119,13 +119,8 @@ impl Image {
         let mut place = [0; 12];
         place[..8].copy_from_slice(&offset.to_be_bytes());
         place[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
-        // Made and believed at once: a caller that goes away leaves file and memory with the same table.
-        let switch = self.file.write(48, Buf::copy_of(&place));
-        self.reftable.set(TablePlace { offset, entries: (table.len() / 8) as u64 });
-        if let Err(error) = self.finish(switch).await {
-            self.reftable.set(old);
-            return Err(error);
-        }
+        let new = TablePlace { offset, entries: (table.len() / 8) as u64 };
+        self.switch_table(&self.reftable, new, self.file.write(48, Buf::copy_of(&place))).await?;
         self.file.flush().await?;
         let old_bytes = old.offset..old.offset + old.entries * 8;
         self.refs.forget(old_bytes.clone());

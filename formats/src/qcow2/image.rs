@@ -14,6 +14,7 @@ use super::plan::{Joined, Piece};
 use crate::driver::{Extent, FileIndex, Place};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, ImageFile, Pending};
+use crate::late::Late;
 use crate::metadata::{SLICE_BYTES, Tables};
 
 /// The image's own file.
@@ -42,9 +43,9 @@ pub(super) struct Image {
     /// Bytes of the disk.
     pub size: Cell<u64>,
     /// The L1 table that is served.
-    pub l1: Cell<TablePlace>,
+    pub l1: Rc<Cell<TablePlace>>,
     /// The refcount table.
-    pub reftable: Cell<TablePlace>,
+    pub reftable: Rc<Cell<TablePlace>>,
     /// L1 and L2 tables.
     pub maps: Rc<Tables>,
     /// Refcount table and blocks: without a log, since they are flushed ahead of their use.
@@ -67,21 +68,9 @@ pub(super) struct Image {
     /// that will make it so: a write to such a place must not be acknowledged before, so map does not call them in place.
     pub unsettled: RefCell<HashMap<u64, u32, foldhash::fast::FixedState>>,
     /// Operations whose caller went away before they ended: nothing may rely on their range until they have.
-    late: RefCell<Vec<Pending<'static, ()>>>,
+    pub late: Late,
     change_turn: async_lock::Mutex<()>,
     changed: Cell<bool>,
-}
-
-/// An operation that is awaited; it is kept when its caller goes away.
-struct Kept<'a> {
-    image: &'a Image,
-    operation: Option<Pending<'static, ()>>,
-}
-
-impl Drop for Kept<'_> {
-    fn drop(&mut self) {
-        self.image.late.borrow_mut().extend(self.operation.take());
-    }
 }
 
 /// Clusters that are unsettled while this lives; those of a commit that did not end stay so.
@@ -135,7 +124,7 @@ impl Image {
         Image {
             maps: Tables::new(file.clone(), IMAGE_FILE, payload, slice, &budget, log),
             refs: Tables::new(file.clone(), IMAGE_FILE, Vec::new(), slice, &budget, None),
-            reftable: Cell::new(header.reftable),
+            reftable: Rc::new(Cell::new(header.reftable)),
             geometry,
             header,
             bitmaps: parts.bitmaps,
@@ -143,7 +132,7 @@ impl Image {
             writable: parts.writable,
             below: parts.below,
             size: Cell::new(parts.size),
-            l1: Cell::new(parts.l1),
+            l1: Rc::new(Cell::new(parts.l1)),
             fixed: RefCell::new(parts.fixed),
             reserve: Reserve::default(),
             tables_turn: async_lock::Mutex::new(()),
@@ -152,7 +141,7 @@ impl Image {
             next_plan: Cell::new(1),
             joined: RefCell::default(),
             unsettled: RefCell::default(),
-            late: RefCell::default(),
+            late: Late::default(),
             change_turn: async_lock::Mutex::new(()),
             changed: Cell::new(false),
             file,
@@ -160,23 +149,23 @@ impl Image {
         }
     }
 
-    /// Waits for an operation that must not be forgotten when the caller goes away.
-    pub async fn finish(&self, operation: Pending<'static, ()>) -> Result<(), Error> {
-        let mut kept = Kept { image: self, operation: Some(operation) };
-        let result = match &mut kept.operation {
-            Some(operation) => operation.await,
-            None => Ok(()),
+    /// Lets a table be served from a new place: `switch` writes that into the header. Believed at once, and taken back when the write
+    /// fails: file and memory have the same table whether the caller waits or goes away.
+    pub async fn switch_table(
+        &self,
+        table: &Rc<Cell<TablePlace>>,
+        new: TablePlace,
+        switch: Pending<'static, ()>,
+    ) -> Result<(), Error> {
+        let (table, old) = (table.clone(), table.replace(new));
+        let switched = async move {
+            let result = switch.await;
+            if result.is_err() {
+                table.set(old);
+            }
+            result
         };
-        kept.operation = None;
-        result
-    }
-
-    /// Waits for the operations whose callers went away.
-    pub async fn finish_late(&self) -> Result<(), Error> {
-        loop {
-            let Some(operation) = self.late.borrow_mut().pop() else { return Ok(()) };
-            self.finish(operation).await?;
-        }
+        self.late.finish(Box::pin(switched)).await
     }
 
     /// Notes that entries of these clusters of the disk are about to change.
@@ -293,15 +282,28 @@ impl Image {
         }
     }
 
-    /// Changes the L2 entry at `at`.
-    pub async fn set_l2_entry(
+    /// Changes the L2 entry of the cluster `guest` in the table at `table`: `change` is shown the entry and says what becomes of it,
+    /// `None` for nothing. Returns the entry that was replaced.
+    ///
+    /// `change` is asked again whenever something had to be awaited: an entry has a bit for each subcluster, and others may have set
+    /// some of them in between.
+    pub async fn change_l2_entry(
         &self,
-        at: u64,
-        entry: &Entry,
+        table: u64,
+        guest: u64,
         order: crate::driver::Order,
-    ) -> Result<(), Error> {
-        let bytes = entry.encode(&self.geometry);
-        self.maps.update(at, &bytes[..self.geometry.entry_bytes() as usize], order).await
+        mut change: impl FnMut(&Entry) -> Option<Entry>,
+    ) -> Result<Entry, Error> {
+        let (at, len) = (self.l2_entry_at(table, guest), self.geometry.entry_bytes() as usize);
+        loop {
+            let old = self.load_l2_entry(table, guest).await?;
+            // No await between the look at the entry and its change.
+            let Some(new) = change(&old) else { return Ok(old) };
+            if self.maps.set(at, &new.encode(&self.geometry)[..len], order) {
+                return Ok(old);
+            }
+            self.maps.prepare(at, len).await?;
+        }
     }
 
     /// See [`crate::driver::Driver::map`].
@@ -366,7 +368,7 @@ impl Image {
             return push(out, own, wanted.start, cluster_end - wanted.start, Place::Encoded);
         }
         let granule = self.geometry.granule();
-        let in_place = self.writable && entry.copied && !self.is_unsettled(guest);
+        let in_place = self.writable && entry.copied && !self.is_unsettled(guest) && self.late.is_empty();
         let mut at = wanted.start;
         while at < cluster_end {
             let sub = ((at - guest) / granule) as u32;

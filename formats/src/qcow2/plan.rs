@@ -25,8 +25,8 @@ use crate::file::Buf;
 pub(super) struct Piece {
     /// Start of the cluster on the disk.
     guest: u64,
-    /// Offset of its L2 entry.
-    entry_at: u64,
+    /// Offset of its L2 table.
+    table: u64,
     /// Subclusters that get data.
     subclusters: u32,
     /// Where the cluster will be.
@@ -77,7 +77,7 @@ impl Image {
     /// See [`crate::driver::Driver::plan_write`].
     pub async fn plan_write(&self, offset: u64, len: u64) -> Result<Plan, Error> {
         self.begin_changes().await?;
-        self.finish_late().await?;
+        self.late.wait().await;
         let granule = self.geometry.granule();
         let request = offset..offset + len;
         let range = offset & !(granule - 1)..(offset + len).next_multiple_of(granule);
@@ -145,8 +145,7 @@ impl Image {
         let mut new_data = 0;
         // Before anything waits: from here on the piece goes back if this future is dropped.
         let number = draft.pieces.len();
-        let entry_at = self.l2_entry_at(table, guest);
-        draft.pieces.push(Piece { guest, entry_at, subclusters: 0, host, fresh, order });
+        draft.pieces.push(Piece { guest, table, subclusters: 0, host, fresh, order });
         for sub in subclusters {
             let start = guest + u64::from(sub) * granule;
             let place = host + (start - guest);
@@ -162,7 +161,7 @@ impl Image {
                 if !fresh {
                     // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it
                     // leaves behind when it goes away lands in its own range only.
-                    self.finish(self.payload().1.zero(place..place + granule)).await?;
+                    self.late.finish(self.payload().1.zero(place..place + granule)).await?;
                 }
                 if under == Under::Zeroes {
                     under = Under::Kept;
@@ -239,16 +238,16 @@ impl Image {
         let unsettled = self.unsettle(pieces.iter().map(|piece| piece.guest).collect());
         let mut left = Draft { image: self, pieces, pool: Vec::new() };
         while let Some(piece) = left.pieces.first() {
-            let table = piece.entry_at & !(self.geometry.cluster() - 1);
-            let old = self.load_l2_entry(table, piece.guest).await?;
-            let new = Entry {
-                host: Some(piece.host),
-                copied: true,
-                data: old.data | piece.subclusters,
-                zero: old.zero & !piece.subclusters,
-                compressed: None,
+            let with_piece = |old: &Entry| {
+                Some(Entry {
+                    host: Some(piece.host),
+                    copied: true,
+                    data: old.data | piece.subclusters,
+                    zero: old.zero & !piece.subclusters,
+                    compressed: None,
+                })
             };
-            self.set_l2_entry(piece.entry_at, &new, piece.order).await?;
+            let old = self.change_l2_entry(piece.table, piece.guest, piece.order, with_piece).await?;
             if piece.fresh {
                 self.leave(piece, true);
             }
@@ -286,8 +285,7 @@ impl Image {
         self.set_l1_entry(guest, L1Entry { table, copied: true }).await?;
         draft.pool.clear();
         if old.table != 0 {
-            let cluster = old.table >> self.geometry.cluster_bits;
-            self.reserve.free(cluster..cluster + 1);
+            self.leave_shared(old.table).await;
         }
         Ok(table)
     }
@@ -329,30 +327,47 @@ impl Image {
             copy[at.clone()].copy_from_slice(&bytes[at]);
         }
         // Written to from now on: it must not go back as clean.
-        let range = draft.pool.remove(0);
-        let piece = Piece {
-            guest,
-            entry_at: self.l2_entry_at(table, guest),
-            subclusters: 0,
-            host,
-            fresh: false,
-            order: Order::AfterData,
-        };
+        let taken = draft.pool.remove(0);
         let written = self.file.write(host, copy).await;
         let unsettled = self.unsettle(vec![guest]);
+        let mut moved = false;
         let set = match written {
+            // Other subclusters may have been erased meanwhile: what the entry says of them now counts.
             Ok(()) => {
-                let new = Entry { host: Some(host), copied: true, ..entry };
-                self.set_l2_entry(piece.entry_at, &new, piece.order).await
+                let with_place = |now: &Entry| {
+                    moved = now.host == Some(old) && !now.copied;
+                    moved.then_some(Entry { host: Some(host), copied: true, ..*now })
+                };
+                self.change_l2_entry(table, guest, Order::AfterData, with_place).await.map(drop)
             }
             Err(error) => Err(error),
         };
-        let given_up = if set.is_ok() { old >> self.geometry.cluster_bits } else { range.start };
-        self.reserve.free(given_up..given_up + 1);
+        if !moved || set.is_err() {
+            self.reserve.free(taken);
+        } else {
+            self.leave_shared(old).await;
+        }
         set?;
         self.maps.settle().await?;
         unsettled.settled();
         Ok(())
+    }
+
+    /// Gives up our reference to a cluster that the entry called shared, and that others may be reading at this moment: they hold
+    /// other subclusters of it, or are loading another part of the table. As long as a snapshot has it, too, that changes nothing
+    /// for them. If it turns out to have been ours alone, it is left as it is until the image is closed.
+    async fn leave_shared(&self, host: u64) {
+        let cluster = host >> self.geometry.cluster_bits;
+        let mut references = 0;
+        let look = |_, refcount| {
+            references = refcount;
+            None
+        };
+        let looked = self.change_some(&(cluster..cluster + 1), look).await;
+        match looked {
+            Ok(_) if references > 1 => self.reserve.free(cluster..cluster + 1),
+            _ => self.reserve.abandon(cluster),
+        }
     }
 
     /// A range cannot be served because it is compressed.

@@ -82,12 +82,8 @@ impl Image {
         place[..4].copy_from_slice(&(entries as u32).to_be_bytes());
         place[4..].copy_from_slice(&at.to_be_bytes());
         self.maps.forget(at..at + table.len() as u64);
-        let switch = self.file.write(36, Buf::copy_of(&place));
-        self.l1.set(TablePlace { offset: at, entries });
-        if let Err(error) = self.finish(switch).await {
-            self.l1.set(old);
-            return Err(error);
-        }
+        let new = TablePlace { offset: at, entries };
+        self.switch_table(&self.l1, new, self.file.write(36, Buf::copy_of(&place))).await?;
         self.file.flush().await?;
         let old_bytes = old.offset..old.offset + old.entries * 8;
         let old_clusters =

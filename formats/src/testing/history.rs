@@ -5,6 +5,8 @@
 //! were *superseded*: a later write began after that one had ended, and that later write was durable. A write is durable
 //! - for power loss, when it was answered before a flush began that was answered before the crash;
 //! - for the death of the process, when it was answered before the crash.
+//!
+//! The size of the disk is a value like that of a block.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -38,9 +40,18 @@ struct Entry {
     ok: bool,
 }
 
+#[derive(Debug)]
+struct Resize {
+    bytes: u64,
+    began: usize,
+    ended: Option<usize>,
+    ok: bool,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     entries: Vec<Entry>,
+    resizes: Vec<Resize>,
     /// Numbers of the entries that touch a block.
     by_block: Vec<Vec<u32>>,
     /// Begin and (successful) end of each flush.
@@ -140,10 +151,25 @@ impl History {
         self.inner.borrow_mut().flushes[number].1 = ok.then_some(ended);
     }
 
-    /// Checks the contents of the whole disk after a crash behind `at` events.
+    /// The disk is about to get another size; the answer is the number of that.
+    pub fn begin_resize(&self, bytes: u64) -> usize {
+        let began = self.store.mark();
+        let resizes = &mut self.inner.borrow_mut().resizes;
+        resizes.push(Resize { bytes, began, ended: None, ok: false });
+        resizes.len() - 1
+    }
+
+    /// A resize was answered.
+    pub fn end_resize(&self, number: usize, ok: bool) {
+        let ended = self.store.mark();
+        let resize = &mut self.inner.borrow_mut().resizes[number];
+        (resize.ended, resize.ok) = (Some(ended), ok);
+    }
+
+    /// Checks the size and the contents of the whole disk after a crash behind `at` events.
     ///
     /// # Errors
-    /// Names the first block that holds what it must not, and what it may hold.
+    /// Says which size is wrong, or names the first block that holds what it must not, and what it may hold.
     pub fn judge(&self, at: usize, cause: Cause, disk: &[u8]) -> Result<(), String> {
         let durable_before = match cause {
             Cause::PowerLoss => {
@@ -153,7 +179,27 @@ impl History {
             }
             Cause::ProcessDeath => at,
         };
+        self.judge_size(disk.len() as u64, at, durable_before)?;
         self.judge_blocks(0, disk, at, durable_before)
+    }
+
+    /// As [`History::judge_blocks`], of the size.
+    fn judge_size(&self, bytes: u64, seen_before: usize, durable_before: usize) -> Result<(), String> {
+        let inner = self.inner.borrow();
+        let began = || inner.resizes.iter().filter(|resize| resize.began < seen_before);
+        let is_durable =
+            |resize: &&Resize| resize.ok && resize.ended.is_some_and(|ended| ended < durable_before);
+        let before = began().filter(is_durable).map(|resize| resize.began).max();
+        let live =
+            |resize: &&Resize| resize.ended.is_none_or(|ended| before.is_none_or(|before| ended >= before));
+        let mut legal: Vec<u64> = began().filter(live).map(|resize| resize.bytes).collect();
+        if before.is_none() {
+            legal.push(self.initial.len() as u64);
+        }
+        match legal.contains(&bytes) {
+            true => Ok(()),
+            false => Err(format!("the disk has {bytes} bytes; legal are: {legal:?}")),
+        }
     }
 
     /// Checks what a read found that began at the moment `began` (see [`Store::mark`]) and is just over.
@@ -227,6 +273,8 @@ mod tests {
         history.end_flush(flush, true); // 4
         history.end(b, true); // 5
         let zero = || [0; 512].to_vec();
+        let size = |bytes, at| history.judge_size(bytes, at, at).is_ok();
+        assert!(size(1024, 5) && !size(512, 5));
         let judge = |at, cause, first: Vec<u8>| history.judge(at, cause, &[first, zero()].concat()).is_ok();
         let (a, b) = (stamp(a, 0).to_vec(), stamp(b, 0).to_vec());
         // Before the flush was answered the write may be lost; afterwards not.
@@ -241,5 +289,29 @@ mod tests {
         let foreign = [stamp(0, 1).to_vec(), zero()].concat();
         let error = history.judge(6, Cause::PowerLoss, &foreign).unwrap_err();
         assert!(error.contains("write 0 of block 1"), "{error}");
+    }
+
+    #[test]
+    fn sizes() {
+        let store = Store::new(1);
+        store.add("a", Pages::empty());
+        store.start_record();
+        let history = History::new(&store, vec![0; 1024]);
+        let grown = history.begin_resize(2048); // event 0
+        history.end_resize(grown, true); // 1
+        let flush = history.begin_flush(); // 2
+        history.end_flush(flush, true); // 3
+        let refused = history.begin_resize(4096); // 4
+        history.end_resize(refused, false); // 5
+        let legal = |at, cause| {
+            let is_legal = |sectors: &usize| history.judge(at, cause, &vec![0; *sectors * 512]).is_ok();
+            (1..10).filter(is_legal).collect::<Vec<_>>()
+        };
+        assert_eq!(legal(0, Cause::ProcessDeath), [2]);
+        assert_eq!(legal(1, Cause::PowerLoss), [2, 4]);
+        assert_eq!((legal(2, Cause::PowerLoss), legal(2, Cause::ProcessDeath)), (vec![2, 4], vec![4]));
+        assert_eq!(legal(4, Cause::PowerLoss), [4]);
+        // What failed may have happened.
+        assert_eq!(legal(6, Cause::PowerLoss), [4, 8]);
     }
 }

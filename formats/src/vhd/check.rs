@@ -2,7 +2,9 @@
 //!
 //! | found | repaired how |
 //! |---|---|
-//! | footer at the end, or its copy, missing or damaged, or different | from the other one; the one at the end counts |
+//! | copy of the footer missing or damaged, or different | from the one at the end, which counts |
+//! | footer at the end missing (a remark: its copy is there for that; a crash while the file grows leaves it so) | from its copy |
+//! | copy of the footer has another size only (a remark: a crash in a resize leaves it so) | from the one at the end |
 //! | block behind the end of the file | its entry becomes unused: there are no bytes to lose |
 //! | batmap damaged, or bits set for blocks that are not complete | an empty batmap, which is always right |
 //! | space behind the last block, entries behind the end of the disk | cut off, made unused (a leak) |
@@ -116,8 +118,7 @@ impl Check {
         let blocks = shape.blocks(layout.size);
         self.header(layout, header).await?;
         let batmap = batmap::read(&self.file, &layout.footer, header, blocks).await?;
-        let metadata =
-            layout::metadata_ranges(&layout.footer, header, batmap.as_ref().ok().and_then(Option::as_ref));
+        let metadata = layout::metadata_ranges(layout, header, batmap.as_ref().ok().and_then(Option::as_ref));
         let walk =
             bat::walk(&self.file, &shape, blocks, &metadata, layout.data_end, Findings::LINES_MAX).await?;
         let lost = self.damages(&shape, &walk).await?;
@@ -154,7 +155,7 @@ impl Check {
         }
         let mut seen = Vec::new();
         for (index, entry) in present {
-            let inside = layout::locator_range(entry).is_none_or(|range| range.end <= layout.data_end);
+            let inside = layout::locator_range(entry).is_some_and(|range| range.end <= layout.data_end);
             match locator::check_entry(entry) {
                 Err(reason) => self.findings.corruption(format!("parent locator {index} {reason}")),
                 Ok(()) if !inside => {
@@ -237,7 +238,7 @@ impl Check {
     fn batmap_has_room(&self, header: &Header, layout: &Layout, walk: &Walk) -> bool {
         let at = batmap::header_offset(header);
         let end = at + SECTOR + batmap::BatmapHeader::empty(at, header.entries.get()).map_bytes();
-        let others = layout::metadata_ranges(&layout.footer, header, None);
+        let others = layout::metadata_ranges(layout, header, None);
         let free = others.iter().all(|range| range.end <= at || end <= range.start);
         free && walk.first.unwrap_or(layout.data_end) >= end
     }
@@ -292,8 +293,10 @@ impl Check {
     ) -> Result<(), Error> {
         let footer = Buf::copy_of(&layout.footer.to_bytes());
         let mut writes = Vec::new();
+        let written = if self.mends() { "; it is written anew" } else { "" };
         if let Err(reason) = &layout.footers.trailing {
-            self.findings.corruption(format!("the footer at the end {reason}; its copy at 0 is used"));
+            let line = format!("the footer at the end {reason}; its copy at 0 is used{written}");
+            self.findings.remarks.push(line);
             // In place of the damaged one unless a block is there.
             let length = self.file.length();
             let last = (length.saturating_sub(1)) / SECTOR * SECTOR;
@@ -303,12 +306,18 @@ impl Check {
             self.findings.corruption(format!("the copy of the footer at 0 {reason}"));
             writes.push(0);
         }
-        if layout.footers.differ {
+        let resized = layout.footers.resized;
+        if resized {
+            let line =
+                format!("a resize did not come to its end: the copy of the footer has the old size{written}");
+            self.findings.remarks.push(line);
+            writes.push(0);
+        } else if layout.footers.differ {
             self.findings.corruption("the footer and its copy at 0 differ; the one at the end counts");
             writes.push(0);
         }
         if self.mends() {
-            self.findings.repaired_total += writes.len() as u64;
+            self.findings.repaired_total += writes.iter().filter(|at| **at == 0 && !resized).count() as u64;
             for at in writes {
                 self.file.write(at, footer.clone()).await?;
                 self.file.flush().await?;

@@ -31,6 +31,8 @@ pub struct Footers {
     pub copy: Result<(), String>,
     /// Both are good and hold different things.
     pub differ: bool,
+    /// They differ in the size of the disk only: a resize did not come to its end.
+    pub resized: bool,
 }
 
 /// An image's structures, checked.
@@ -74,7 +76,14 @@ async fn read_footers(file: &Rc<dyn ImageFile>) -> Result<(Footers, Option<Foote
     }
     let head = Footer::parse(&file.read(0, SECTOR as usize).await?);
     let copy = head.as_ref().map(|_| ()).map_err(Clone::clone);
-    Ok((Footers { trailing, copy, differ: false }, found, head.ok()))
+    Ok((Footers { trailing, copy, differ: false, resized: false }, found, head.ok()))
+}
+
+/// Whether a resize makes one footer of the other.
+fn differ_in_size(trailing: &Footer, copy: &Footer) -> bool {
+    let mut grown = copy.clone();
+    super::fixed::set_size(&mut grown, trailing.current_size.get());
+    grown.to_bytes() == trailing.to_bytes()
 }
 
 impl Layout {
@@ -96,6 +105,7 @@ impl Layout {
             footers.copy = Ok(());
         } else if let (Some(trailing), Some(copy)) = (&trailing, &sparse_head) {
             footers.differ = trailing != copy;
+            footers.resized = footers.differ && differ_in_size(trailing, copy);
         }
         let data_end = footers
             .trailing
@@ -254,13 +264,14 @@ impl Shape {
     }
 }
 
-/// Ranges of the file that hold something other than blocks and the footer at its end, for dynamic and differencing disks.
+/// Ranges of the file that hold something other than blocks and the footer at its end, for dynamic and differencing disks. What is
+/// said to lie behind the end is not there, and keeps no block from any place.
 pub fn metadata_ranges(
-    footer: &Footer,
+    layout: &Layout,
     header: &Header,
     batmap: Option<&super::batmap::Batmap>,
 ) -> Vec<Range<u64>> {
-    let header_at = footer.data_offset.get();
+    let header_at = layout.footer.data_offset.get();
     let table_at = header.table_offset.get();
     let mut ranges =
         vec![0..SECTOR, header_at..header_at + HEADER_BYTES, table_at..table_at + header.table_bytes()];
@@ -269,7 +280,18 @@ pub fn metadata_ranges(
         ranges.extend([at..at + SECTOR, map..map + batmap.header.map_bytes()]);
     }
     ranges.extend(header.locators.iter().filter_map(locator_range));
+    ranges.retain_mut(|range| {
+        range.end = range.end.min(layout.data_end);
+        !range.is_empty()
+    });
     ranges
+}
+
+/// Where locators are said to be that are not in the file. A file that grows over them shall have no block there: the next opening
+/// could not tell which of the two is right.
+pub fn ranges_behind(layout: &Layout, header: &Header) -> Vec<Range<u64>> {
+    let ranges = header.locators.iter().filter_map(locator_range);
+    ranges.filter(|range| range.end > layout.data_end).collect()
 }
 
 /// Where a locator's path is, in whole sectors; `None` for an empty or senseless one.

@@ -159,7 +159,7 @@ async fn open_sparse(
     let blocks = shape.blocks(layout.size);
     // A batmap that is damaged is not believed, as XenServer does it.
     let batmap = batmap::read(&file, &layout.footer, header, blocks).await?.ok().flatten();
-    let metadata = layout::metadata_ranges(&layout.footer, header, batmap.as_ref());
+    let metadata = layout::metadata_ranges(&layout, header, batmap.as_ref());
     let walk = bat::walk(&file, &shape, blocks, &metadata, layout.data_end, 1).await?;
     if let (true, Some(damage)) = (open.writable, walk.damages.first()) {
         let count = walk.damaged.count();
@@ -171,7 +171,8 @@ async fn open_sparse(
     let footer = Rc::new(RefCell::new(layout.footer.clone()));
     let differencing = layout.disk_type == DiskType::Differencing;
     let reserve =
-        Reserve::new(file.clone(), &layout, shape, footer.clone(), !differencing, walk.end, walk.free);
+        Reserve::new(file.clone(), &layout, shape, footer.clone(), !differencing, walk.end, walk.free)
+            .avoiding(layout::ranges_behind(&layout, header));
     let tables = Tables::new(
         file.clone(),
         sparse::FILE,
@@ -194,8 +195,10 @@ async fn open_sparse(
         last_change: Cell::new(0),
         full: RefCell::new(BlockSet::new(blocks)),
         reserve,
+        late: crate::late::Late::default(),
         metadata_end: metadata.iter().map(|range| range.end).max().unwrap_or(0),
         reservations: RefCell::default(),
+        abandoned: RefCell::default(),
         plans: RefCell::default(),
         next_plan: Cell::new(0),
         file,

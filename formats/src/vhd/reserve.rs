@@ -18,10 +18,13 @@
 //! the file shortened. Nothing but that ever shortens it.
 //!
 //! A future that is dropped leaves operations in flight. Their places are never used again while the image is open: a late
-//! write of ours must not land in a guest's block. That leaks them until the next opening finds them.
+//! write of ours must not land in a guest's block. That leaks them until the next opening finds them. An operation that *failed* is
+//! over: the end of the file is where it was, and places that were not made ready wait to be recycled. So a store that is full for
+//! hours costs no place.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 
 use super::bat::{UNUSED, first_data};
@@ -66,10 +69,14 @@ pub struct Reserve {
     soiled: RefCell<Vec<u32>>,
     /// Their mapping is removed in memory.
     released: RefCell<Vec<u32>>,
+    /// Ranges behind the end of the file in which no block may begin to be.
+    avoid: Vec<Range<u64>>,
     /// First byte behind all blocks and metadata that are referred to.
     used_end: Cell<u64>,
     /// First byte behind everything that was ever begun to be written. On a device: of the places.
     tail: Cell<u64>,
+    /// Up to where a footer that could not be written may have left a piece of it, behind `tail`.
+    torn_end: Cell<u64>,
     /// Where the footer of a device is.
     device_footer: u64,
     growth: Cell<u64>,
@@ -111,6 +118,8 @@ impl Reserve {
             released: RefCell::default(),
             used_end: Cell::new(used_end),
             tail: Cell::new(if is_device { used_end } else { length.next_multiple_of(SECTOR) }),
+            torn_end: Cell::new(0),
+            avoid: Vec::new(),
             device_footer: layout
                 .footers
                 .trailing
@@ -124,6 +133,11 @@ impl Reserve {
             turn: async_lock::Mutex::new(()),
             file,
         }
+    }
+
+    /// The same, which puts no block into these ranges behind the end of the file.
+    pub fn avoiding(self, avoid: Vec<Range<u64>>) -> Reserve {
+        Reserve { avoid, ..self }
     }
 
     /// A clean place, as the sector of its bitmap. `None`: [`Reserve::refill`] first.
@@ -164,11 +178,17 @@ impl Reserve {
         self.mend_copy().await?;
         let by_bytes = (GROWTH_BYTES_MAX / self.shape.stored()).max(1);
         let wanted = (self.growth.get() * 2).min(GROWTH_BLOCKS_MAX).min(by_bytes);
-        let mut places = Vec::new();
+        let mut places: Vec<u32> = Vec::new();
         let mut end = self.tail.get();
-        for _ in 0..wanted {
+        while (places.len() as u64) < wanted {
             let data = first_data(&self.shape, end);
-            let sector = (data - self.shape.bitmap) / SECTOR;
+            let start = data - self.shape.bitmap;
+            let taken = |range: &&Range<u64>| range.start < data + self.shape.block && start < range.end;
+            if let Some(range) = self.avoid.iter().find(taken) {
+                end = range.end;
+                continue;
+            }
+            let sector = start / SECTOR;
             let Some(place) = u32::try_from(sector).ok().filter(|place| *place != UNUSED) else { break };
             if self.file.is_device() && data + self.shape.block > self.device_footer {
                 break;
@@ -180,25 +200,63 @@ impl Reserve {
             let what = format!("there is no room for a block behind byte {}", self.tail.get());
             return Err(Error::new(ErrorKind::NoSpace, format!("{}: {what}", self.file.name())));
         };
-        // Whatever becomes of the operations below: nothing else is ever put where they write.
         let first = u64::from(*first) * SECTOR;
-        self.moved.set(true);
-        if self.file.is_device() {
-            self.tail.set(end);
-            self.file.zero(first..end).await?;
-        } else {
-            self.tail.set(end + SECTOR);
-            self.write_footer(end).await?;
+        self.move_end(first..end).await?;
+        let result = self.prepare_places(first..end, &places).await;
+        match result {
+            Ok(()) => {
+                self.growth.set(wanted);
+                self.clean.borrow_mut().extend(places);
+            }
+            // The file has them, and what they hold is not known.
+            Err(_) => self.soiled.borrow_mut().extend(places),
         }
-        if self.ones && !self.file.is_device() {
-            // A bitmap that made the file longer without the footer would leave none at the end.
+        result
+    }
+
+    /// Moves the end of all places to the end of `room`: of a regular file by writing the footer there, of a device by zeroing it.
+    async fn move_end(&self, room: Range<u64>) -> Result<(), Error> {
+        self.moved.set(true);
+        let before = self.tail.get();
+        // Before anything is awaited: if this future is dropped, nothing else is ever put where the operation writes.
+        let moved = if self.file.is_device() {
+            self.tail.set(room.end);
+            self.file.zero(room).await
+        } else {
+            self.tail.set(room.end + SECTOR);
+            let moved = self.write_footer(room.end).await;
+            if moved.is_err() {
+                self.torn_end.set(self.torn_end.get().max(room.end + SECTOR));
+            }
+            moved
+        };
+        if moved.is_err() {
+            // Answered: nothing is in flight.
+            self.tail.set(before);
+        }
+        moved
+    }
+
+    /// Makes places clean that lie in new `room`, which reads as zero.
+    async fn prepare_places(&self, room: Range<u64>, places: &[u32]) -> Result<(), Error> {
+        let torn = room.start..self.torn_end.replace(0).min(room.end);
+        if (self.ones || !torn.is_empty()) && !self.file.is_device() {
+            // What made the file longer without the footer would leave none at the end.
             self.file.flush().await?;
         }
-        all(self.write_bitmaps(&places)).await?;
-        self.file.flush().await?;
-        self.growth.set(wanted);
-        self.clean.borrow_mut().extend(places);
-        Ok(())
+        if !torn.is_empty() {
+            self.file.zero(torn).await?;
+        }
+        all(self.write_bitmaps(places)).await?;
+        self.file.flush().await
+    }
+
+    /// Makes a place clean that was taken, and not used in the end.
+    pub async fn clean_again(&self, tables: &Tables, place: u32) -> Result<(), Error> {
+        let _turn = self.turn.lock().await;
+        // A commit that failed may have left bits of it in the tables.
+        tables.write_back().await?;
+        self.clean_places(tables, &[place]).await
     }
 
     /// Zeroes places that were given up.
@@ -270,8 +328,7 @@ impl Reserve {
             self.write_footer(self.device_footer).await?;
         } else {
             let at = self.tail.get();
-            self.tail.set(at + SECTOR);
-            self.write_footer(at).await?;
+            self.move_end(at..at).await?;
         }
         self.file.flush().await?;
         self.write_footer(0).await?;

@@ -35,12 +35,13 @@ impl Sparse {
                 ),
             ));
         }
+        self.late.wait().await;
         self.clear_entries(old_blocks..blocks).await?;
         let last = old_blocks.saturating_sub(1);
         let tail = old..size.min(u64::from(old_blocks) * self.shape.block);
         if let (false, Found::At(start)) = (tail.is_empty(), self.look_up(last).await?) {
             let data = self.shape.data_offset(start, tail.start);
-            self.file.zero(data..data + (tail.end - tail.start)).await?;
+            self.late.finish(self.file.zero(data..data + (tail.end - tail.start))).await?;
         }
         {
             let mut full = self.full.borrow_mut();

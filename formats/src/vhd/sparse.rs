@@ -29,6 +29,7 @@ use super::{bitmap, sparse_plan};
 use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Order, Place, Plan, Usage};
 use crate::error::{Error, ErrorKind};
 use crate::file::{ImageFile, Pending};
+use crate::late::Late;
 use crate::metadata::Tables;
 
 /// The file of the image itself.
@@ -45,6 +46,15 @@ pub struct Reservation {
     pub joined: bool,
     /// The BAT has it.
     pub committed: bool,
+}
+
+/// A place whose plans were all given up.
+#[derive(Debug, Clone, Copy)]
+pub struct Abandoned {
+    /// Sector of its bitmap.
+    pub place: u32,
+    /// It was made clean again.
+    pub clean: bool,
 }
 
 /// A dynamic or differencing disk.
@@ -69,9 +79,13 @@ pub struct Sparse {
     pub(super) unsettled: RefCell<BTreeMap<u32, u64>>,
     pub(super) last_change: Cell<u64>,
     pub(super) reserve: Reserve,
+    /// Zeroes that were being written when their caller went away.
+    pub(super) late: Late,
     /// First byte behind headers and tables.
     pub(super) metadata_end: u64,
     pub(super) reservations: RefCell<BTreeMap<u32, Reservation>>,
+    /// Places that only the block they were taken for may get: writes of callers that went away may land in them still.
+    pub(super) abandoned: RefCell<BTreeMap<u32, Abandoned>>,
     pub(super) plans: RefCell<BTreeMap<u64, Vec<sparse_plan::Part>>>,
     pub(super) next_plan: Cell<u64>,
 }
@@ -160,7 +174,7 @@ impl Sparse {
         };
         let block_start = u64::from(block) * self.shape.block;
         let data = |at| self.shape.data_offset(start, at);
-        let in_place = self.writable && !self.unsettled.borrow().contains_key(&block);
+        let in_place = self.writable && !self.unsettled.borrow().contains_key(&block) && self.late.is_empty();
         if self.full.borrow().contains(block) || self.is_full(block, start) {
             let place = Place::Data { file: FILE, offset: data(from), in_place };
             push(out, from, to - from, place);
@@ -265,6 +279,7 @@ impl Sparse {
 
     async fn erase_range(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
         self.check_writable()?;
+        self.late.wait().await;
         let range = range.start..range.end.min(self.size.get());
         if !self.is_differencing() {
             self.erase_blocks(range, how).await?;
@@ -287,18 +302,30 @@ impl Sparse {
                 Found::At(start) if whole && how != Erase::ZeroKeep && self.may_unmap(block) => {
                     self.set_entry(block, UNUSED).await?;
                     self.full.borrow_mut().remove(block);
+                    self.punch(start).await;
+                    // Only now: zeroes that are on their way must not meet the next owner of the place.
                     self.reserve.release((start / SECTOR) as u32);
                 }
                 Found::At(_) if how == Erase::ZeroKeep => self.zero_with_space(part).await?,
                 Found::At(start) => {
                     let data = self.shape.data_offset(start, part.start);
-                    self.file.zero(data..data + (part.end - part.start)).await?;
+                    self.late.finish(self.file.zero(data..data + (part.end - part.start))).await?;
                 }
                 Found::Nowhere if how == Erase::ZeroKeep => self.zero_with_space(part).await?,
                 Found::Nowhere | Found::Unknown => {}
             }
         }
         Ok(())
+    }
+
+    /// Gives the bytes of a block back to the store whose entry was removed. The entry in the file may be there still: what it shows
+    /// after power loss was asked to be zero, and is. Its bitmap stays, so that it says the same of every sector.
+    async fn punch(&self, start: u64) {
+        let data = start + self.shape.bitmap..(start + self.shape.stored()).min(self.file.length());
+        if !self.file.is_device() && !data.is_empty() {
+            // Not doing it costs space only: who gets the place zeroes it.
+            let _ = self.file.zero(data).await;
+        }
     }
 
     fn may_unmap(&self, block: u32) -> bool {

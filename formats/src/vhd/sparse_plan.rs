@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::bitmap;
 use super::footer::SECTOR;
-use super::sparse::{BITS, FILE, Found, Reservation, Sparse};
+use super::sparse::{Abandoned, BITS, FILE, Found, Reservation, Sparse};
 use crate::driver::{Fill, Order, Plan, Under};
 use crate::error::Error;
 use crate::file::Buf;
@@ -38,6 +38,7 @@ impl Drop for Draft<'_> {
 impl Sparse {
     /// Plans a write of `request`; `range` is the same in whole sectors.
     pub(super) async fn plan(&self, request: Range<u64>, range: Range<u64>) -> Result<Plan, Error> {
+        self.late.wait().await;
         let mut draft = Draft { disk: self, parts: Vec::new() };
         let mut fills = Vec::new();
         for (block, part) in self.per_block(range) {
@@ -64,16 +65,41 @@ impl Sparse {
             match self.find(block)? {
                 Found::At(start) => return Ok((start, false)),
                 Found::Unknown => self.tables.load(self.shape.entry_offset(block)).await?,
-                Found::Nowhere => match self.reserve.take() {
+                Found::Nowhere => match self.take_clean(block) {
                     Some(place) => {
                         let reservation = Reservation { place, plans: 1, joined: false, committed: false };
                         self.reservations.borrow_mut().insert(block, reservation);
                         return Ok((u64::from(place) * SECTOR, true));
                     }
-                    None => self.reserve.refill(&self.tables).await?,
+                    None => self.make_clean(block).await?,
                 },
             }
         }
+    }
+
+    /// A clean place for a block: the one that was taken for it before, if there is one. `None`: [`Sparse::make_clean`] first.
+    fn take_clean(&self, block: u32) -> Option<u32> {
+        let mut abandoned = self.abandoned.borrow_mut();
+        match abandoned.get(&block) {
+            Some(Abandoned { clean: false, .. }) => None,
+            Some(Abandoned { place, .. }) => {
+                let place = *place;
+                abandoned.remove(&block);
+                Some(place)
+            }
+            None => self.reserve.take(),
+        }
+    }
+
+    /// Makes a place clean for a block.
+    async fn make_clean(&self, block: u32) -> Result<(), Error> {
+        // Taken out meanwhile: were this future dropped, the zeroes would still be under way.
+        let Some(Abandoned { place, .. }) = self.abandoned.borrow_mut().remove(&block) else {
+            return self.reserve.refill(&self.tables).await;
+        };
+        let result = self.reserve.clean_again(&self.tables, place).await;
+        self.abandoned.borrow_mut().insert(block, Abandoned { place, clean: result.is_ok() });
+        result
     }
 
     /// The fills of a part. A request of whole sectors leaves nothing of a fill unwritten; else the sectors at its ends are fills of
@@ -114,7 +140,7 @@ impl Sparse {
                 // A place without its bit may hold anything, and its filler is told that it is zero.
                 Some(false) => {
                     let data = self.shape.data_offset(part.start, at);
-                    self.file.write(data, Buf::zeroed(SECTOR as usize)).await?;
+                    self.late.finish(self.file.write(data, Buf::zeroed(SECTOR as usize))).await?;
                     return Ok(below);
                 }
             }
@@ -191,8 +217,11 @@ impl Sparse {
         let Some(reservation) = reservations.get_mut(&part.block) else { return };
         reservation.plans -= 1;
         if reservation.plans == 0 {
-            // A place that was not committed is not used again: writes to it may be under way still. It is found and cleaned
-            // when the image is opened the next time.
+            // Writes to a place that was not committed may be under way still: only this block may get it again.
+            if !reservation.committed {
+                let abandoned = Abandoned { place: reservation.place, clean: false };
+                self.abandoned.borrow_mut().insert(part.block, abandoned);
+            }
             reservations.remove(&part.block);
         }
     }
@@ -212,7 +241,7 @@ impl Sparse {
             let data = self.shape.data_offset(part.start, part.range.start);
             self.file.zero(data..data + (part.range.end - part.range.start))
         });
-        super::reserve::all(zeroes.collect()).await?;
+        self.late.finish(Box::pin(super::reserve::all(zeroes.collect()))).await?;
         let mut draft = draft;
         self.plans.borrow_mut().insert(plan.id, std::mem::take(&mut draft.parts));
         self.commit_plan(plan.id).await

@@ -65,6 +65,12 @@ fn subclusters_on_raw() {
 }
 
 #[test]
+fn subclusters_with_a_log_that_is_always_full() {
+    let options = [("extended_l2", "on"), ("cluster_size", "16k")];
+    passes(Case::new("subclusters", vec![layer(&options, 600 * KIB)]).logged(3));
+}
+
+#[test]
 fn on_qcow2_on_raw() {
     let case = Case::new(
         "qcow2 on qcow2 on raw",

@@ -35,7 +35,158 @@ fn seeds(folder: &tempfile::TempDir) -> Vec<Vec<u8>> {
         }
         seeds.push(std::fs::read(&path).unwrap());
     }
+    let mut bytes = seeds[1].clone();
+    add_bitmaps(&mut bytes, &[Table { entries: 4, bits: 1 }]);
+    let path = folder.path().join("seed.qcow2");
+    std::fs::write(&path, &bytes).unwrap();
+    check(&[&path], Some(crate::driver::Repair::All));
+    let found = check(&[&path], None);
+    assert_eq!((found.corruptions, found.leaks), (Vec::new(), Vec::new()), "the bitmap's clusters count");
+    seeds.push(std::fs::read(&path).unwrap());
     seeds
+}
+
+/// A table of a bitmap: its entries, of which the first `bits` have a cluster.
+#[derive(Clone, Copy)]
+struct Table {
+    entries: u64,
+    bits: u64,
+}
+
+/// Appends zeroes up to the next cluster and a stretch of `len` zeroes; returns where that begins.
+fn append(bytes: &mut Vec<u8>, len: u64) -> u64 {
+    let cluster = 1 << u32::from_be_bytes(bytes[20..24].try_into().unwrap());
+    let start = bytes.len().next_multiple_of(cluster);
+    bytes.resize((start + len as usize).next_multiple_of(cluster), 0);
+    start as u64
+}
+
+fn put(bytes: &mut [u8], at: u64, value: &[u8]) {
+    bytes[at as usize..at as usize + value.len()].copy_from_slice(value);
+}
+
+/// Where the extension that names the bitmaps is in the header: its data.
+fn bitmaps_extension(bytes: &[u8]) -> Option<u64> {
+    let mut at = u32::from_be_bytes(bytes.get(100..104)?.try_into().unwrap()) as usize;
+    loop {
+        let kind = u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().unwrap());
+        let len = u32::from_be_bytes(bytes.get(at + 4..at + 8)?.try_into().unwrap()) as usize;
+        match kind {
+            0x2385_2875 => return Some(at as u64 + 8),
+            0 => return None,
+            _ => at = at.checked_add(8)?.checked_add(len.next_multiple_of(8))?,
+        }
+    }
+}
+
+/// Gives an image bitmaps as the specification lays them out; their refcounts stay zero. Returns the offset of the first table.
+fn add_bitmaps(bytes: &mut Vec<u8>, tables: &[Table]) -> u64 {
+    let mut places = Vec::new();
+    for table in tables {
+        let at = append(bytes, table.entries * 8);
+        for entry in 0..table.bits {
+            let bits = append(bytes, 1);
+            put(bytes, at + entry * 8, &bits.to_be_bytes());
+        }
+        places.push((at, table.entries));
+    }
+    add_directory(bytes, &places);
+    places[0].0
+}
+
+/// Writes a directory of bitmaps with these tables (offset, entries), and names it in the header.
+fn add_directory(bytes: &mut Vec<u8>, tables: &[(u64, u64)]) {
+    let directory = append(bytes, tables.len() as u64 * 32);
+    for (number, (offset, entries)) in (0u64..).zip(tables) {
+        let at = directory + number * 32;
+        put(bytes, at, &offset.to_be_bytes());
+        put(bytes, at + 8, &(*entries as u32).to_be_bytes());
+        // Auto; dirty tracking of 64 KiB; a name of eight bytes.
+        put(bytes, at + 12, &[0, 0, 0, 2, 1, 16, 0, 8]);
+        put(bytes, at + 24, format!("bits{number:04}").as_bytes());
+    }
+    let mut at = u32::from_be_bytes(bytes[100..104].try_into().unwrap()) as usize;
+    while bytes[at..at + 4] != [0; 4] {
+        at += 8 + u32::from_be_bytes(bytes[at + 4..at + 8].try_into().unwrap()).next_multiple_of(8) as usize;
+    }
+    let mut extension = Vec::new();
+    extension.extend_from_slice(&0x2385_2875u32.to_be_bytes());
+    extension.extend_from_slice(&24u32.to_be_bytes());
+    extension.extend_from_slice(&(tables.len() as u32).to_be_bytes());
+    extension.extend_from_slice(&[0; 4]);
+    extension.extend_from_slice(&(tables.len() as u64 * 32).to_be_bytes());
+    extension.extend_from_slice(&directory.to_be_bytes());
+    put(bytes, at as u64, &extension);
+    // Autoclear: they are consistent.
+    bytes[95] |= 1;
+}
+
+/// A check, and the opening of an image that was not closed, of hostile bytes: answered with damage, and read no more often than
+/// a sound image of this length would be.
+fn refused_soon(path: &std::path::Path, bytes: &mut [u8], what: &str) {
+    // Dirty, so that it is repaired when it is opened.
+    bytes[79] |= 1;
+    std::fs::write(path, &*bytes).unwrap();
+    let length = bytes.len() as u64;
+    let file = DiskFile::open(path, true);
+    let open = || crate::driver::Open { files: vec![file.clone()], ..open_of(&[], true) };
+    let found = block_on(Qcow2.check(open(), None)).unwrap();
+    assert!(found.corruptions_total > 0, "{what}: nothing is found");
+    assert!(found.corruptions_total <= 10_000, "{what}: {} corruptions", found.corruptions_total);
+    assert!(file.read_bytes.get() < 4 * length, "{what}: {} bytes of {length} read", file.read_bytes.get());
+    file.read_bytes.set(0);
+    let error = block_on(Qcow2.open(open())).err().unwrap();
+    assert_eq!(error.kind, ErrorKind::Corrupt, "{what}: {error}");
+    assert!(file.read_bytes.get() < 8 * length, "{what}: {} bytes of {length} read", file.read_bytes.get());
+}
+
+#[test]
+fn hostile_tables_are_not_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.qcow2");
+    create(&path, 1 << 20, None, &[("cluster_size", "4096")]).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    // A directory without an end.
+    for directory_bytes in [1u64 << 36, 1 << 62, u64::MAX, u64::MAX - 4095] {
+        let mut bytes = good.clone();
+        add_bitmaps(&mut bytes, &[Table { entries: 4, bits: 1 }]);
+        let at = bitmaps_extension(&bytes).unwrap() + 8;
+        put(&mut bytes, at, &directory_bytes.to_be_bytes());
+        refused_soon(&path, &mut bytes, &format!("a directory of {directory_bytes} bytes"));
+        // Read-only it is served: nothing there is needed for that.
+        let volume = open(&[("qcow2", vec![path.clone()])], false);
+        assert_eq!(read(&volume, 0, 4096), vec![0; 4096]);
+    }
+    // Thousands of bitmaps with one table.
+    let mut bytes = good.clone();
+    let table = append(&mut bytes, 4096);
+    for entry in 0..512 {
+        put(&mut bytes, table + entry * 8, &table.to_be_bytes());
+    }
+    add_directory(&mut bytes, &vec![(table, 512); 3000]);
+    refused_soon(&path, &mut bytes, "3000 bitmaps of one table");
+    // One bitmap whose bits are all in one place.
+    let mut bytes = good.clone();
+    let table = add_bitmaps(&mut bytes, &[Table { entries: 512, bits: 1 }]);
+    let bits = bytes[table as usize..table as usize + 8].to_vec();
+    (1..512).for_each(|entry| put(&mut bytes, table + entry * 8, &bits));
+    refused_soon(&path, &mut bytes, "a bitmap with one cluster");
+    // Hundreds of snapshots whose L1 tables overlap.
+    let mut bytes = good.clone();
+    let first = append(&mut bytes, 1 << 20);
+    let snapshots = append(&mut bytes, 400 * 64);
+    for number in 0..400 {
+        let at = snapshots + number * 64;
+        put(&mut bytes, at, &(first + number % 200 * 4096).to_be_bytes());
+        put(&mut bytes, at + 8, &16384u32.to_be_bytes());
+        put(&mut bytes, at + 12, &[0, 4, 0, 4]);
+        put(&mut bytes, at + 36, &16u32.to_be_bytes());
+        put(&mut bytes, at + 40 + 8, &(1u64 << 20).to_be_bytes());
+        put(&mut bytes, at + 56, format!("{number:04}{number:04}").as_bytes());
+    }
+    put(&mut bytes, 60, &400u32.to_be_bytes());
+    put(&mut bytes, 64, &snapshots.to_be_bytes());
+    refused_soon(&path, &mut bytes, "400 snapshots with overlapping tables");
 }
 
 /// Changes some bytes, mostly where tables are.
@@ -47,7 +198,9 @@ fn mutate(bytes: &mut Vec<u8>, rng: &mut Rng) {
             1 => rng.below(len.div_ceil(8)) * 8,
             _ if len > 128 => {
                 // A table that the header names.
-                let field = [40, 48, 64][rng.below(3) as usize];
+                let fields =
+                    [Some(40), Some(48), Some(64), bitmaps_extension(bytes).map(|at| at as usize + 16)];
+                let field = fields[rng.below(4) as usize].filter(|at| at + 8 <= bytes.len()).unwrap_or(40);
                 let offset = u64::from_be_bytes(bytes[field..field + 8].try_into().unwrap());
                 (offset.wrapping_add(rng.below(96))) % len
             }
@@ -79,7 +232,7 @@ fn mutated_images_are_answered_and_left_alone() {
     let mut opened = 0;
     for round in 0..rounds {
         let mut rng = Rng(0x9e37_79b9 + round * 7919);
-        let mut bytes = seeds[(round % 3) as usize].clone();
+        let mut bytes = seeds[(round % seeds.len() as u64) as usize].clone();
         mutate(&mut bytes, &mut rng);
         std::fs::write(&path, &bytes).unwrap();
         let file = DiskFile::open(&path, false);

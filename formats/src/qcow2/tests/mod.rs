@@ -6,3 +6,4 @@ mod model;
 mod offline;
 mod peers;
 mod rig;
+mod subclusters;

@@ -24,6 +24,8 @@ pub struct DiskFile {
     writable: bool,
     /// Changes of a file that was opened read-only.
     pub forbidden: Cell<u64>,
+    /// Bytes that were read.
+    pub read_bytes: Cell<u64>,
 }
 
 impl DiskFile {
@@ -35,7 +37,13 @@ impl DiskFile {
             .truncate(false)
             .open(path)
             .unwrap();
-        Rc::new(DiskFile { name: path.display().to_string(), file, writable, forbidden: Cell::new(0) })
+        Rc::new(DiskFile {
+            name: path.display().to_string(),
+            file,
+            writable,
+            forbidden: Cell::new(0),
+            read_bytes: Cell::new(0),
+        })
     }
 
     fn change<T: 'static>(&self, made: impl FnOnce(&File) -> std::io::Result<T>) -> Pending<'static, T> {
@@ -66,6 +74,7 @@ impl ImageFile for DiskFile {
     }
 
     fn read(&self, offset: u64, len: usize) -> Pending<'static, Buf> {
+        self.read_bytes.set(self.read_bytes.get() + len as u64);
         let mut buf = Buf::zeroed(len);
         let mut done = 0;
         while done < len {

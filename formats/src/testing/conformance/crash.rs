@@ -26,7 +26,8 @@ pub struct Recorded {
     pub record: Record,
 }
 
-/// Opens a case, runs `tasks` times `requests` random requests at a time, closes it, and records all that.
+/// Opens a case, runs `tasks` times `requests` random requests at a time, with a resize in the middle, closes it, and records all
+/// that.
 ///
 /// # Errors
 /// A request fails.
@@ -40,11 +41,15 @@ pub fn record(case: &Case, seed: u64, tasks: usize, requests: usize) -> Result<R
         let volume = rig.open(true).map_err(text)?;
         let guest = Guest::new(&volume, &history);
         let failure = std::cell::RefCell::new(None);
-        let all = (0..tasks).map(|_| {
+        let all = (0..tasks).map(|number| {
             let (mut rng, guest, failure) = (rng.fork(), &guest, &failure);
             let task: Task<'_> = Box::pin(async move {
-                for _ in 0..requests {
-                    if let Err(error) = guest.random(&mut rng).await {
+                for request in 0..requests {
+                    let result = match (number, request) {
+                        (0, request) if request == requests / 2 => guest.grow().await,
+                        _ => guest.random(&mut rng).await,
+                    };
+                    if let Err(error) = result {
                         failure.borrow_mut().get_or_insert(error.to_string());
                     }
                 }

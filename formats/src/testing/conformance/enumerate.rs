@@ -15,6 +15,7 @@ enum Request {
     Write(Range<u64>),
     Erase(Range<u64>, Erase),
     Flush,
+    Grow,
     Tidy,
     Reopen,
 }
@@ -29,6 +30,7 @@ fn alphabet(blocks: u64) -> Vec<Request> {
         Request::Erase(0..blocks, Erase::Discard),
         Request::Erase(0..8, Erase::ZeroKeep),
         Request::Flush,
+        Request::Grow,
         Request::Tidy,
         Request::Reopen,
     ]
@@ -39,6 +41,7 @@ async fn carry_out(guest: &Guest<'_>, request: &Request) -> Result<(), Error> {
         Request::Write(blocks) => guest.write(blocks.clone()).await,
         Request::Erase(blocks, how) => guest.erase(blocks.clone(), *how).await,
         Request::Flush => guest.flush().await,
+        Request::Grow => guest.grow().await,
         Request::Tidy => guest.volume.tidy().await,
         Request::Reopen => Ok(()),
     }

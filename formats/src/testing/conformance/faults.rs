@@ -124,6 +124,23 @@ pub fn sweep(case: &Case, seed: u64, points: u64) -> Result<(), String> {
     Ok(())
 }
 
+/// Attempts of a guest that does not give up.
+const ATTEMPTS: usize = 1000;
+
+/// A guest that goes on to write to a full store. Returns how many of its requests failed.
+async fn insist(guest: &Guest<'_>, rng: &mut fastrand::Rng) -> Result<u64, String> {
+    let mut full = 0;
+    for _ in 0..ATTEMPTS {
+        let start = rng.u64(..guest.blocks());
+        match guest.write(start..start + 1).await {
+            Err(error) if error.kind == ErrorKind::NoSpace => full += 1,
+            Err(error) => return Err(format!("not ENOSPC: {error}")),
+            Ok(()) => {}
+        }
+    }
+    Ok(full)
+}
+
 /// The store gets full in the middle of allocations: requests fail with ENOSPC, everything that was there is there, and once
 /// there is room the same disk goes on.
 ///
@@ -146,7 +163,7 @@ pub fn no_space(case: &Case, seed: u64) -> Result<(), String> {
         })
         .map_err(text)?;
     rig.store.set_space_max(rig.store.allocated_bytes() + rng.u64(0..40) * 4096);
-    let mut full = 0;
+    let mut full = 0u64;
     rig.store.run(async {
         for _ in 0..40 {
             match guest.random(&mut rng).await {
@@ -157,6 +174,7 @@ pub fn no_space(case: &Case, seed: u64) -> Result<(), String> {
         }
         guest.read_all().await.map_err(|error| format!("a full store cannot be read: {error}"))
     })?;
+    full += rig.store.run(insist(&guest, &mut rng))?;
     guest.verdict().map_err(|error| format!("while full: {error}"))?;
     rig.store.set_space_max(u64::MAX);
     rig.store

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::super::history::{BLOCK_BYTES, Deed, History};
 use super::super::rig::{read, write};
 use crate::driver::Erase;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::volume::Volume;
 
 /// See the module. Several futures of one guest may run at a time.
@@ -49,6 +49,23 @@ impl<'a> Guest<'a> {
         let result = self.volume.erase(blocks.start * BLOCK, len, how).await;
         self.history.end(number, result.is_ok());
         result
+    }
+
+    /// Makes the disk larger, by about a third. A format or a device that cannot do that leaves it as it is.
+    pub async fn grow(&self) -> Result<(), Error> {
+        let bytes = self.volume.size() + self.volume.size() / 3 / BLOCK * BLOCK;
+        let number = self.history.begin_resize(bytes);
+        let result = self.volume.resize(bytes).await;
+        self.history.end_resize(number, result.is_ok());
+        match result {
+            Err(error) if matches!(error.kind, ErrorKind::Unsupported | ErrorKind::Invalid) => Ok(()),
+            Err(error) if error.kind == ErrorKind::NoSpace && self.is_on_device() => Ok(()),
+            other => other,
+        }
+    }
+
+    fn is_on_device(&self) -> bool {
+        self.volume.layers()[0].files.iter().any(|file| file.is_device())
     }
 
     /// Flushes.

@@ -5,8 +5,8 @@
 //! |---|---|---|
 //! | [`model`] | random reads, writes, erases, resizes, re-opens and deaths of the process against a byte array | `MODEL_SEEDS` 2 |
 //! | [`concurrency`] | overlapping and adjacent requests in flight, slow operations, callers that go away | `CONCURRENCY_SEEDS` 4 |
-//! | [`faults`] | the N-th operation fails, for every N; the store is full | `FAULT_POINTS` 15 |
-//! | [`crash`] | a concurrent run, then power losses and process deaths at any moment of it | `CRASH_SEEDS` 1, `REPLAY_STATES` 40 |
+//! | [`faults`] | the N-th operation fails, for every N; the store is full for a long time | `FAULT_POINTS` 15 |
+//! | [`crash`] | a concurrent run with a resize, then power losses and process deaths at any moment of it | `CRASH_SEEDS` 1, `REPLAY_STATES` 40 |
 //! | [`enumerate`] | all sequences of a few requests, a crash at each point | `ENUMERATE_LENGTH` 1 |
 //!
 //! All of it for an hour: `MODEL_SEEDS=300 CONCURRENCY_SEEDS=1000 FAULT_POINTS=100000 CRASH_SEEDS=100 REPLAY_STATES=1000

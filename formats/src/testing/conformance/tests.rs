@@ -61,7 +61,7 @@ fn crash_replay_catches_mappings_before_their_payload() {
 
 #[test]
 fn crash_replay_catches_growth_that_was_not_flushed() {
-    caught(Bug::UnflushedGrowth, true, |case, seed| crash::run(case, seed, 60, None));
+    caught(Bug::UnflushedGrowth, true, |case, seed| crash::run(case, seed, 300, None));
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod damage;
 mod model;
 mod others;
 mod plans;
+mod space;
 mod store;
 mod suites;
 

@@ -45,22 +45,28 @@ fn plans_of_one_block_share_its_place() {
 }
 
 #[test]
-fn a_place_that_was_given_up_is_not_used_again() {
+fn a_place_that_was_given_up_is_for_its_own_block_only() {
     let (file, driver) = disk(1 << 20);
     let plan = block_on(driver.plan_write(0, 8192)).unwrap();
     let given_up = plan.fills[0].offset;
     // Its payload arrives late.
     driver.abort(plan);
     block_on(file.write(given_up, Buf::copy_of(&[0xee; 8192]))).unwrap();
-    for block in 0..100u64 {
+    for block in 1..100u64 {
         let plan = block_on(driver.plan_write(block * 8192, 512)).unwrap();
         assert_ne!(plan.fills[0].offset, given_up);
         block_on(driver.commit(plan)).unwrap();
     }
+    // Cleaned before it is used.
+    let plan = block_on(driver.plan_write(0, 512)).unwrap();
+    assert_eq!(plan.fills[0].offset, given_up);
+    assert_eq!(block_on(file.read(given_up, 8192)).unwrap()[..], [0; 8192]);
+    driver.abort(plan);
+    block_on(file.write(given_up, Buf::copy_of(&[0xee; 8192]))).unwrap();
     block_on(driver.close()).unwrap();
-    // The next opening cleans it before it is used.
+    // The next opening cleans it, too.
     let volume = volume(&file, true);
-    for block in 100..128u64 {
+    for block in (0..1).chain(100..128u64) {
         write(&volume, block * 8192, &[1; 512]).unwrap();
         assert_eq!(read(&volume, block * 8192 + 512, 512).unwrap(), [0; 512]);
     }
@@ -92,5 +98,52 @@ fn an_error_fails_one_write_only() {
         }
         block_on(disk.close()).unwrap();
         assert_clean(&image);
+    }
+}
+
+#[test]
+fn nobody_overtakes_zeroes_whose_writer_went_away() {
+    use crate::driver::Erase;
+    use crate::testing::rig::{Case, LayerCase, Rig, read, write};
+    use crate::testing::{Kind, Op};
+
+    let raw = LayerCase::new(&crate::raw_driver::Raw, &[], 64 << 10);
+    let vhd = LayerCase::new(&Vhd, &[("block_size", "8192")], 64 << 10);
+    for (layers, how) in [
+        (vec![vhd.clone()], Some(Erase::Zero)),
+        (vec![vhd.clone()], Some(Erase::ZeroKeep)),
+        (vec![vhd.clone(), raw.clone()], Some(Erase::Zero)),
+        // A write of a part of a sector whose bit is clear: the driver zeroes the sector first.
+        (vec![vhd.clone(), raw.clone()], None),
+    ] {
+        let rig = Rig::create(&Case::new("vhd", layers), 4).unwrap();
+        let volume = rig.open(true).unwrap();
+        let sector = 3 * 512;
+        rig.store.run(write(&volume, 0, &[1; 512])).unwrap();
+        if how.is_some() {
+            rig.store.run(write(&volume, sector, &[1; 512])).unwrap();
+        }
+        rig.store.run(volume.flush()).unwrap();
+        let is_zero = move |op: &Op| {
+            let of_sector = op.range.end - op.range.start == 512 && op.range.start >= 4096;
+            of_sector && op.kind == if how.is_some() { Kind::Zero } else { Kind::Write }
+        };
+        rig.store.hold(is_zero);
+        let future: crate::file::Pending<'_, ()> = match how {
+            Some(how) => Box::pin(volume.erase(sector, 512, how)),
+            None => Box::pin(write(&volume, sector + 100, &[2; 100])),
+        };
+        // It gets no further, and is dropped.
+        rig.store.try_run(future).unwrap_err();
+        let held = rig.store.in_flight().iter().find(|op| is_zero(op)).map(|op| op.id).unwrap();
+        rig.store.hold(move |op| op.id == held);
+        let whole = || write(&volume, sector, &[7; 512]);
+        rig.store.try_run(whole()).unwrap_err();
+        rig.store.release();
+        rig.store.run(whole()).unwrap();
+        rig.store.settle();
+        assert_eq!(rig.store.run(read(&volume, sector, 512)).unwrap()[..], [7; 512], "{how:?}");
+        rig.store.run(volume.close()).unwrap();
+        rig.check_sound().unwrap();
     }
 }
