@@ -85,6 +85,10 @@ pub(in crate::reactor) struct Engine {
     slots: Vec<u32>,
     tasks: slab::Slab<Running>,
     ready: Arc<Mutex<Vec<usize>>>,
+    /// Futures that have let others go first: they go on in the next turn.
+    yielded: Vec<usize>,
+    /// The turn in which futures were polled last, and how often.
+    polled: (u64, u32),
     /// A future that writes pending mappings back is at work.
     tidying: bool,
 }
@@ -105,6 +109,8 @@ impl Engine {
             slots,
             tasks: slab::Slab::new(),
             ready: Arc::default(),
+            yielded: Vec::new(),
+            polled: (0, 0),
             tidying: false,
         }
     }
@@ -121,12 +127,23 @@ impl Engine {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a future that was just polled has woken itself. It lets others go first then, until the next turn.
+    fn take_woken(&mut self, task: usize) -> bool {
+        let mut ready = self.lock_ready();
+        let Some(index) = ready.iter().position(|&woken| woken == task) else { return false };
+        ready.swap_remove(index);
+        drop(ready);
+        self.yielded.push(task);
+        true
+    }
+
     /// Forgets the volume and everything that works on it.
     fn drop_volume(&mut self) {
         // Futures first: they hold guards and plans of the volume.
         self.tasks.clear();
         self.volume = None;
         self.lock_ready().clear();
+        self.yielded.clear();
         self.tidying = false;
     }
 }
@@ -145,6 +162,11 @@ impl<K: Kernel> Shard<K> {
 }
 
 impl Entry {
+    /// Its image is closed.
+    pub(in crate::reactor) fn closed(&self) -> bool {
+        self.engine.as_ref().is_some_and(|engine| engine.stage == Stage::Closed)
+    }
+
     /// Its image is being opened.
     pub(in crate::reactor) fn opening(&self) -> bool {
         self.engine.as_ref().is_some_and(|engine| matches!(engine.stage, Stage::Opening { .. }))

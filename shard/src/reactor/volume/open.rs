@@ -130,7 +130,7 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    fn hold_disk(&mut self, slot: u32, hold: bool) {
+    pub(in crate::reactor) fn hold_disk(&mut self, slot: u32, hold: bool) {
         self.with_disk(slot, |disk, ctx| disk.set_opening(ctx, hold));
     }
 
@@ -237,8 +237,11 @@ impl<K: Kernel> Shard<K> {
 
     pub(super) fn close_done(&mut self, slot: u32, result: Result<(), Error>) {
         let entry = &mut self.disks[slot as usize];
-        let leaves = matches!(entry.pending, Some(Pending::Park { .. } | Pending::Remove { .. }))
-            || entry.swap.is_some();
+        // A detach that came while a move was taken back has its last flush before it yet.
+        let flushed = |pending: &Pending| {
+            matches!(pending, Pending::Park { .. } | Pending::Remove { flush: Flush::Done, .. })
+        };
+        let leaves = entry.pending.as_ref().is_some_and(flushed) || entry.swap.is_some();
         let Some(engine) = &mut entry.engine else { return };
         engine.volume = None;
         engine.stage = Stage::Closed;
@@ -252,7 +255,7 @@ impl<K: Kernel> Shard<K> {
                     self.tell_image_error(slot, &error);
                     self.reopen_engine(slot);
                     self.close_failed(slot, &error.message);
-                    self.end_swap(slot, &format!("its image could not be closed: {error}"));
+                    self.swap_not_closed(slot, &format!("its image could not be closed: {error}"));
                 }
             }
         }

@@ -6,6 +6,7 @@ use formats::driver::Erase;
 use formats::error::Error;
 use formats::file::Buf as Bytes;
 use formats::volume::{Piece, Source, Volume};
+use futures_lite::future::yield_now;
 
 use super::*;
 use crate::disk::Mem;
@@ -15,6 +16,13 @@ use crate::storage::side::Extent;
 
 /// Pieces of one request that go the fast way; more are the work of a future.
 const PIECES_MAX: usize = 32;
+/// Bytes that one block status tells of, at most: whoever wants more asks again.
+const STATUS_MAX: u64 = 64 << 30;
+/// Bytes that are looked up in one go; in the worst case every sector of them is a stretch of its own.
+const STATUS_STEP: u64 = 16 << 20;
+/// Stretches that a block status finds before it lets others go first, and what a look-up that finds one counts.
+const WORK_MAX: usize = 2048;
+const STEP_WORK: usize = 16;
 
 impl<K: Kernel> Shard<K> {
     /// Carries a request of a volume out: from memory if that will do, else by a future.
@@ -51,8 +59,8 @@ impl<K: Kernel> Shard<K> {
         let (port, files) = (engine.port.clone(), engine.files.clone());
         let payload = ShardPayload { port, req, files };
         let request = &self.requests[req];
-        let job =
-            Asked { kind, offset: request.offset, len: request.len, durable: kind.fua() || write_through };
+        let durable = kind.fua() || (write_through && kind.changes());
+        let job = Asked { kind, offset: request.offset, len: request.len, durable };
         engine.spawn(For::Request(req), Box::pin(run(volume, payload, job)));
         self.awake.push(slot);
     }
@@ -106,7 +114,7 @@ impl<K: Kernel> Shard<K> {
                     self.requests[req].pending += 1;
                     let file = files[usize::from(id.layer)][usize::from(id.file.0)].slot;
                     let kind = if write { Kind::Write { fua: false } } else { Kind::Read };
-                    self.submit_via(file, kind, offset, piece.len, None, Via::Piece { disk: slot, req, at });
+                    self.submit_via(file, kind, offset, piece.len, Via::Piece { disk: slot, req, at });
                 }
                 Source::Zero | Source::Encoded { .. } => self.zero_payload(req, at, piece.len as u32),
             }
@@ -123,18 +131,13 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Gives a request to the disk of a file.
-    pub(super) fn submit_via(
-        &mut self,
-        file: u32,
-        kind: Kind,
-        offset: u64,
-        len: u64,
-        payload: Option<crate::storage::pool::Buf>,
-        via: Via,
-    ) {
+    pub(super) fn submit_via(&mut self, file: u32, kind: Kind, offset: u64, len: u64, via: Via) {
+        self.submit_for(Request::new(file, kind, offset, len, None, self.now), via);
+    }
+
+    /// Gives a request, maybe with data of its own, to the disk of a file.
+    pub(super) fn submit_for(&mut self, mut request: Request, via: Via) {
         self.disks[via.disk() as usize].ops += 1;
-        let mut request = Request::new(file, kind, offset, len, None, self.now);
-        request.payload = payload;
         request.via = Some(via);
         self.submit(request);
     }
@@ -151,6 +154,10 @@ impl<K: Kernel> Shard<K> {
         }
         request.guard = None;
         let errno = request.errno;
+        if self.disks[slot as usize].engine.as_ref().is_some_and(|engine| !engine.tasks.is_empty()) {
+            // One of them may have waited for the range.
+            self.awake.push(slot);
+        }
         self.with_disk(slot, |disk, ctx| disk.on_volume(ctx, req, errno, false));
     }
 
@@ -249,17 +256,24 @@ async fn run(volume: Rc<Volume>, payload: ShardPayload, asked: Asked) -> Result<
     Ok(Outcome::Done)
 }
 
-/// Data and holes of a range, as the tables of the chain have them.
+/// Data and holes of a range, as the tables of the chain have them; of its first part when it is long.
 async fn extents(volume: &Volume, offset: u64, len: u64, max: usize) -> Result<Outcome, Error> {
-    let (mut at, end) = (offset, offset + len);
+    let (mut at, end) = (offset, offset + len.min(STATUS_MAX));
     let mut out: Vec<Extent> = Vec::new();
     let mut pieces = Vec::new();
+    let mut work = 0;
     while at < end && out.len() < max {
+        let step = (end - at).min(STATUS_STEP);
         pieces.clear();
-        let covered = volume.map_read(at, end - at, &mut pieces)?;
+        let covered = volume.map_read(at, step, &mut pieces)?;
         if covered == 0 {
-            volume.load(at, end - at).await?;
+            volume.load(at, step).await?;
             continue;
+        }
+        work += STEP_WORK + pieces.len();
+        if work >= WORK_MAX {
+            work = 0;
+            yield_now().await;
         }
         for piece in &pieces {
             let hole = piece.source == Source::Zero;
@@ -272,4 +286,86 @@ async fn extents(volume: &Volume, offset: u64, len: u64, max: usize) -> Result<O
     }
     out.truncate(max);
     Ok(Outcome::Extents(out))
+}
+
+#[cfg(test)]
+mod tests {
+    //! Goal: a block status of any range is answered, in bounded steps and about a bounded part. Method: a disk of 2^60 bytes
+    //! that is never read from; polls are counted.
+
+    use std::ops::Range;
+    use std::task::{Context, Poll, Waker};
+
+    use formats::driver::Open;
+    use formats::file::{ImageFile, Pending};
+    use formats::metadata::Budget;
+    use formats::volume::Layer;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Endless;
+
+    impl ImageFile for Endless {
+        fn name(&self) -> &str {
+            "endless"
+        }
+        fn length(&self) -> u64 {
+            1 << 60
+        }
+        fn is_device(&self) -> bool {
+            true
+        }
+        fn is_writable(&self) -> bool {
+            false
+        }
+        fn read(&self, _: u64, _: usize) -> Pending<'static, Bytes> {
+            unreachable!()
+        }
+        fn write(&self, _: u64, _: Bytes) -> Pending<'static, ()> {
+            unreachable!()
+        }
+        fn flush(&self) -> Pending<'static, ()> {
+            unreachable!()
+        }
+        fn extend(&self, _: u64) -> Pending<'static, ()> {
+            unreachable!()
+        }
+        fn truncate(&self, _: u64) -> Pending<'static, ()> {
+            unreachable!()
+        }
+        fn zero(&self, _: Range<u64>) -> Pending<'static, ()> {
+            unreachable!()
+        }
+    }
+
+    #[test]
+    fn a_block_status_is_short_and_lets_others_go_first() {
+        let file: Rc<dyn ImageFile> = Rc::new(Endless);
+        let open = Open {
+            files: vec![file.clone()],
+            writable: false,
+            below_size: None,
+            budget: Budget::new(1 << 20),
+            log: None,
+            snapshot: None,
+        };
+        let raw = formats::registry::format("raw").expect("raw is known");
+        let driver = formats::blocking::wait(raw.open(open)).expect("it opens");
+        let volume = Volume::new(vec![Layer { driver, files: vec![file] }]).expect("one layer");
+        for (len, told, least) in [(1 << 60, STATUS_MAX, 16), (1 << 20, 1 << 20, 1)] {
+            let mut future = std::pin::pin!(extents(&volume, 4096, len - 4096, 100));
+            let mut polls = 1;
+            let answer = loop {
+                match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                    Poll::Ready(answer) => break answer,
+                    Poll::Pending => polls += 1,
+                }
+            };
+            let Ok(Outcome::Extents(extents)) = answer else { panic!("extents") };
+            let told = told.min(len - 4096);
+            assert_eq!(extents, [Extent { len: told, hole: false }]);
+            assert!(polls >= least, "{polls} polls for {len} bytes");
+        }
+    }
 }

@@ -15,8 +15,28 @@ const TIDY_AFTER: Nanos = 100 * MILLISECOND;
 const TIDY_MANY: u64 = crate::alog::ENTRIES as u64 / 4;
 /// The time after which it is tried again when that has failed.
 const TIDY_AGAIN: Nanos = SECOND;
+/// Polls of one disk's futures in a turn. A poll is short (who has much to do lets others go first), but futures may wake each
+/// other without end.
+const POLLS_MAX: u32 = 64;
 
 impl<K: Kernel> Shard<K> {
+    /// Futures that let others go first in the last turn go on.
+    pub(in crate::reactor) fn wake_yielded(&mut self) {
+        for slot in std::mem::take(&mut self.awake_next) {
+            if let Some(engine) = self.disks.get_mut(slot as usize).and_then(|entry| entry.engine.as_mut()) {
+                let yielded = std::mem::take(&mut engine.yielded);
+                engine.lock_ready().extend(yielded);
+                self.awake.push(slot);
+            }
+        }
+    }
+
+    fn wake_next(&mut self, slot: u32) {
+        if !self.awake_next.contains(&slot) {
+            self.awake_next.push(slot);
+        }
+    }
+
     /// Lets futures of a volume go on that can.
     pub(in crate::reactor) fn run_tasks(&mut self, slot: u32) {
         loop {
@@ -24,6 +44,12 @@ impl<K: Kernel> Shard<K> {
             else {
                 return;
             };
+            if engine.polled.0 != self.turn {
+                engine.polled = (self.turn, 0);
+            }
+            if engine.polled.1 >= POLLS_MAX {
+                return self.wake_next(slot);
+            }
             let ready = std::mem::take(&mut *engine.lock_ready());
             if ready.is_empty() {
                 return;
@@ -37,11 +63,16 @@ impl<K: Kernel> Shard<K> {
                 let mut context = Context::from_waker(&running.waker);
                 let polled = guarded(|| running.future.as_mut().poll(&mut context));
                 let whom = running.whom;
+                engine.polled.1 += 1;
                 if matches!(polled, Ok(Poll::Ready(_))) {
                     let done = engine.tasks.remove(task);
                     drop(done);
                 }
+                let yielded = engine.take_woken(task);
                 let jobs = engine.port.take();
+                if yielded {
+                    self.wake_next(slot);
+                }
                 for job in jobs {
                     self.start_job(slot, job);
                 }
@@ -71,33 +102,38 @@ impl<K: Kernel> Shard<K> {
         match work {
             Work::Read { offset, len } => {
                 debug_assert!(len <= PIECE);
-                self.submit_via(file, Kind::Read, offset, u64::from(len), None, via);
+                self.submit_via(file, Kind::Read, offset, u64::from(len), via);
             }
             Work::Write { offset, data } => {
-                let Some(buf) = self.pool.take(data.len(), true) else {
-                    return self.answer_job(slot, reply, Err(libc::ENOMEM));
-                };
-                self.pool.bytes_mut(&buf)[..data.len()].copy_from_slice(&data);
                 let kind = Kind::Write { fua: false };
-                self.submit_via(file, kind, offset, data.len() as u64, Some(buf), via);
+                let mut request = Request::new(file, kind, offset, data.len() as u64, None, self.now);
+                match self.pool.take(data.len(), true) {
+                    Some(buf) => {
+                        self.pool.bytes_mut(&buf)[..data.len()].copy_from_slice(&data);
+                        request.payload = Some(buf);
+                    }
+                    // The address space is spent: it waits for a buffer like any other.
+                    None => request.carried = Some(data.to_vec()),
+                }
+                self.submit_for(request, via);
             }
             Work::ReadPayload { req, at, offset, len } => {
-                self.submit_via(file, Kind::Read, offset, u64::from(len), None, borrowed(req, at));
+                self.submit_via(file, Kind::Read, offset, u64::from(len), borrowed(req, at));
             }
             Work::WritePayload { req, at, offset, len } => {
                 let kind = Kind::Write { fua: false };
-                self.submit_via(file, kind, offset, u64::from(len), None, borrowed(req, at));
+                self.submit_via(file, kind, offset, u64::from(len), borrowed(req, at));
             }
-            Work::Flush => self.submit_via(file, Kind::Flush, 0, 0, None, via),
+            Work::Flush => self.submit_via(file, Kind::Flush, 0, 0, via),
             Work::Zero { offset, len } => {
                 let kind = Kind::WriteZeroes { fua: false, no_hole: false, fast: false };
-                self.submit_via(file, kind, offset, len, None, via);
+                self.submit_via(file, kind, offset, len, via);
             }
             Work::Extend { length } => {
-                self.submit_via(file, Kind::SetLength { grow: true }, length, 0, None, via);
+                self.submit_via(file, Kind::SetLength { grow: true }, length, 0, via);
             }
             Work::Truncate { length } => {
-                self.submit_via(file, Kind::SetLength { grow: false }, length, 0, None, via);
+                self.submit_via(file, Kind::SetLength { grow: false }, length, 0, via);
             }
             Work::Get { req, at, len } => {
                 let payload = self.requests.get(req).and_then(|request| request.payload.as_ref());
@@ -165,7 +201,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// A future may have left mappings that only memory and log have: sees to it that they are written back.
-    pub(super) fn watch_pending(&mut self, slot: u32) {
+    pub(in crate::reactor) fn watch_pending(&mut self, slot: u32) {
         let entry = &mut self.disks[slot as usize];
         let Some(engine) =
             entry.engine.as_ref().filter(|engine| engine.stage == Stage::Open && !engine.tidying)
@@ -193,7 +229,10 @@ impl<K: Kernel> Shard<K> {
 
     /// Mappings that only memory and log have are written back.
     pub(in crate::reactor) fn start_tidy(&mut self, slot: u32) {
-        let Some(engine) = self.disks[slot as usize].engine.as_mut() else { return };
+        let entry = &mut self.disks[slot as usize];
+        // Nothing happens to a paused disk; it goes on when it is resumed.
+        let paused = entry.disk.as_ref().is_some_and(|disk| disk.state() == DiskState::Paused);
+        let Some(engine) = entry.engine.as_mut().filter(|_| !paused) else { return };
         if engine.stage != Stage::Open || engine.tidying {
             return;
         }
