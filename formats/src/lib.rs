@@ -24,3 +24,5 @@ pub mod testing;
 pub mod tools;
 pub mod vhd;
 pub mod volume;
+#[cfg(test)]
+mod volume_tests;

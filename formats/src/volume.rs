@@ -9,10 +9,14 @@
 //! ```
 //! The fast paths are synchronous ([`Volume::map_read`], [`Volume::map_write`]): a shard asks them first and makes a future only
 //! when they cannot answer from memory. Only the top layer is ever changed.
+//!
+//! No poll of these futures is long, however long the request's range: what can go on without waiting yields now and then.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
+
+use futures_lite::future::yield_now;
 
 use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Fill, Place, Plan, Under, Usage};
 use crate::error::{Error, ErrorKind};
@@ -98,6 +102,10 @@ pub struct Volume {
     sizes: RefCell<Vec<u64>>,
     locks: RangeLocks,
     copies: async_lock::Semaphore,
+    /// Commits that have failed, and how many of them a write-back has made good. As long as there are others, the map may know places
+    /// that nobody would find after the death of the process.
+    failed_commits: Cell<u64>,
+    mended_commits: Cell<u64>,
     /// Extents of the layers, while a map walks down.
     scratch: RefCell<Vec<Vec<Extent>>>,
 }
@@ -137,6 +145,8 @@ impl Volume {
             sizes: RefCell::new(sizes),
             locks: RangeLocks::new(),
             copies: async_lock::Semaphore::new(COPY_BYTES_MAX / COPY_UNIT),
+            failed_commits: Cell::new(0),
+            mended_commits: Cell::new(0),
             scratch,
         })
     }
@@ -252,6 +262,25 @@ impl Volume {
     /// Where `len` bytes at `offset` may be written at once, from memory: appends to `out` and returns true when *all* of them have
     /// their place and no metadata has to change. The caller holds the range.
     pub fn map_write(&self, offset: u64, len: u64, out: &mut Vec<Piece>) -> bool {
+        self.is_settled() && self.map_in_place(offset, len, out)
+    }
+
+    /// Every place that the map knows is safe against the death of the process.
+    fn is_settled(&self) -> bool {
+        self.mended_commits.get() == self.failed_commits.get()
+    }
+
+    /// Sees to it that a write in place is as safe as the place.
+    async fn settle(&self) -> Result<(), Error> {
+        if !self.is_settled() {
+            let failed = self.failed_commits.get();
+            self.layers[0].driver.tidy().await?;
+            self.mended_commits.set(failed.max(self.mended_commits.get()));
+        }
+        Ok(())
+    }
+
+    fn map_in_place(&self, offset: u64, len: u64, out: &mut Vec<Piece>) -> bool {
         let mut extents = std::mem::take(&mut self.scratch.borrow_mut()[0]);
         extents.clear();
         let covered = self.layers[0].driver.map(offset, len, &mut extents);
@@ -358,8 +387,9 @@ impl Volume {
         {
             let _guard = self.locks.take(offset..offset + len, Use::Write).await;
             self.load_top(offset, len).await?;
-            if self.map_write(offset, len, &mut pieces) {
-                return self.write_pieces(&pieces, offset, payload).await;
+            if self.map_in_place(offset, len, &mut pieces) {
+                self.write_pieces(&pieces, offset, payload).await?;
+                return self.settle().await;
             }
         }
         let granule = self.granule();
@@ -424,7 +454,7 @@ impl Volume {
             }
             at += run;
         }
-        Ok(())
+        self.settle().await
     }
 
     /// Plans a stretch, carries the plan out, commits it.
@@ -450,10 +480,10 @@ impl Volume {
             // The old place may be given up by the commit: who still reads there ends first.
             guard.become_erase().await;
         }
-        match plan.plan.take() {
-            Some(plan) => driver.commit(plan).await,
-            None => Ok(()),
-        }
+        let Some(plan) = plan.plan.take() else { return Ok(()) };
+        let committed = driver.commit(plan).await;
+        self.failed_commits.set(self.failed_commits.get() + u64::from(committed.is_err()));
+        committed
     }
 
     /// Writes the part of a request that lies in a fill, and what the fill needs around it.
@@ -536,7 +566,7 @@ impl Volume {
         // In bounded steps, so that others get in between.
         let mut at = inner.start;
         while at < inner.end {
-            let step = at..inner.end.min(at + ERASE_STEP.max(granule));
+            let step = at..inner.end.min(at + ERASE_STEP.min(granule * ERASE_GRANULES).max(granule));
             let erased = {
                 let _guard = self.locks.take(step.clone(), Use::Erase).await;
                 self.layers[0].driver.erase(step.clone(), how).await?
@@ -545,6 +575,9 @@ impl Volume {
                 self.write_zeroes(step.start, step.end - step.start, how).await?;
             }
             at = step.end;
+            if at < inner.end {
+                yield_now().await;
+            }
         }
         Ok(())
     }
@@ -555,7 +588,13 @@ impl Volume {
             return Ok(());
         }
         let (mut at, end) = (offset, offset + len);
-        while at < end {
+        for round in 1_u64.. {
+            if at >= end {
+                break;
+            }
+            if round.is_multiple_of(ZERO_RUNS) {
+                yield_now().await;
+            }
             let run = (end - at).min(ZERO_RUN);
             let mut pieces = Vec::new();
             let covered = {
@@ -614,8 +653,12 @@ impl Volume {
 const COPY_UNIT: usize = 64 << 10;
 /// Bytes that one erase keeps others away from.
 const ERASE_STEP: u64 = 64 << 20;
+/// The same in granules.
+const ERASE_GRANULES: u64 = 4096;
 /// Bytes of zeroes that are written at a time.
 const ZERO_RUN: u64 = 256 << 10;
+/// So many of these without a look at what else there is to do; where there are zeroes already, none takes time.
+const ZERO_RUNS: u64 = 16;
 
 fn no_such_file() -> Error {
     Error::new(ErrorKind::Io(5), "a driver named a file that it does not have")

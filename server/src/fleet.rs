@@ -1,7 +1,8 @@
 //! All shards of the process as the control thread sees them: sending commands, routing replies, heartbeats.
 //!
 //! A command gets a tag; the reply with that tag completes the caller's future. A reply whose caller has gone is not lost:
-//! it comes out as a notice, since it may carry a disk. When a shard ends, every command that waits for it fails.
+//! it comes out as a notice, since it may carry a disk. When a shard ends, every command that waits for it fails; a parked disk
+//! that such a command carries is handed back, as if the shard had refused it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -22,12 +23,19 @@ pub const STALL_NS: Nanos = 5 * SECOND;
 /// The way to a shard; a thread of the shard crate, or a fake in tests.
 pub trait ShardLink: Send + Sync {
     /// Sends a command.
-    fn send(&self, envelope: Envelope) -> Result<(), ShardGone>;
+    fn send(&self, envelope: Envelope);
+
+    /// The commands that a shard had not taken when it ended.
+    fn take_back(&self) -> Vec<Envelope>;
 }
 
 impl ShardLink for ShardHandle {
-    fn send(&self, envelope: Envelope) -> Result<(), ShardGone> {
-        ShardHandle::send(self, envelope)
+    fn send(&self, envelope: Envelope) {
+        ShardHandle::send(self, envelope);
+    }
+
+    fn take_back(&self) -> Vec<Envelope> {
+        ShardHandle::take_back(self)
     }
 }
 
@@ -197,16 +205,19 @@ impl Fleet {
     }
 
     /// Sends a command whose answer is waited for later.
+    ///
+    /// # Errors
+    /// The shard has ended. A parked disk is not lost with the command: the call is then answered with [`Reply::NotTaken`].
     pub fn start(&self, shard: usize, command: Command) -> Result<Call, ShardError> {
-        let link =
-            self.shards.get(shard).filter(|shard| shard.ended().is_none()).ok_or_else(|| gone(shard))?;
-        let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
         let (tx, answer) = oneshot::channel();
+        let Some(alive) = self.shards.get(shard).filter(|shard| shard.ended().is_none()) else {
+            let Command::Unpark(parked) = command else { return Err(gone(shard)) };
+            let _ = tx.send(Ok(Reply::NotTaken(parked)));
+            return Ok(Call { shard, answer });
+        };
+        let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
         self.lock().insert(tag, (shard, tx));
-        if link.link.send(Envelope { tag, command }).is_err() {
-            self.lock().remove(&tag);
-            return Err(gone(shard));
-        }
+        alive.link.send(Envelope { tag, command });
         Ok(Call { shard, answer })
     }
 
@@ -240,8 +251,14 @@ impl Fleet {
     }
 
     fn mark_ended(&self, shard: usize, error: Option<String>) {
-        if let Some(shard) = self.shards.get(shard) {
-            let _ = shard.ended.set(error.unwrap_or_else(|| "it was stopped".into()));
+        if let Some(ended) = self.shards.get(shard) {
+            let _ = ended.ended.set(error.unwrap_or_else(|| "it was stopped".into()));
+            // Nothing is sent to it from here on, so this is all.
+            for Envelope { tag, command } in ended.link.take_back() {
+                if let Command::Unpark(parked) = command {
+                    self.deliver(shard, Event::Reply { tag, result: Ok(Reply::NotTaken(parked)) });
+                }
+            }
         }
         // Dropping the senders tells the callers.
         self.lock().retain(|_, (waiting_for, _)| *waiting_for != shard);
@@ -253,7 +270,7 @@ impl Fleet {
         self.stopping.store(true, Ordering::Relaxed);
         for shard in &self.shards {
             let tag = self.next_tag.fetch_add(1, Ordering::Relaxed);
-            let _ = shard.link.send(Envelope { tag, command: Command::Stop });
+            shard.link.send(Envelope { tag, command: Command::Stop });
         }
         let all_ended = async {
             while !self.all_ended() {
@@ -307,9 +324,12 @@ mod tests {
     struct Recorder(Arc<Mutex<Vec<u64>>>);
 
     impl ShardLink for Recorder {
-        fn send(&self, envelope: Envelope) -> Result<(), ShardGone> {
+        fn send(&self, envelope: Envelope) {
             self.0.lock().unwrap().push(envelope.tag);
-            Ok(())
+        }
+
+        fn take_back(&self) -> Vec<Envelope> {
+            Vec::new()
         }
     }
 
@@ -350,5 +370,60 @@ mod tests {
         let tag = link.0.lock().unwrap()[1];
         fleet.deliver(1, Event::Reply { tag, result: Ok(Reply::Done) });
         assert!(kept.answer().await.is_ok());
+    }
+
+    /// Goal: a disk between two shards survives the end of the one that it goes to. Method: two real shards; the second gets it
+    /// behind the command at which it panics, and once more when everybody knows that it has ended.
+    #[tokio::test]
+    async fn a_parked_disk_comes_back_from_a_shard_that_has_ended() {
+        use shard::api::{Backend, DiskConfig, DiskId, ErrorPolicy};
+        let (events, inbox) = shard::executor::event_channel().unwrap();
+        let shards = (0..2).map(|index| {
+            let options = shard::executor::ShardOptions {
+                index,
+                cpu: None,
+                ring: shard::executor::RingFlavour::Deferred,
+                buffer_budget_bytes: 1 << 20,
+                table_budget_bytes: 1 << 20,
+                fault_commands: true,
+            };
+            let handle = shard::executor::start(options, events.clone()).unwrap();
+            Shard::new(index, None, handle.counters.clone(), Box::new(handle))
+        });
+        let (fleet, _notices) = Fleet::new(shards.collect());
+        let hear = fleet.clone();
+        let ears = std::thread::spawn(move || {
+            while !hear.all_ended() {
+                let Ok((shard, event)) = inbox.rx.recv() else { return };
+                hear.deliver(shard, event);
+            }
+        });
+        let disk = DiskId(7);
+        let config = Box::new(DiskConfig {
+            id: disk,
+            name: "d".into(),
+            backend: Backend::Null,
+            size_bytes: 1 << 20,
+            read_only: false,
+            on_error: ErrorPolicy::Report,
+            on_enospc: ErrorPolicy::Report,
+            limits: shard::limits::Limits::default(),
+            groups: Vec::new(),
+            counters: Arc::default(),
+        });
+        fleet.call(0, Command::AddDisk(config)).await.unwrap();
+        let Ok(Reply::Parked(parked)) = fleet.call(0, Command::Park { disk }).await else { panic!("parked") };
+        let mut shot = fleet.start(1, Command::InjectShardPanic).unwrap();
+        let mut late = fleet.start(1, Command::Unpark(parked)).unwrap();
+        let Ok(Reply::NotTaken(parked)) = late.answer().await else { panic!("it was lost on its way") };
+        assert!(shot.answer().await.is_err());
+        let Ok(Reply::NotTaken(parked)) = fleet.call(1, Command::Unpark(parked)).await else {
+            panic!("it was lost at the door")
+        };
+        assert!(matches!(fleet.call(0, Command::Unpark(parked)).await, Ok(Reply::Done)));
+        let removed = fleet.call(0, Command::RemoveDisk { disk, force: false }).await;
+        assert!(matches!(removed, Ok(Reply::Removed(_))), "{removed:?}");
+        fleet.stop(Duration::from_secs(10)).await;
+        ears.join().unwrap();
     }
 }

@@ -59,12 +59,13 @@ mod tests {
     use super::*;
     use crate::fleet::{ShardLink, monotonic_now};
     use shard::api::{Envelope, Event};
-    use shard::executor::ShardGone;
 
     struct Idle;
     impl ShardLink for Idle {
-        fn send(&self, _: Envelope) -> Result<(), ShardGone> {
-            Ok(())
+        fn send(&self, _: Envelope) {}
+
+        fn take_back(&self) -> Vec<Envelope> {
+            Vec::new()
         }
     }
 

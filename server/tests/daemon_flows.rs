@@ -338,6 +338,41 @@ async fn a_move_that_fails_leaves_the_disk_where_it_was() {
     assert!(rig.daemon.state.read(|state| state.disks["d"].shard.is_none()));
 }
 
+/// A disk that was parked just when its move was given up goes back; when its shard does not take it, that is told.
+#[tokio::test]
+async fn a_disk_that_does_not_come_back_from_a_move_is_told() {
+    let rig = Rig::new();
+    let (disk, _) = rig.attach("d", "null:?size=1G").await.unwrap();
+    let from = disk.shard.unwrap();
+    let shard = rig.shards[from].clone();
+    for taken in [true, false] {
+        shard.script("park", Behaviour::Hold);
+        shard.script("unpark", Behaviour::Hold);
+        let daemon = rig.daemon.clone();
+        let moved = tokio::spawn(async move { daemon.move_disk("d", (1 - from) as u16, soon(50)).await });
+        let cancels = if taken { 1 } else { 2 };
+        let count = |kind| shard.log().iter().filter(|logged| **logged == kind).count();
+        until("the park is given up", || count("cancel") == cancels).await;
+        shard.answer_held("park", Ok(Reply::Parked(daemon_rig::parked_disk())));
+        assert_eq!(moved.await.unwrap().unwrap_err().kind, ProblemKind::TimedOut);
+        until("it is put back", || count("unpark") == cancels).await;
+        let told = || {
+            let events = rig.daemon.events.after(0, 1024);
+            events.iter().any(|event| event.message.contains("it did not come back"))
+        };
+        if taken {
+            shard.answer_held("unpark", Ok(Reply::Done));
+            // The place is free again: whoever needs it has it.
+            rig.daemon.pause("d", false, soon(1000)).await.unwrap();
+            rig.daemon.resume("d", Default::default(), soon(1000)).await.unwrap();
+            assert!(!told());
+        } else {
+            shard.hand_back();
+            until("it is told", told).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn the_disks_of_a_dead_shard_go_to_another_and_the_others_go_on() {
     let rig = Rig::new();

@@ -144,7 +144,7 @@ fn main() -> Result<(), Failure> {
         groups: Vec::new(),
         counters: Default::default(),
     };
-    shard.send(Envelope { tag: 0, command: Command::AddDisk(Box::new(config)) })?;
+    shard.send(Envelope { tag: 0, command: Command::AddDisk(Box::new(config)) });
     std::thread::spawn(move || {
         while let Ok((_, event)) = receiver.rx.recv() {
             eprintln!("{event:?}");
@@ -163,7 +163,7 @@ fn main() -> Result<(), Failure> {
     for stream in listener.incoming() {
         if let Some(handoff) = negotiate(stream?, &export)? {
             let command = Command::Connect { disk, handoff: Box::new(handoff) };
-            shard.send(Envelope { tag: 1, command })?;
+            shard.send(Envelope { tag: 1, command });
         }
     }
     Ok(())

@@ -225,7 +225,8 @@ pub enum Command {
         data_in_doubt: bool,
     },
     /// Give a paused disk another image of the same size, with its connections and the requests that wait. The old one is flushed
-    /// and closed first; when the new one cannot be opened the old one is again. Reply: `Done`.
+    /// and closed first; when that fails, or the new one cannot be opened, the old one is open again when the error comes. Reply:
+    /// `Done`, at once when it is the image that the disk has.
     Swap {
         /// Which disk.
         disk: DiskId,

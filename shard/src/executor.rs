@@ -70,6 +70,8 @@ pub struct ShardHandle {
     /// Its counters.
     pub counters: Arc<ShardCounters>,
     tx: Sender<Envelope>,
+    /// The shard's end, so that what it leaves behind when it ends is not lost.
+    inbox: Receiver<Envelope>,
     wake: Arc<OwnedFd>,
     thread: glommio::ExecutorJoinHandle<()>,
 }
@@ -150,7 +152,7 @@ pub fn start(options: ShardOptions, events: EventSender) -> Result<ShardHandle, 
         };
         match ready_rx.recv() {
             Ok(Ok(())) => {
-                return Ok(ShardHandle { index: options.index, cpu, counters, tx, wake, thread });
+                return Ok(ShardHandle { index: options.index, cpu, counters, tx, inbox, wake, thread });
             }
             Ok(Err(error)) => return Err(error),
             // The thread ended before it ran us: it could not be pinned.
@@ -237,14 +239,18 @@ fn run(seed: Seed) {
 }
 
 impl ShardHandle {
-    /// Sends a command; the reply comes as an event with the same tag.
-    ///
-    /// # Errors
-    /// The thread has ended.
-    pub fn send(&self, envelope: Envelope) -> Result<(), ShardGone> {
-        self.tx.send(envelope).map_err(|_| ShardGone(self.index))?;
-        signal(&self.wake);
-        Ok(())
+    /// Sends a command; the reply comes as an event with the same tag. One that comes too late for a shard that ends is kept for
+    /// [`ShardHandle::take_back`].
+    pub fn send(&self, envelope: Envelope) {
+        // We have a receiver ourselves, so there is always one.
+        if self.tx.send(envelope).is_ok() {
+            signal(&self.wake);
+        }
+    }
+
+    /// The commands that the shard had not taken when it ended: to be called when [`Event::Stopped`] has come.
+    pub fn take_back(&self) -> Vec<Envelope> {
+        self.inbox.try_iter().collect()
     }
 
     /// Waits for the thread to end (after [`crate::api::Command::Stop`]).

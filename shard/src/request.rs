@@ -66,6 +66,11 @@ impl Kind {
         }
     }
 
+    /// It changes data.
+    pub fn changes(self) -> bool {
+        !matches!(self, Kind::Read | Kind::Flush | Kind::Extents { .. })
+    }
+
     /// Durable before the answer.
     pub fn fua(self) -> bool {
         matches!(

@@ -72,21 +72,33 @@ impl Daemon {
             }
             () = disk.interrupt.notified() => (ProblemKind::Busy, "another command gives the disk up"),
         };
-        let daemon = self.clone();
+        let (daemon, disk) = (self.clone(), disk.clone());
+        let name = disk.name.clone();
         tokio::spawn(async move {
             let cancelled = daemon.fleet.call(from, Command::CancelPark { disk: id }).await;
             // It may have been answered just now: then the disk is parked, and goes on where it was.
-            if let Ok(Reply::Parked(parked)) = call.answer().await
-                && let Err(error) = daemon.fleet.call(from, Command::Unpark(parked)).await
-            {
-                tracing::error!(
-                    shard = from,
-                    "a disk did not come back from a move that was given up: {error}"
-                );
+            if let Ok(Reply::Parked(parked)) = call.answer().await {
+                daemon.put_back(&disk, from, parked).await;
             }
             drop((cancelled, place));
         });
-        Err(Problem::new(kind, format!("disk {} was not moved, and runs on shard {from}: {why}", disk.name)))
+        Err(Problem::new(kind, format!("disk {name} was not moved, and runs on shard {from}: {why}")))
+    }
+
+    /// Puts a disk that was parked too late back on its shard.
+    async fn put_back(&self, disk: &Disk, from: usize, parked: Box<ParkedDisk>) {
+        let why = match self.fleet.call(from, Command::Unpark(parked)).await {
+            Ok(Reply::Done) => return,
+            // When the shard has ended the disk comes up on another, with what is about to happen to all of its disks.
+            Ok(Reply::NotTaken(_)) => format!("shard {from} takes no disks any more"),
+            Ok(other) => format!("unexpected answer to Unpark: {other:?}"),
+            Err(error) => error.message,
+        };
+        disk.reset_gauges();
+        let message = format!(
+            "it did not come back to shard {from} from a move that was given up, and its clients were disconnected: {why}"
+        );
+        self.events.record(Level::Error, Some(&disk.name), message);
     }
 
     /// Puts a parked disk on shard `to`, or back on `from`.
@@ -99,9 +111,9 @@ impl Daemon {
     ) -> Result<(), Problem> {
         let error = match self.fleet.call(to, Command::Unpark(parked)).await {
             Ok(Reply::NotTaken(parked)) => {
-                // Whole as it is, it goes back with its connections.
+                // Whole as it is, it goes back with its connections. Also when that shard has ended meanwhile: then it comes back.
                 if let Ok(Reply::Done) = self.fleet.call(from, Command::Unpark(parked)).await {
-                    let why = format!("shard {to} is stopping; it runs on shard {from} again");
+                    let why = format!("shard {to} takes no disks any more; it runs on shard {from} again");
                     return Err(Problem::failed(format!("disk {} was not moved: {why}", disk.name)));
                 }
                 ShardError { kind: ShardErrorKind::Failed, message: ShardGone(from).to_string() }

@@ -21,7 +21,6 @@ use blktapd::state::StateStore;
 use shard::api::{
     ClientInfo, Command, DiskConfig, DiskId, DiskState, Envelope, Event, Reply, ShardError, ShardErrorKind,
 };
-use shard::executor::ShardGone;
 use tokio::time::Instant;
 
 /// What a scripted shard does with the commands of one kind.
@@ -51,10 +50,10 @@ pub struct FakeShard {
 }
 
 impl ShardLink for FakeShard {
-    fn send(&self, envelope: Envelope) -> Result<(), ShardGone> {
+    fn send(&self, envelope: Envelope) {
         let mut script = self.script.lock().unwrap();
         if script.ended {
-            return Err(ShardGone(self.index));
+            return script.held.push(envelope);
         }
         let kind = kind_of(&envelope.command);
         script.log.push(kind);
@@ -69,7 +68,10 @@ impl ShardLink for FakeShard {
                 self.reply(&script, envelope.tag, result);
             }
         }
-        Ok(())
+    }
+
+    fn take_back(&self) -> Vec<Envelope> {
+        std::mem::take(&mut self.script.lock().unwrap().held)
     }
 }
 
@@ -185,6 +187,15 @@ impl FakeShard {
             script.held.iter().position(|envelope| kind_of(&envelope.command) == kind).expect("one is held");
         let envelope = script.held.remove(index);
         self.reply(&script, envelope.tag, result);
+    }
+
+    /// Refuses the first held disk that comes from another shard.
+    pub fn hand_back(&self) {
+        let mut script = self.script.lock().unwrap();
+        let index = script.held.iter().position(|envelope| kind_of(&envelope.command) == "unpark");
+        let Envelope { tag, command } = script.held.remove(index.expect("one is held"));
+        let Command::Unpark(parked) = command else { unreachable!() };
+        self.reply(&script, tag, Ok(Reply::NotTaken(parked)));
     }
 
     /// Gives the configuration of a disk away, as a shard does with a zombie.
@@ -322,4 +333,43 @@ pub async fn until(what: &str, mut check: impl FnMut() -> bool) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     panic!("never: {what}");
+}
+
+/// A disk without clients that was taken off a shard: a real one, since nobody else can make it.
+pub fn parked_disk() -> Box<shard::park::ParkedDisk> {
+    use shard::api::{Backend, ErrorPolicy};
+    let (events, inbox) = shard::executor::event_channel().unwrap();
+    let options = shard::executor::ShardOptions {
+        index: 0,
+        cpu: None,
+        ring: shard::executor::RingFlavour::Deferred,
+        buffer_budget_bytes: 1 << 20,
+        table_budget_bytes: 1 << 20,
+        fault_commands: false,
+    };
+    let handle = shard::executor::start(options, events).unwrap();
+    let disk = DiskId(1);
+    let config = DiskConfig {
+        id: disk,
+        name: "d".into(),
+        backend: Backend::Null,
+        size_bytes: 1 << 20,
+        read_only: false,
+        on_error: ErrorPolicy::Report,
+        on_enospc: ErrorPolicy::Report,
+        limits: shard::limits::Limits::default(),
+        groups: Vec::new(),
+        counters: Arc::default(),
+    };
+    for (tag, command) in
+        [Command::AddDisk(Box::new(config)), Command::Park { disk }, Command::Stop].into_iter().enumerate()
+    {
+        handle.send(Envelope { tag: tag as u64, command });
+    }
+    let parked = inbox.rx.iter().find_map(|(_, event)| match event {
+        Event::Reply { result: Ok(Reply::Parked(parked)), .. } => Some(parked),
+        _ => None,
+    });
+    handle.join();
+    parked.unwrap()
 }

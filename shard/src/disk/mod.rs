@@ -442,13 +442,18 @@ impl Disk {
         let request = &mut ctx.requests[key];
         request.started = ctx.now;
         let kind = request.kind;
-        if !matches!(kind, Kind::Read | Kind::Flush | Kind::Extents { .. }) {
+        if kind.changes() {
             if self.config.read_only {
                 return self.finish(ctx, key, libc::EPERM);
             }
             self.note_change(key);
         }
         if matches!(self.config.backend, Backend::Image(_)) {
+            let durable = || kind == Kind::Flush || kind.fua() || (kind.changes() && self.writes_through());
+            // The files do not know of one that failed before they were opened: before a move, or under another image.
+            if self.flush_failed && durable() {
+                return self.refuse_sync(ctx, key);
+            }
             let request = &mut ctx.requests[key];
             request.phase = Phase::Transfer;
             request.pending = 1;
@@ -568,7 +573,10 @@ impl Disk {
     fn failed_io(&mut self, ctx: &mut Ctx<'_>, key: ReqKey, errno: i32) {
         let no_space = matches!(errno, libc::ENOSPC | libc::EDQUOT);
         let policy = if no_space { self.config.on_enospc } else { self.config.on_error };
-        if policy == ErrorPolicy::Report || matches!(self.state, DiskState::Failed | DiskState::Zombie) {
+        // The policy is for what clients ask; an operator hears at once that a command failed.
+        let command = matches!(ctx.requests[key].kind, Kind::SetLength { .. });
+        let given_up = matches!(self.state, DiskState::Failed | DiskState::Zombie);
+        if policy == ErrorPolicy::Report || command || given_up {
             return self.finish(ctx, key, errno);
         }
         let request = &ctx.requests[key];
@@ -619,8 +627,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Runs again after a pause or a storage error.
-    pub fn resume(&mut self, ctx: &mut Ctx<'_>, data_in_doubt: bool) -> Result<(), ShardError> {
+    /// Whether [`Disk::resume`] goes on, or why not.
+    pub fn may_resume(&self, data_in_doubt: bool) -> Result<(), ShardError> {
         match self.state {
             DiskState::Running | DiskState::Paused | DiskState::Pausing | DiskState::StorageError => {}
             state => {
@@ -631,16 +639,21 @@ impl Disk {
                 return Err(error(ShardErrorKind::WrongState, message));
             }
         }
-        if self.flush_failed {
-            if !data_in_doubt {
-                let message = format!(
-                    "an fdatasync of disk {} failed, so data that a client wrote may be lost: check the store, then \
-                     `resume --data-in-doubt` to accept that, or `fail` to give the disk up",
-                    self.config.name
-                );
-                return Err(error(ShardErrorKind::DataInDoubt, message));
-            }
-            self.flush_failed = false;
+        if self.flush_failed && !data_in_doubt {
+            let message = format!(
+                "an fdatasync of disk {} failed, so data that a client wrote may be lost: check the store, then \
+                 `resume --data-in-doubt` to accept that, or `fail` to give the disk up",
+                self.config.name
+            );
+            return Err(error(ShardErrorKind::DataInDoubt, message));
+        }
+        Ok(())
+    }
+
+    /// Runs again after a pause or a storage error.
+    pub fn resume(&mut self, ctx: &mut Ctx<'_>, data_in_doubt: bool) -> Result<(), ShardError> {
+        self.may_resume(data_in_doubt)?;
+        if std::mem::take(&mut self.flush_failed) {
             self.config.counters.data_in_doubt.add(1);
         }
         self.set_state(DiskState::Running, "");
@@ -702,17 +715,24 @@ impl Disk {
         self.before_hold.take().unwrap_or((self.state, self.reason.clone()))
     }
 
+    /// It was given up before [`Disk::hold`].
+    pub fn failed_before_hold(&self) -> bool {
+        self.before_hold.as_ref().is_some_and(|(state, _)| *state == DiskState::Failed)
+    }
+
     /// Returns to the state before [`Disk::hold`] or [`Disk::drain`].
     pub fn unhold(&mut self, ctx: &mut Ctx<'_>) {
-        if let Some((state, reason)) = self.before_hold.take() {
+        let Some((state, reason)) = self.before_hold.take() else { return };
+        // A disk that has failed while it drained has said so, and stays so.
+        if self.state != DiskState::StorageError {
             self.set_state(state, &reason);
             if state == DiskState::StorageError {
                 // It may have failed meanwhile, when nobody was told.
                 ctx.out.push(Action::State);
             }
-            self.on_timer(ctx);
-            self.pump(ctx);
         }
+        self.on_timer(ctx);
+        self.pump(ctx);
     }
 
     /// Takes a state over from another shard.

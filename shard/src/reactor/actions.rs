@@ -421,7 +421,7 @@ impl<K: Kernel> Shard<K> {
             OpKind::Sync { disk } => {
                 self.op_gone(disk, true);
                 if result < 0 {
-                    self.keep_failed_sync(disk, -result);
+                    self.note_failed_sync(disk, -result);
                 }
                 self.deliver(disk, |disk, ctx| disk.on_sync(ctx, -result.min(0)));
             }
@@ -442,7 +442,17 @@ impl<K: Kernel> Shard<K> {
         }
     }
 
-    /// A disk in quarantine hears no results, but a failed fdatasync must not be forgotten: the next one would succeed.
+    /// A failed fdatasync must not be forgotten, whoever asked for it and whatever becomes of the file: the next one would succeed.
+    fn note_failed_sync(&mut self, slot: u32, errno: i32) {
+        self.keep_failed_sync(slot, errno);
+        let Some(owner) = self.disks.get(slot as usize).and_then(|entry| entry.owner) else { return };
+        if matches!(self.backend(owner), Some(Backend::Image(_))) {
+            self.keep_failed_sync(owner, errno);
+            self.deliver(owner, |disk, ctx| disk.on_file_sync_failed(ctx, errno));
+        }
+    }
+
+    /// A disk in quarantine hears no results, but this it does.
     fn keep_failed_sync(&mut self, slot: u32, errno: i32) {
         let Some(entry) = self.disks.get_mut(slot as usize).filter(|entry| entry.quarantined) else { return };
         let Some(disk) = &mut entry.disk else { return };

@@ -60,6 +60,13 @@ impl<K: Kernel> Shard<K> {
         self.pool.show_free_chunks();
     }
 
+    /// Files of images whose fdatasync has failed, as these remember it.
+    pub fn marked_files(&self) -> usize {
+        let marked =
+            |entry: &Entry| entry.owner.is_some() && entry.disk.as_ref().is_some_and(Disk::flush_failed);
+        self.disks.iter().filter(|(_, entry)| marked(entry)).count()
+    }
+
     /// Requests whose data came along with a disk and wait for a buffer.
     pub fn carried(&self) -> usize {
         self.requests.iter().filter(|(_, request)| request.carried.is_some()).count()
@@ -73,11 +80,13 @@ impl<K: Kernel> Shard<K> {
             let count = requests().count() as u64;
             let throttled = requests().filter(|r| r.throttled != 0).count() as u64;
             let own_bounces = requests().filter(|r| r.bounce.is_some()).count() as u64;
-            let ops = self.ops.iter().filter(|op| op.disk() == Some(slot as u32)).count() as u64;
+            let ours = |request: &Request| request.via.is_some_and(|via| via.disk() == slot as u32);
+            let on_files = self.requests.iter().filter(|(_, request)| ours(request)).count();
+            let ops = self.ops.iter().filter(|op| op.disk() == Some(slot as u32)).count() + on_files;
             bounces += own_bounces;
             check(what("requests"), u64::from(entry.requests), count)?;
             check(what("bounce buffers"), u64::from(entry.bounces), own_bounces)?;
-            check(what("kernel operations"), u64::from(entry.ops), ops)?;
+            check(what("kernel operations"), u64::from(entry.ops), ops as u64)?;
             if let Some(disk) = &entry.disk {
                 let counters = &disk.config().counters;
                 check(what("io_now"), counters.io_now.get(), count)?;

@@ -224,16 +224,25 @@ impl<K: Kernel> Shard<K> {
 
     fn resume(&mut self, slot: u32, data_in_doubt: bool) -> Outcome {
         let entry = &mut self.disks[slot as usize];
+        if entry.swap.is_some() {
+            let message = "the disk is being given another image: wait for that to end";
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
         if let Some(Pending::Pause { tag }) = entry.pending {
             entry.pending = None;
             let message = "the pause was ended by a resume before everything in flight had finished";
             self.reply(tag, Err(failure(ShardErrorKind::Interrupted, message)));
         }
         let mut result = Ok(());
+        self.with_disk(slot, |disk, _| result = disk.may_resume(data_in_doubt));
+        result?;
         if data_in_doubt {
+            // First, so that what the disk held finds files that flush again.
             self.accept_doubt(slot);
         }
+        let mut result = Ok(());
         self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
+        self.watch_pending(slot);
         result.map(|()| Some(Reply::Done))
     }
 
@@ -322,7 +331,19 @@ impl<K: Kernel> Shard<K> {
         };
         self.disks[slot as usize].pending = None;
         self.reply(tag, Err(failure(ShardErrorKind::Interrupted, "taken back; the disk is in service")));
-        self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+        let entry = &mut self.disks[slot as usize];
+        if entry.quarantined {
+            // It goes on when it has been rebuilt.
+            if let Some(disk) = &mut entry.disk {
+                entry.before_quarantine = disk.state_before_hold();
+            }
+        } else {
+            if entry.closed() && !entry.disk.as_ref().is_some_and(Disk::failed_before_hold) {
+                // Closed for the move, just now.
+                self.reopen_engine(slot);
+            }
+            self.with_disk(slot, |disk, ctx| disk.unhold(ctx));
+        }
         self.restart_conns(slot);
         Ok(Some(Reply::Done))
     }

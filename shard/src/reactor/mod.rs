@@ -165,6 +165,8 @@ pub struct Shard<K: Kernel> {
     actions: VecDeque<(u32, Action)>,
     /// Volumes whose futures can go on.
     awake: Vec<u32>,
+    /// The same, in the next turn.
+    awake_next: Vec<u32>,
     /// Memory for tables of images.
     budget: std::rc::Rc<formats::metadata::Budget>,
     pieces: Vec<formats::volume::Piece>,
@@ -244,6 +246,7 @@ impl<K: Kernel> Shard<K> {
             counters: parts.counters,
             actions: VecDeque::new(),
             awake: Vec::new(),
+            awake_next: Vec::new(),
             budget: formats::metadata::Budget::new(parts.table_budget_bytes),
             pieces: Vec::new(),
             scratch: Vec::new(),
@@ -311,6 +314,7 @@ impl<K: Kernel> Shard<K> {
         let more = !self.ready.is_empty()
             || !self.retry.is_empty()
             || !self.unsettled.is_empty()
+            || !self.awake_next.is_empty()
             || freed
             || self.sends_are_awaited();
         self.turn += 1;
@@ -332,6 +336,7 @@ impl<K: Kernel> Shard<K> {
         for (disk, action) in std::mem::take(&mut self.retry) {
             self.actions.push_back((disk, action));
         }
+        self.wake_yielded();
         self.run_actions();
         for _ in 0..self.ready.len() {
             if let Some(conn) = self.ready.pop_front() {
@@ -359,8 +364,8 @@ impl<K: Kernel> Shard<K> {
 
     /// The end after a failure: gives back what others wait for, and keeps what the kernel may still use.
     ///
-    /// The ring is closed, so that the kernel ends its operations and lets go of their files; only then are the disks and the
-    /// commands that nobody will carry out dropped, and with them the shard's references to images. Clients see the end of
+    /// The ring is closed, so that the kernel ends its operations and lets go of their files; only then are the disks dropped, and
+    /// with them the shard's references to images. Commands that nobody took stay in the channel, for who holds its other end. Clients see the end of
     /// their connections. Buffers and message headers stay mapped for ever: an operation that is on its way to a device still
     /// reads or writes them, and nothing tells a closed ring's owner when the last one has ended. (The file does: see the file
     /// table's fence.)

@@ -103,7 +103,9 @@ impl<K: Kernel> Shard<K> {
         entry.disk = Some(disk);
         entry.quarantined = false;
         let id = entry.id;
-        self.reopen_engine(slot);
+        if state != DiskState::Zombie {
+            self.reopen_engine(slot);
+        }
         if state == DiskState::Paused {
             self.end_pending(slot, "the disk's code failed twice, it is paused now");
         }

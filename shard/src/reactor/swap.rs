@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! at rest ─▶ close the old image ─▶ open the new one ─▶ Done
-//!               └ failed ─▶ it stays        └ failed ─▶ open the old one again ─▶ the error
+//!               └ failed               └ failed
+//!               └──────────────────────┴─▶ open the old one again ─▶ the error
 //! ```
-//! Connections and requests that wait are not touched; the disk is paused before and after.
+//! A raw file is closed by an fdatasync; when that fails nothing has changed but the mark of the disk (`disk::sync`), which also
+//! stays when one fails behind that, or of the files of an image. Connections and requests that wait are not touched; the disk is
+//! paused before and after.
 
 use super::*;
 use crate::api::{Reply, ShardError, ShardErrorKind};
@@ -13,11 +16,13 @@ use crate::api::{Reply, ShardError, ShardErrorKind};
 #[derive(Debug)]
 pub(super) struct Swap {
     pub tag: u64,
+    /// The raw file that the disk has was asked to make everything durable.
+    synced: bool,
     /// The new image, until it takes the place of the old one.
     to: Option<Backend>,
     /// The old image, from then on.
     back: Option<Backend>,
-    /// Why the new one could not be opened: the old one is being opened again.
+    /// Why there is no new one: the old one is being opened again.
     error: Option<String>,
 }
 
@@ -25,8 +30,20 @@ fn refused(message: String) -> ShardError {
     ShardError { kind: ShardErrorKind::WrongState, message }
 }
 
+/// The very same image, not one that looks like it.
+fn is_same(a: &Backend, b: &Backend) -> bool {
+    match (a, b) {
+        (Backend::File(a), Backend::File(b)) => Arc::ptr_eq(a, b),
+        (Backend::Image(a), Backend::Image(b)) => Arc::ptr_eq(a, b),
+        (Backend::Ram(a), Backend::Ram(b)) => Arc::ptr_eq(a, b),
+        (Backend::Null, Backend::Null) => true,
+        _ => false,
+    }
+}
+
 impl<K: Kernel> Shard<K> {
-    /// Begins to give a paused disk another image.
+    /// Begins to give a paused disk another image. The one that it has is not touched: so a caller who does not know how far an
+    /// earlier swap came can always ask for the one that it wants.
     pub(super) fn swap(&mut self, slot: u32, tag: u64, to: Backend) -> Result<Option<Reply>, ShardError> {
         let entry = &mut self.disks[slot as usize];
         let state = entry.disk.as_ref().map(Disk::state);
@@ -34,7 +51,11 @@ impl<K: Kernel> Shard<K> {
         if state != Some(DiskState::Paused) || busy {
             return Err(refused("only a paused disk at rest can be given another image".to_owned()));
         }
-        entry.swap = Some(Swap { tag, to: Some(to), back: None, error: None });
+        if self.backend(slot).is_some_and(|has| is_same(has, &to)) {
+            return Ok(Some(Reply::Done));
+        }
+        self.disks[slot as usize].swap =
+            Some(Swap { tag, synced: false, to: Some(to), back: None, error: None });
         self.unsettled.push(slot);
         Ok(None)
     }
@@ -47,11 +68,10 @@ impl<K: Kernel> Shard<K> {
             return true;
         }
         let replaced = swap.back.is_some();
-        if !replaced && !self.close_engine(slot) {
+        if !replaced && !self.let_go(slot) {
             return true;
         }
-        let entry = &mut self.disks[slot as usize];
-        let Some(swap) = &mut entry.swap else { return true };
+        let Some(swap) = &mut self.disks[slot as usize].swap else { return true };
         let next = match (swap.to.take(), &swap.error) {
             (Some(to), _) => to,
             // The new image could not be opened.
@@ -66,6 +86,30 @@ impl<K: Kernel> Shard<K> {
         true
     }
 
+    /// Brings everything that the disk's image holds into its files. False while that is under way, and when it has failed.
+    fn let_go(&mut self, slot: u32) -> bool {
+        if !matches!(self.backend(slot), Some(Backend::File(_))) {
+            return self.close_engine(slot);
+        }
+        let Some(swap) = &mut self.disks[slot as usize].swap else { return false };
+        if !std::mem::replace(&mut swap.synced, true) {
+            self.with_disk(slot, |disk, ctx| disk.sync_at_rest(ctx));
+        }
+        let Some(disk) = &self.disks[slot as usize].disk else { return false };
+        if disk.is_syncing() {
+            return false;
+        }
+        if disk.flush_failed() {
+            // Nobody could find out later: the next fdatasync of the file succeeds.
+            let message = format!("the disk keeps the image that it has: {}", disk.reason());
+            if let Some(swap) = self.disks[slot as usize].swap.take() {
+                self.reply(swap.tag, Err(ShardError { kind: ShardErrorKind::DataInDoubt, message }));
+            }
+            return false;
+        }
+        true
+    }
+
     fn set_backend(&mut self, slot: u32, backend: Backend) {
         let entry = &mut self.disks[slot as usize];
         let Some(disk) = &mut entry.disk else { return };
@@ -73,6 +117,7 @@ impl<K: Kernel> Shard<K> {
             Backend::File(file) => Some(file.store),
             Backend::Ram(_) | Backend::Image(_) | Backend::Null => None,
         };
+        entry.punts = false;
         let old = disk.set_backend(backend.clone());
         if let Some(swap) = &mut entry.swap
             && swap.error.is_none()
@@ -81,7 +126,11 @@ impl<K: Kernel> Shard<K> {
         }
         match backend {
             Backend::Image(chain) => self.start_engine(slot, &chain, None),
-            _ => self.swap_opened(slot),
+            _ => {
+                // An image that could not be opened may have been there before.
+                self.hold_disk(slot, false);
+                self.swap_opened(slot);
+            }
         }
     }
 
@@ -115,6 +164,13 @@ impl<K: Kernel> Shard<K> {
         let message = format!("{error}; and the image that it had cannot be opened again: {message}");
         self.reply(tag, Err(ShardError { kind: ShardErrorKind::Failed, message }));
         false
+    }
+
+    /// The image of a disk in a swap could not be closed, and is being opened again; the swap is answered when it is.
+    pub(super) fn swap_not_closed(&mut self, slot: u32, message: &str) {
+        if let Some(swap) = &mut self.disks[slot as usize].swap {
+            (swap.to, swap.error) = (None, Some(message.to_owned()));
+        }
     }
 
     /// Ends a swap that cannot go on.

@@ -129,7 +129,7 @@ impl Sim {
     pub fn settle_orphans(&mut self) {
         let now = self.instant();
         for index in 0..self.disks.len() {
-            let idle = !self.world.borrow().file_busy(index);
+            let idle = !self.world.borrow().is_busy(index);
             let disk = &mut self.disks[index];
             if idle && disk.counters.io_now.get() == 0 && !matches!(disk.place, Place::Moving(..)) {
                 for stamp in std::mem::take(&mut disk.orphans) {

@@ -1,5 +1,6 @@
 //! A file of the simulated store: contents, what of them is durable, holes, length, and how the store misbehaves.
 
+use super::kernel::What;
 use super::random::Random;
 
 /// Unit of allocation in bytes.
@@ -22,6 +23,8 @@ pub struct Faults {
 /// A file.
 #[derive(Debug)]
 pub struct File {
+    /// Of which disk.
+    pub disk: usize,
     /// Room up to the size that clients see.
     pub data: Vec<u8>,
     /// What a power loss would leave.
@@ -37,6 +40,8 @@ pub struct File {
     pub can_punch: bool,
     pub can_zero: bool,
     pub faults: Faults,
+    /// Operations that are to fail: the how-manieth of its kind from now on.
+    pub plots: Vec<(What, u32)>,
     /// Its store.
     pub store: u64,
     /// It does not know whether an operation would have to wait.
@@ -55,20 +60,14 @@ pub struct File {
 pub type Writeback = Vec<(u64, Vec<u8>)>;
 
 impl File {
-    pub fn new(length: u64, size: u64, rng: &mut Random) -> File {
-        let blocks = size.div_ceil(BLOCK) as usize;
-        let mut allocated = Vec::with_capacity(blocks);
-        let mut on = rng.chance(500);
-        while allocated.len() < blocks {
-            let run = rng.between(1, 1 + blocks as u64 / 4) as usize;
-            allocated.extend(std::iter::repeat_n(on, run.min(blocks - allocated.len())));
-            on = !on;
-        }
+    /// A file that holds these bytes.
+    pub fn of(disk: usize, bytes: Vec<u8>) -> File {
         File {
-            data: vec![0; size as usize],
-            durable: vec![0; size as usize],
-            length,
-            allocated,
+            disk,
+            durable: bytes.clone(),
+            length: bytes.len() as u64,
+            allocated: vec![true; bytes.len().div_ceil(BLOCK as usize)],
+            data: bytes,
             dirty: Vec::new(),
             align: 1,
             memory_align: 1,
@@ -76,6 +75,7 @@ impl File {
             can_punch: true,
             can_zero: true,
             faults: Faults::default(),
+            plots: Vec::new(),
             store: 0,
             cannot_tell: false,
             hung: false,
@@ -84,6 +84,40 @@ impl File {
             syncs: 0,
             fallocates: 0,
         }
+    }
+
+    /// A raw disk, with data here and there to be.
+    pub fn new(disk: usize, length: u64, size: u64, rng: &mut Random) -> File {
+        let blocks = size.div_ceil(BLOCK) as usize;
+        let mut allocated = Vec::with_capacity(blocks);
+        let mut on = rng.chance(500);
+        while allocated.len() < blocks {
+            let run = rng.between(1, 1 + blocks as u64 / 4) as usize;
+            allocated.extend(std::iter::repeat_n(on, run.min(blocks - allocated.len())));
+            on = !on;
+        }
+        File { length, allocated, ..File::of(disk, vec![0; size as usize]) }
+    }
+
+    /// Grows or cuts the file.
+    pub fn set_length(&mut self, length: u64) {
+        for bytes in [&mut self.data, &mut self.durable] {
+            bytes.resize(length as usize, 0);
+        }
+        self.allocated.resize(length.div_ceil(BLOCK) as usize, false);
+        self.dirty.retain(|range| range.1 <= length);
+        self.length = length;
+    }
+
+    /// Whether the next operation of a kind is one that is to fail.
+    pub fn is_plotted(&mut self, what: What) -> bool {
+        let mut now = false;
+        self.plots.retain_mut(|(kind, left)| {
+            *left -= u32::from(*kind == what);
+            now |= *left == 0;
+            *left > 0
+        });
+        now
     }
 
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {

@@ -55,7 +55,7 @@ impl Sim {
             self.count(format!("kernel {:?} errno {}", failure.what, failure.errno));
             world = self.world.borrow_mut();
             if failure.what == What::Sync {
-                let disk = &mut self.disks[failure.file];
+                let disk = &mut self.disks[world.files[failure.file].disk];
                 disk.sync_failed = Some(failure.at);
                 disk.sync_failed_now = true;
                 disk.model.doubt = failure.at;
@@ -81,16 +81,16 @@ impl Sim {
                 && !self.orders.values().any(|o| o.disk == disk && o.kind == Kind::ResumeInDoubt);
             assert!(!refused, "client {number} of disk {disk}: success after a failed fdatasync: {asked:?}");
         }
-        if d.read_only || d.memory.is_some() {
-            return;
-        }
         let (from, to) = range.unwrap_or((0, d.size));
-        let world = self.world.borrow();
-        for _ in 0..6 {
+        let samples = (0..6).map(|_| {
             let start = self.rng.between(from, to - 1);
-            let end = (start + SAMPLE).min(to);
-            let durable = &world.files[disk].durable[start as usize..end as usize];
-            if let Err(message) = d.model.check_durable(since, start, durable) {
+            start..(start + SAMPLE).min(to)
+        });
+        let samples: Vec<_> = samples.collect();
+        let world = self.world.borrow();
+        let Some(durable) = d.durable(&world, &samples) else { return };
+        for (range, durable) in samples.iter().zip(durable) {
+            if let Err(message) = d.model.check_durable(since, range.start, &durable) {
                 drop(world);
                 self.describe();
                 panic!("client {number} of disk {disk}: not durable after {}: {message}", name(&asked.ask));
@@ -103,8 +103,9 @@ impl Sim {
         let now = self.instant();
         let d = &self.disks[disk];
         let since = d.model.snapshot(now, 0, d.size);
-        let durable = self.world.borrow().files[disk].durable.clone();
-        if let Err(message) = d.model.check_durable(&since, 0, &durable) {
+        let all = 0..d.size;
+        let Some(durable) = d.durable(&self.world.borrow(), &[all]) else { return };
+        if let Err(message) = d.model.check_durable(&since, 0, &durable[0]) {
             self.describe();
             panic!("disk {disk} was detached and is not durable: {message}");
         }
@@ -126,6 +127,8 @@ impl Sim {
             _ => false,
         };
         let doubted = d.sync_failed.is_some() || d.doubts.iter().any(|&(_, end)| end >= asked.sent);
+        // Any change of an image may need a flush of its tables.
+        let synced = synced || (d.is_image() && matches!(asked.ask, Ask::Change { .. }));
         if synced && doubted && d.on_error == ErrorPolicy::Report {
             return Ok(());
         }
@@ -137,14 +140,17 @@ impl Sim {
                 (Ask::Read { .. }, What::Read) | (Ask::Status { .. }, What::Extents) => true,
                 (Ask::Change { .. }, What::Read | What::Write | What::Space) => true,
                 (_, What::Sync) => synced,
-                _ => false,
+                // Whatever is asked of an image, its tables may be read and written.
+                _ => d.is_image(),
             };
             let policy = match failure.errno {
                 libc::ENOSPC => d.on_enospc,
                 _ => d.on_error,
             };
-            kind && failure.file == disk
-                && (failure.what == What::Sync || (failure.start < end && start < failure.end))
+            kind && world.files[failure.file].disk == disk
+                && (failure.what == What::Sync
+                    || d.is_image()
+                    || (failure.start < end && start < failure.end))
                 && NbdError::from_errno(failure.errno).code() == error
                 && (policy == ErrorPolicy::Report || d.failed)
         });
@@ -173,11 +179,13 @@ impl Sim {
         }
         for (tag, order) in &self.orders {
             let d = &self.disks[order.disk];
-            let hung = self.world.borrow().files[order.disk].hung;
+            let hung = self.world.borrow().is_hung(order.disk);
             let deaf = self.clients.iter().any(|c| c.disk == order.disk && c.deaf && c.life != Life::Gone);
             let throttled = self.is_throttled(order.disk);
             let excused = match order.kind {
-                Kind::Pause | Kind::Park => hung || self.shares_hung_store(order.disk),
+                Kind::Pause | Kind::Park | Kind::Add | Kind::Unpark | Kind::Swap | Kind::Resize => {
+                    hung || self.shares_hung_store(order.disk)
+                }
                 Kind::Remove => hung || deaf || throttled || self.shares_hung_store(order.disk),
                 _ => false,
             };
@@ -218,9 +226,10 @@ impl Sim {
         }
         let failures = std::mem::take(&mut self.world.borrow_mut().failures);
         for failure in failures {
-            let d = &self.disks[failure.file];
+            let d = &self.disks[self.world.borrow().files[failure.file].disk];
             let policy = if failure.errno == libc::ENOSPC { d.on_enospc } else { d.on_error };
-            if policy == ErrorPolicy::Pause || d.lost_requests || d.failed || failure.what == What::Sync {
+            let not_asked = d.lost_requests || d.is_image();
+            if policy == ErrorPolicy::Pause || not_asked || d.failed || failure.what == What::Sync {
                 continue;
             }
             let told = d.reported.iter().any(|&(sent, start, end)| {
@@ -242,7 +251,7 @@ impl Sim {
     fn shares_hung_store(&self, disk: usize) -> bool {
         let store = self.disks[disk].image.store;
         let world = self.world.borrow();
-        (0..self.disks.len()).any(|other| self.disks[other].image.store == store && world.files[other].hung)
+        (0..self.disks.len()).any(|other| self.disks[other].image.store == store && world.is_hung(other))
     }
 
     fn is_excused(&self, disk: usize, client: usize) -> bool {

@@ -34,7 +34,7 @@ pub enum Event {
     Client(usize),
     /// The operator acts on a disk.
     Operator(usize),
-    /// The store of a file answers again.
+    /// The store of a disk answers again.
     Release(usize),
     /// A shard whose address space for buffers was spent has some again.
     Buffers(usize),
@@ -242,7 +242,7 @@ impl World {
             Event::Cancel(id) => self.cancel_event(id),
             Event::Side(id) => self.side_event(id),
             Event::Inbox(shard) => self.inbox_event(shard),
-            Event::Release(file) => self.release(file),
+            Event::Release(disk) => self.release(disk),
             Event::Client(client) => {
                 self.clients_due.remove(&client);
                 return Some(event);
@@ -290,6 +290,11 @@ impl World {
         self.lanes[shard].timer = None;
     }
 
+    /// A shard has not been told of a command.
+    pub fn is_waking(&self, shard: usize) -> bool {
+        self.lanes[shard].wake
+    }
+
     /// Wakes a shard for a command.
     pub fn wake(&mut self, shard: usize) {
         self.lanes[shard].wake = true;
@@ -297,9 +302,33 @@ impl World {
         self.schedule(after, Event::Inbox(shard));
     }
 
-    /// Whether any file operation or side job of a file is out.
-    pub fn file_busy(&self, file: usize) -> bool {
-        self.files[file].busy > 0 || self.sides.values().any(|side| side.file == file)
+    /// The files of a disk.
+    pub fn files_of(&mut self, disk: usize) -> impl Iterator<Item = &mut File> {
+        self.files.iter_mut().filter(move |file| file.disk == disk)
+    }
+
+    /// Whether operations on a disk may start.
+    pub fn set_frozen(&mut self, disk: usize, frozen: bool) {
+        self.files_of(disk).for_each(|file| file.frozen = frozen);
+    }
+
+    /// Whether its store has stopped answering.
+    pub fn is_hung(&self, disk: usize) -> bool {
+        self.files.iter().any(|file| file.disk == disk && file.hung)
+    }
+
+    /// Whether any file operation or side job of a disk is out.
+    pub fn is_busy(&self, disk: usize) -> bool {
+        self.files.iter().any(|file| file.disk == disk && file.busy > 0)
+            || self.sides.values().any(|side| self.files[side.file].disk == disk)
+    }
+
+    /// The file behind a descriptor.
+    pub fn file_behind(&self, fd: RawFd) -> &File {
+        match self.descriptors.get(&fd) {
+            Some(&Target::File(file, _)) => &self.files[file],
+            other => panic!("{other:?} is no file"),
+        }
     }
 
     pub fn sockets_busy(&self, id: usize) -> bool {

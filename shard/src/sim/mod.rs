@@ -10,6 +10,7 @@
 //! The code of the shard is the one that runs on Linux; only [`crate::storage::Kernel`] is replaced. The driver
 //! (`scenario.rs`) takes one event after the other from the kernel's queue and lets the shards turn until they would
 //! block. The shards share nothing but RAM disks, at whose blocks they meet in real life; here the disk invents the meetings.
+//! Some disks are images (`image.rs`): overlays of the toy format, which the operator puts on and takes away while clients wait.
 //! Whenever nothing is left that happens by itself (no operation, no client that wants to act), every request and
 //! command that is unanswered must have an excuse: a store that hangs, an operator's pause, a limit, a client that does not
 //! read. So a lost wake-up is found without waiting for it.
@@ -20,6 +21,8 @@
 mod acts;
 mod client;
 mod file;
+mod image;
+mod image_tests;
 mod judge;
 mod kernel;
 mod memory;

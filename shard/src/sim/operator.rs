@@ -1,8 +1,11 @@
 //! The operator: commands to the shards, and whether their replies keep the promises of `api`.
 
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::kernel::Event as Happening;
+use super::image::{self, Swapping};
+use super::kernel::{Event as Happening, World};
 use super::oracle::{Model, Stamp};
 use super::scenario::Sim;
 use crate::api::{
@@ -41,6 +44,8 @@ pub enum Kind {
     Panic,
     Stats,
     Clients,
+    Swap,
+    Resize,
 }
 
 /// A command without a reply.
@@ -53,9 +58,11 @@ pub struct Order {
 /// A disk as the operator knows it.
 #[derive(Debug)]
 pub struct SimDisk {
+    /// The raw file, be it the disk or the lowest layer of its image.
     pub image: Arc<ImageFile>,
-    /// The disk is in memory; the image is of no use then.
-    pub memory: Option<Backend>,
+    /// What the disk is served from, as far as the operator knows.
+    pub backend: Backend,
+    pub swap: Swapping,
     pub id: DiskId,
     pub size: u64,
     pub model: Model,
@@ -100,8 +107,9 @@ impl SimDisk {
         read_only: bool,
     ) -> SimDisk {
         SimDisk {
+            backend: Backend::File(image.clone()),
             image,
-            memory: None,
+            swap: Swapping::default(),
             id: DiskId(0),
             size,
             model,
@@ -135,6 +143,7 @@ impl SimDisk {
         self.grouped = false;
         (self.paused, self.storage_error) = (false, false);
         (self.given_up, self.failed, self.zombie) = (false, false, false);
+        self.swap = Swapping { was_image: self.is_image(), ..Swapping::default() };
         self.attached_at = now;
         self.accept_doubt(now);
         self.panics = 0;
@@ -147,11 +156,50 @@ impl SimDisk {
         }
     }
 
+    pub fn is_image(&self) -> bool {
+        matches!(self.backend, Backend::Image(_)) || self.swap.was_image
+    }
+
+    pub fn is_in_memory(&self) -> bool {
+        matches!(self.backend, Backend::Ram(_) | Backend::Null)
+    }
+
+    /// Whether anybody but the operator keeps a file of it.
+    fn is_kept(&self) -> bool {
+        let layers = match &self.backend {
+            Backend::Image(chain) if Arc::strong_count(chain) > 1 => return true,
+            Backend::Image(chain) => &chain.layers[..],
+            _ => &[],
+        };
+        let files = || layers.iter().flat_map(|layer| &layer.files);
+        let ours = |file: &Arc<ImageFile>| files().filter(|other| Arc::ptr_eq(file, other)).count();
+        let raw = usize::from(matches!(self.backend, Backend::File(_)));
+        Arc::strong_count(&self.image) > 1 + raw + ours(&self.image)
+            || files().any(|file| {
+                Arc::strong_count(file) > ours(file) + usize::from(Arc::ptr_eq(file, &self.image))
+            })
+    }
+
+    /// What a power loss would leave of some ranges; `None` when nobody can say.
+    pub fn durable(&self, world: &World, ranges: &[Range<u64>]) -> Option<Vec<Vec<u8>>> {
+        match &self.backend {
+            Backend::File(file) => {
+                let durable = &world.file_behind(file.fd.as_raw_fd()).durable;
+                let cut = |range: &Range<u64>| durable[range.start as usize..range.end as usize].to_vec();
+                Some(ranges.iter().map(cut).collect())
+            }
+            // An fdatasync that failed may have lost tables, and what was written since may be found through them only.
+            Backend::Image(_) if self.model.doubt > 0 => None,
+            Backend::Image(chain) => Some(image::contents(world, chain, true, ranges)),
+            Backend::Ram(_) | Backend::Null => None,
+        }
+    }
+
     pub fn config(&self, index: usize) -> DiskConfig {
         DiskConfig {
             id: self.id,
             name: format!("disk{index}").into(),
-            backend: self.memory.clone().unwrap_or_else(|| Backend::File(self.image.clone())),
+            backend: self.backend.clone(),
             size_bytes: self.size,
             read_only: self.read_only,
             on_error: self.on_error,
@@ -164,18 +212,21 @@ impl SimDisk {
 }
 
 impl Sim {
-    fn soon(&mut self, disk: usize, most_us: u64) {
+    pub fn soon(&mut self, disk: usize, most_us: u64) {
         let after = self.rng.between(1, most_us) * MICROSECOND;
         self.world.borrow_mut().schedule(after, Happening::Operator(disk));
     }
 
-    fn ordered(&self, disk: usize) -> Option<Kind> {
+    pub fn ordered(&self, disk: usize) -> Option<Kind> {
         let ours = self.orders.values().filter(|order| order.disk == disk);
         ours.map(|order| order.kind).find(|kind| !matches!(kind, Kind::Connect | Kind::Stats | Kind::Clients))
     }
 
     /// The operator looks at a disk and does something.
     pub fn operate(&mut self, disk: usize) {
+        if self.scripted {
+            return;
+        }
         match std::mem::replace(&mut self.disks[disk].place, Place::Absent) {
             Place::Absent => {
                 self.attach(disk);
@@ -184,7 +235,9 @@ impl Sim {
             Place::Moving(parked, to) => {
                 let to = if self.stopped[to] { 1 - to } else { to };
                 self.disks[disk].place = Place::Shard(to);
-                self.world.borrow_mut().files[disk].frozen = self.disks[disk].paused;
+                let d = &self.disks[disk];
+                // An image is opened.
+                self.world.borrow_mut().set_frozen(disk, d.paused && !d.is_image());
                 if self.plan.faults && self.rng.chance(200) {
                     self.shards[to].take_buffers_away();
                     let after = self.rng.between(MICROSECOND, 5 * MILLISECOND);
@@ -216,7 +269,14 @@ impl Sim {
                 self.remove(disk, shard, force);
             }
             None if d.storage_error && !self.closing && self.rng.chance(50) => self.give_up(disk, shard),
-            None if d.storage_error || d.paused => self.resume(disk, shard),
+            // It would run on something that is not its image.
+            None if d.storage_error && d.swap.must.is_some() => self.give_up(disk, shard),
+            None if d.storage_error => self.resume(disk, shard),
+            None if d.paused => {
+                if !self.swap(disk, shard) {
+                    self.resume(disk, shard);
+                }
+            }
             None if self.closing => {}
             None => self.mischief(disk, shard, d.id),
         }
@@ -228,11 +288,11 @@ impl Sim {
         let in_doubt = d.sync_failed.is_some() && self.rng.chance(500);
         let kind = if in_doubt { Kind::ResumeInDoubt } else { Kind::Resume };
         let command = Command::Resume { disk: d.id, data_in_doubt: in_doubt };
-        self.world.borrow_mut().files[disk].frozen = false;
+        self.world.borrow_mut().set_frozen(disk, false);
         self.command(disk, shard, command, kind);
     }
 
-    fn give_up(&mut self, disk: usize, shard: usize) {
+    pub fn give_up(&mut self, disk: usize, shard: usize) {
         let d = &mut self.disks[disk];
         (d.given_up, d.failed) = (true, true);
         let command = Command::Fail { disk: d.id };
@@ -267,7 +327,8 @@ impl Sim {
                 self.command(disk, shard, Command::CancelPark { disk: id }, Kind::CancelPark)
             }
             (Kind::Pause, 0 | 1) => self.resume(disk, shard),
-            (Kind::Park | Kind::Pause | Kind::Remove, 2)
+            (Kind::Swap, 0 | 1) if self.rng.chance(300) => self.resume(disk, shard),
+            (Kind::Park | Kind::Pause | Kind::Remove | Kind::Swap | Kind::Resize, 2)
                 if !self.disks[disk].zombie && self.rng.chance(300) =>
             {
                 self.remove(disk, shard, true);
@@ -278,7 +339,7 @@ impl Sim {
     }
 
     fn mischief(&mut self, disk: usize, shard: usize, id: DiskId) {
-        match self.rng.below(16) {
+        match self.rng.below(18) {
             0..=2 => self.command(disk, shard, Command::Pause { disk: id }, Kind::Pause),
             3..=5 => {
                 self.command(disk, shard, Command::Park { disk: id }, Kind::Park);
@@ -293,7 +354,7 @@ impl Sim {
                 self.command(disk, shard, Command::InjectPanic { disk: id }, Kind::Panic);
             }
             9 => self.connect(disk),
-            10 if self.disks[disk].memory.is_none() => {
+            10 if !self.disks[disk].is_in_memory() => {
                 self.world.borrow_mut().hang(disk);
                 let after = self.rng.between(100 * MILLISECOND, 40 * SECOND);
                 self.world.borrow_mut().schedule(after, Happening::Release(disk));
@@ -302,6 +363,7 @@ impl Sim {
             12 => self.remove(disk, shard, true),
             13 if self.rng.chance(300) => self.give_up(disk, shard),
             14 => self.command(disk, shard, Command::Clients { disk: id }, Kind::Clients),
+            16 | 17 if matches!(self.disks[disk].backend, Backend::Image(_)) => self.resize(disk, shard),
             _ => self.command(disk, shard, Command::Stats { disk: id }, Kind::Stats),
         }
     }
@@ -366,7 +428,10 @@ impl Sim {
                 drop(config);
                 self.gone(index);
             }
-            Event::ImageError { message, .. } => panic!("a raw disk has no image: {message}"),
+            Event::ImageError { disk, message } => {
+                let d = self.disks.iter().find(|d| d.id == disk);
+                assert!(d.is_none_or(SimDisk::is_image), "a raw disk has no image: {message}");
+            }
             Event::ClientGone { peer, reason, .. } => {
                 let number: usize =
                     peer.trim_start_matches("client ").parse().expect("a client of the simulator");
@@ -383,6 +448,12 @@ impl Sim {
                 d.storage_error = true;
                 self.soon(index, 20_000);
             }
+            DiskState::Failed => {
+                assert!(d.is_image() || d.given_up, "a disk failed by itself");
+                d.failed = true;
+                self.soon(index, 20_000);
+            }
+            DiskState::Paused if d.paused => {}
             DiskState::Paused => {
                 // After a second panic.
                 assert!(d.panics >= 2, "a disk was paused by nobody");
@@ -398,20 +469,20 @@ impl Sim {
         let d = &mut self.disks[index];
         d.place = Place::Absent;
         d.zombie = false;
-        assert_eq!(Arc::strong_count(&d.image), 1, "a shard keeps the file of a disk that it gave back");
+        (d.swap.to, d.swap.must) = (None, None);
+        assert!(!d.is_kept(), "a shard keeps a file of a disk that it gave back");
         assert_eq!(d.counters.io_now.get(), 0, "io_now of a disk that is gone");
         assert_eq!(d.counters.throttled_now.get(), 0, "throttled_now of a disk that is gone");
-        assert!(!self.world.borrow().file_busy(index), "a disk is gone with operations in flight");
-        self.world.borrow_mut().files[index].frozen = true;
+        assert!(!self.world.borrow().is_busy(index), "a disk is gone with operations in flight");
+        self.world.borrow_mut().set_frozen(index, self.closing);
         if !self.closing {
-            self.world.borrow_mut().files[index].frozen = false;
             self.soon(index, 10_000);
         }
     }
 
     fn on_reply(&mut self, shard: usize, order: Order, result: Result<Reply, ShardError>) {
         let Order { disk, kind } = order;
-        let busy = self.world.borrow().file_busy(disk);
+        let busy = self.world.borrow().is_busy(disk);
         self.count(match &result {
             Ok(Reply::Zombie { .. }) => "Zombie".to_owned(),
             Ok(_) => format!("{kind:?}"),
@@ -425,7 +496,7 @@ impl Sim {
                 let d = &mut self.disks[disk];
                 if !d.storage_error && !d.failed && !resumed {
                     d.paused = true;
-                    self.world.borrow_mut().files[disk].frozen = true;
+                    self.world.borrow_mut().set_frozen(disk, true);
                 }
                 self.soon(disk, 10_000);
             }
@@ -451,7 +522,7 @@ impl Sim {
                     !sockets.into_iter().any(|sock| world.sockets_busy(sock)),
                     "parked with a socket in use"
                 );
-                world.files[disk].frozen = true;
+                world.set_frozen(disk, true);
                 drop(world);
                 let to = if self.rng.chance(800) { 1 - shard } else { shard };
                 self.disks[disk].place = Place::Moving(parked, to);
@@ -460,14 +531,14 @@ impl Sim {
             (Kind::Unpark, Ok(Reply::NotTaken(parked))) => {
                 assert_eq!(self.stopping, Some(shard), "a shard that is not stopping refused a disk");
                 self.count("Unpark handed back");
-                self.world.borrow_mut().files[disk].frozen = true;
+                self.world.borrow_mut().set_frozen(disk, true);
                 self.disks[disk].place = Place::Moving(parked, 1 - shard);
                 self.soon(disk, 5_000);
             }
             (Kind::Remove, Ok(Reply::Removed(config))) => {
                 drop(config);
                 let d = &self.disks[disk];
-                if !d.read_only && !d.failed && d.memory.is_none() {
+                if !d.read_only && !d.failed {
                     self.check_durable_all(disk);
                 }
                 self.gone(disk);
@@ -488,6 +559,31 @@ impl Sim {
                 Kind::Add | Kind::Connect | Kind::CancelPark | Kind::Unpark | Kind::Limits | Kind::Panic,
                 Ok(Reply::Done),
             ) => {}
+            (Kind::Swap, Ok(Reply::Done)) => self.swapped(disk, Ok(())),
+            (Kind::Swap, Err(error)) => {
+                self.swapped(disk, Err(error.kind));
+            }
+            (Kind::Resize, result) => {
+                let size = self.resizes.remove(&disk).unwrap_or(0);
+                match result {
+                    Ok(reply) => {
+                        assert!(matches!(reply, Reply::Done), "{reply:?}");
+                        self.disks[disk].size = size;
+                    }
+                    Err(error) => assert!(
+                        matches!(error.kind, ShardErrorKind::Failed | ShardErrorKind::WrongState),
+                        "{error:?}"
+                    ),
+                }
+            }
+            // Its image cannot be opened, and it has no clients.
+            (Kind::Add | Kind::Unpark, Err(error)) if self.disks[disk].is_image() => {
+                assert_eq!(error.kind, ShardErrorKind::Failed, "{error}");
+                self.disks[disk].lost_requests = true;
+                if !matches!(self.ordered(disk), Some(Kind::RemoveForce)) {
+                    self.gone(disk);
+                }
+            }
             (Kind::Stats, Ok(Reply::Stats(_))) | (Kind::Clients, Ok(Reply::Clients(_))) => {}
             (Kind::Add | Kind::Unpark | Kind::Fail, result) => panic!("{kind:?} of disk {disk}: {result:?}"),
             (kind, Ok(reply)) => panic!("{kind:?} of disk {disk} was answered with {reply:?}"),
@@ -502,7 +598,11 @@ impl Sim {
             ShardErrorKind::WrongState | ShardErrorKind::Interrupted => true,
             ShardErrorKind::NoSuchDisk => !matches!(d.place, Place::Shard(_)) || kind == Kind::CancelPark,
             ShardErrorKind::Limit => kind == Kind::Connect,
-            ShardErrorKind::Failed => kind == Kind::Remove && d.storage_error,
+            // What has to be closed may not be.
+            ShardErrorKind::Failed => {
+                (kind == Kind::Remove && d.storage_error)
+                    || (matches!(kind, Kind::Remove | Kind::Park) && d.is_image())
+            }
             ShardErrorKind::DataInDoubt => false,
         };
         let moved = matches!(

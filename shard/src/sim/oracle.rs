@@ -84,6 +84,15 @@ impl Model {
         }
     }
 
+    /// The disk is larger from now on, or maybe; what is new reads as zero.
+    pub fn grow(&mut self, size: u64) {
+        if size > self.size {
+            self.pieces.insert(self.size, vec![INITIAL_ZERO]);
+            self.size = size;
+            self.changes[INITIAL_ZERO as usize].end = size;
+        }
+    }
+
     /// The range holds [`INITIAL_DATA`] from the start.
     pub fn set_initial(&mut self, start: u64, end: u64) {
         self.split(start);

@@ -12,6 +12,7 @@ use ring_bridge::nbd::Handoff;
 
 use super::client::{Client, Habits, Life, agree};
 use super::file::{BLOCK, Faults, File};
+use super::image;
 use super::kernel::{Event as Happening, SimKernel, World};
 use super::operator::{Order, Place, SimDisk};
 use super::oracle::{INITIAL_DATA, Model, pattern};
@@ -53,9 +54,13 @@ pub struct Sim {
     pub rng: Random,
     pub plan: Plan,
     pub orders: BTreeMap<u64, Order>,
+    /// Sizes that disks are to have.
+    pub resizes: BTreeMap<usize, u64>,
     next_tag: u64,
     next_id: u64,
     pub group: Arc<Group>,
+    /// A test is the operator.
+    pub scripted: bool,
     /// Work is being wound up: no more mischief.
     pub closing: bool,
     /// The shard that was told to stop while it still has disks.
@@ -73,7 +78,7 @@ fn eventfd() -> Arc<OwnedFd> {
 }
 
 /// A descriptor that stands for a simulated file.
-fn token() -> OwnedFd {
+pub fn token() -> OwnedFd {
     std::fs::File::open("/dev/null").expect("/dev/null").into()
 }
 
@@ -111,9 +116,11 @@ impl Sim {
             rng: Random::new(seed),
             plan,
             orders: BTreeMap::new(),
+            resizes: BTreeMap::new(),
             next_tag: 0,
             next_id: 0,
             group: Arc::new(Group::new("tenant", crate::limits::Limits::default())),
+            scripted: false,
             closing: false,
             stopping: None,
             stopped: [false; 2],
@@ -146,7 +153,8 @@ impl Sim {
             length += rng.between(1, BLOCK - 1);
         }
         let size = raw::served_size(length).expect("a small file");
-        let mut file = File::new(length, size, rng);
+        let index = self.disks.len();
+        let mut file = File::new(index, length, size, rng);
         file.align = align;
         file.memory_align = if buffered { 1 } else { rng.pick(&[512, 4096]) };
         file.is_block = is_block;
@@ -188,11 +196,11 @@ impl Sim {
         let (on_error, on_enospc) = (policy(rng), policy(rng));
         let read_only = rng.chance(50);
         let mut world = self.world.borrow_mut();
-        let index = world.files.len();
+        let number = world.files.len();
         world.files.push(file);
-        world.register_file(image.fd.as_raw_fd(), index, !buffered);
+        world.register_file(image.fd.as_raw_fd(), number, !buffered);
         if let Some(tail) = &image.tail {
-            world.register_file(tail.as_raw_fd(), index, false);
+            world.register_file(tail.as_raw_fd(), number, false);
         }
         drop(world);
         let mut disk = SimDisk::new(image, size, model, on_error, on_enospc, read_only);
@@ -200,6 +208,13 @@ impl Sim {
             self.put_into_memory(&mut disk);
         }
         self.disks.push(disk);
+        if !read_only && size <= image::SIZE_MAX && self.rng.chance(300) {
+            for _ in 0..self.rng.between(1, 2) {
+                if let Some(chain) = self.overlay(index) {
+                    self.disks[index].backend = Backend::Image(chain);
+                }
+            }
+        }
         self.attach(index);
     }
 
@@ -208,7 +223,7 @@ impl Sim {
         disk.model = Model::new(disk.size);
         if self.rng.chance(300) {
             disk.model.forgets = true;
-            disk.memory = Some(Backend::Null);
+            disk.backend = Backend::Null;
             return;
         }
         let file = anonymous_backing("sim", disk.size, PageSize::Base).expect("a memfd");
@@ -217,22 +232,26 @@ impl Sim {
         if self.plan.faults {
             ram.invent_rival(self.rng.next(), self.rng.pick(&[0, 20, 300, 600]));
         }
-        disk.memory = Some(Backend::Ram(ram));
+        disk.backend = Backend::Ram(ram);
     }
 
     /// What a disk holds when nothing is in flight.
     fn contents(&self, index: usize) -> Vec<u8> {
         let disk = &self.disks[index];
-        match &disk.memory {
-            None => self.world.borrow().files[index].data.clone(),
-            Some(Backend::Ram(ram)) => {
+        match &disk.backend {
+            Backend::File(file) => self.world.borrow().file_behind(file.fd.as_raw_fd()).data.clone(),
+            Backend::Image(chain) => {
+                let all = 0..disk.size;
+                image::contents(&self.world.borrow(), chain, false, &[all]).remove(0)
+            }
+            Backend::Ram(ram) => {
                 let mut bytes = vec![0; disk.size as usize];
                 for (number, piece) in bytes.chunks_mut(64 << 10).enumerate() {
                     assert_eq!(ram.read(number as u64 * (64 << 10), piece), RamOutcome::Done);
                 }
                 bytes
             }
-            Some(_) => vec![0; disk.size as usize],
+            Backend::Null => vec![0; disk.size as usize],
         }
     }
 
@@ -425,7 +444,7 @@ impl Sim {
         self.disks.iter().map(|disk| disk.counters.throttled_now.get()).sum()
     }
 
-    fn happen(&mut self, event: Happening) {
+    pub fn happen(&mut self, event: Happening) {
         match event {
             Happening::Client(client) => self.act(client),
             Happening::Read(client) => {
@@ -465,7 +484,7 @@ impl Sim {
         for disk in 0..self.disks.len() {
             let faults =
                 if self.plan.faults && self.rng.chance(700) { self.faults() } else { Faults::default() };
-            self.world.borrow_mut().files[disk].faults = faults;
+            self.world.borrow_mut().files_of(disk).for_each(|file| file.faults = faults);
             self.disks[disk].lost_requests = false;
             if self.plan.commands {
                 for _ in 0..self.rng.below(5) {
@@ -526,8 +545,8 @@ impl Sim {
     fn wind_up(&mut self) {
         self.closing = true;
         for disk in 0..self.disks.len() {
-            self.world.borrow_mut().files[disk].faults = Faults::default();
-            if let Some(Backend::Ram(ram)) = &self.disks[disk].memory {
+            self.world.borrow_mut().files_of(disk).for_each(|file| file.faults = Faults::default());
+            if let Backend::Ram(ram) = &self.disks[disk].backend {
                 ram.invent_rival(0, 0);
                 if ram.rivals_met() > 0 {
                     self.count("a RAM disk met another shard");

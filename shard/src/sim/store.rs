@@ -68,7 +68,8 @@ impl World {
                 } else if rng.chance(faults.again) {
                     (result, moves) = (if rng.chance(500) { -libc::EAGAIN } else { -libc::EINTR }, 0);
                     None
-                } else if rng.chance(faults.eio) || (write && rng.chance(faults.enospc)) {
+                } else if f.is_plotted(what) || rng.chance(faults.eio) || (write && rng.chance(faults.enospc))
+                {
                     let errno =
                         if write && faults.enospc > 0 && rng.chance(500) { libc::ENOSPC } else { libc::EIO };
                     result = -errno;
@@ -88,7 +89,8 @@ impl World {
                 assert!(f.syncs <= 1, "two fdatasyncs of one file in flight");
                 writeback = f.begin_sync();
                 let errno = if faults.enospc > 0 && rng.chance(300) { libc::ENOSPC } else { libc::EIO };
-                rng.chance(faults.sync).then_some((What::Sync, 0, u64::MAX, errno))
+                let fails = f.is_plotted(What::Sync) || rng.chance(faults.sync);
+                fails.then_some((What::Sync, 0, u64::MAX, errno))
             }
             Op::Fallocate { mode, offset, len, .. } => {
                 f.fallocates += 1;
@@ -155,7 +157,9 @@ impl World {
             Op::Read { addr, len, offset, .. } => {
                 let junk = vec![0xd5; len as usize];
                 memory::store(addr, &junk);
-                memory::store(addr, &file.data[offset as usize..(offset + op.early) as usize]);
+                if op.early > 0 {
+                    memory::store(addr, &file.data[offset as usize..(offset + op.early) as usize]);
+                }
                 op.seal = self.sequence;
             }
             _ => {}
@@ -183,7 +187,9 @@ impl World {
                 let untouched = bytes[op.early as usize..].iter().all(|&byte| byte == 0xd5);
                 assert!(untouched, "the buffer of a read was used by others while the kernel had it");
                 let (from, to) = (offset + op.early, offset + op.moves);
-                memory::store(addr + op.early as usize, &file.data[from as usize..to as usize]);
+                if from < to {
+                    memory::store(addr + op.early as usize, &file.data[from as usize..to as usize]);
+                }
             }
             Op::Fdatasync { .. } => {
                 file.syncs -= 1;
@@ -202,27 +208,28 @@ impl World {
         op.result
     }
 
-    /// The store of a file stops answering.
-    pub fn hang(&mut self, file: usize) {
-        self.say(format_args!("file {file} hangs"));
-        self.files[file].hung = true;
+    /// The store of a disk stops answering.
+    pub fn hang(&mut self, disk: usize) {
+        self.say(format_args!("disk {disk} hangs"));
+        self.files_of(disk).for_each(|file| file.hung = true);
     }
 
     /// It answers again, also to what it was asked before.
-    pub fn release(&mut self, file: usize) {
-        self.say(format_args!("file {file} answers again"));
-        self.files[file].hung = false;
+    pub fn release(&mut self, disk: usize) {
+        self.say(format_args!("disk {disk} answers again"));
+        self.files_of(disk).for_each(|file| file.hung = false);
         let mut ids = Vec::new();
+        let files = &self.files;
         for (&id, running) in &mut self.running {
             if let InFlight::File(op) = &mut running.what
-                && op.file == file
+                && files[op.file].disk == disk
                 && std::mem::take(&mut op.held)
             {
                 ids.push(Event::Op(id));
             }
         }
         for (&id, side) in &mut self.sides {
-            if side.file == file && std::mem::take(&mut side.held) {
+            if files[side.file].disk == disk && std::mem::take(&mut side.held) {
                 ids.push(Event::Side(id));
             }
         }
@@ -272,7 +279,13 @@ impl World {
                     let extents = file.extents(offset, len, max);
                     Ok(extents.into_iter().map(|(len, hole)| Extent { len, hole }).collect())
                 }
-                SideCall::SetLength { .. } => panic!("a raw disk does not change its length"),
+                SideCall::SetLength { length, grow } => {
+                    assert!(!file.is_block, "a device has its length");
+                    if !grow || length > file.length {
+                        file.set_length(length);
+                    }
+                    Ok(Vec::new())
+                }
                 SideCall::DiscardDevice { offset, len } => {
                     assert!(offset % 512 == 0 && len % 512 == 0, "misaligned discard");
                     // A device may forget all, a part, or nothing.

@@ -69,7 +69,7 @@ fn run(seed: u64, tally: &mut Tally) -> Option<u64> {
 }
 
 /// What has to happen in a run of many seeds, or the simulator has stopped testing it.
-const HAPPENS: [&str; 32] = [
+const HAPPENS: [&str; 35] = [
     "Pause",
     "Pause refused: Interrupted",
     "Resume",
@@ -82,6 +82,9 @@ const HAPPENS: [&str; 32] = [
     "Limits",
     "a RAM disk met another shard",
     "Fail",
+    "Swap",
+    "Resize",
+    "Resize refused: Failed",
     "Remove",
     "RemoveForce",
     "Zombie",
@@ -105,7 +108,8 @@ const HAPPENS: [&str; 32] = [
 ];
 
 /// What has to happen in a run of very many.
-const RARE: [&str; 1] = ["carried data wait for a buffer"];
+const RARE: [&str; 4] =
+    ["carried data wait for a buffer", "Swap refused: Failed", "Swap refused: DataInDoubt", "state Failed"];
 
 #[test]
 fn seeds() {
