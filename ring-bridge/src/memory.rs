@@ -16,15 +16,19 @@
 //! the data (a ring index, a block's lock).
 //!
 //! Invariants: a mapping lives as long as its owner and never moves; nothing in this process unmaps or shrinks what it maps.
+//! A mapping may be somebody else's work (granted pages): [`SharedRegion::from_mapping`] takes it with what keeps it alive.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
+use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -103,7 +107,99 @@ pub fn check_sealed(client_memory: BorrowedFd<'_>) -> Result<(), MemoryError> {
     }
 }
 
-/// A file in memory (tmpfs, memfd, hugetlbfs), mapped shared, that others may write at the same time.
+/// The memory that a ring or a table of requests in flight lies in: everything that the ring engines do to it goes through
+/// these four calls, so that a test can stand between (and stop the world after any single store).
+///
+/// `load` acquires and `store` releases: a program that dies between two stores has made all the earlier ones and none of the
+/// later ones, as another process sees them afterwards.
+#[allow(clippy::len_without_is_empty)] // it has at least one byte
+pub trait RingMemory {
+    /// Bytes in the memory.
+    fn len(&self) -> usize;
+
+    /// The word of four bytes at `offset`, host byte order, read once with Acquire.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`], also when `offset` is no multiple of 4.
+    fn load(&self, offset: usize) -> Result<u32, MemoryError>;
+
+    /// Writes the word of four bytes at `offset` with Release.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`], also when `offset` is no multiple of 4.
+    fn store(&self, offset: usize, value: u32) -> Result<(), MemoryError>;
+
+    /// As [`SharedRegion::copy_out`].
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`].
+    fn copy_out(&self, offset: usize, dst: &mut [u8]) -> Result<(), MemoryError>;
+
+    /// As [`SharedRegion::copy_in`].
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`].
+    fn copy_in(&self, offset: usize, src: &[u8]) -> Result<(), MemoryError>;
+}
+
+impl RingMemory for SharedRegion {
+    #[inline]
+    fn len(&self) -> usize {
+        self.mapping.len
+    }
+
+    #[inline]
+    fn load(&self, offset: usize) -> Result<u32, MemoryError> {
+        Ok(self.word32(offset)?.load(Ordering::Acquire))
+    }
+
+    #[inline]
+    fn store(&self, offset: usize, value: u32) -> Result<(), MemoryError> {
+        self.word32(offset)?.store(value, Ordering::Release);
+        Ok(())
+    }
+
+    #[inline]
+    fn copy_out(&self, offset: usize, dst: &mut [u8]) -> Result<(), MemoryError> {
+        SharedRegion::copy_out(self, offset, dst)
+    }
+
+    #[inline]
+    fn copy_in(&self, offset: usize, src: &[u8]) -> Result<(), MemoryError> {
+        SharedRegion::copy_in(self, offset, src)
+    }
+}
+
+/// A pointer to ring memory is ring memory.
+macro_rules! pointer_to_ring_memory {
+    ($($pointer:ty),*) => {$(
+        impl<M: RingMemory + ?Sized> RingMemory for $pointer {
+            #[inline]
+            fn len(&self) -> usize {
+                (**self).len()
+            }
+            #[inline]
+            fn load(&self, offset: usize) -> Result<u32, MemoryError> {
+                (**self).load(offset)
+            }
+            #[inline]
+            fn store(&self, offset: usize, value: u32) -> Result<(), MemoryError> {
+                (**self).store(offset, value)
+            }
+            #[inline]
+            fn copy_out(&self, offset: usize, dst: &mut [u8]) -> Result<(), MemoryError> {
+                (**self).copy_out(offset, dst)
+            }
+            #[inline]
+            fn copy_in(&self, offset: usize, src: &[u8]) -> Result<(), MemoryError> {
+                (**self).copy_in(offset, src)
+            }
+        }
+    )*};
+}
+pointer_to_ring_memory!(&M, Rc<M>, Arc<M>);
+
+/// Memory mapped shared (tmpfs, memfd, hugetlbfs, granted pages) that others may write at the same time.
 ///
 /// All accesses are raw copies, see the module's text. Touching a page that the file has no memory for allocates it, and
 /// ends the process by SIGBUS when there is none: callers allocate first (fallocate), or know that the owner has.
@@ -130,15 +226,38 @@ impl SharedRegion {
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
         let start = unsafe { mmap(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, file, 0) }
             .map_err(MemoryError::kernel("mmap"))?;
-        let mapping = Mapping { start: start.cast(), len };
+        let mapping = Mapping { start: start.cast(), len, owner: None };
         // Guests' data does not belong into a core dump; a kernel that does not know the advice changes nothing.
         mapping.advise(MmapAdvise::MADV_DONTDUMP);
         Ok(SharedRegion { mapping })
     }
 
-    /// Takes the pages out of this process until they are touched again; what they hold stays in the file.
+    /// Takes over memory that somebody else mapped, for instance granted pages. `owner` keeps the mapping alive: it is dropped
+    /// with the region, and may then unmap.
+    ///
+    /// # Errors
+    /// [`MemoryError::Kernel`] with EINVAL when `len` is 0 or `start` is not on a page; `owner` is then dropped.
+    ///
+    /// # Safety
+    /// The `len` bytes from `start` on are mapped shared for reading and writing and stay so until `owner` is dropped, whatever others do;
+    /// nobody in this process holds Rust references to them or accesses them otherwise than as this module does.
+    pub unsafe fn from_mapping(
+        start: NonNull<u8>,
+        len: usize,
+        owner: Box<dyn Send + Sync>,
+    ) -> Result<SharedRegion, MemoryError> {
+        if len == 0 || !start.addr().get().is_multiple_of(PAGE_BYTES) {
+            return Err(MemoryError::Kernel { what: "taking over a mapping", errno: Errno::EINVAL });
+        }
+        Ok(SharedRegion { mapping: Mapping { start, len, owner: Some(owner) } })
+    }
+
+    /// Takes the pages out of this process until they are touched again; what they hold stays in the file. Does nothing to a
+    /// mapping that is somebody else's work: what its pages hold may not be in a file.
     pub fn drop_pages(&self) {
-        self.mapping.advise(MmapAdvise::MADV_DONTNEED);
+        if self.mapping.owner.is_none() {
+            self.mapping.advise(MmapAdvise::MADV_DONTNEED);
+        }
     }
 
     /// Bytes in the region.
@@ -199,6 +318,23 @@ impl SharedRegion {
         Ok(unsafe { AtomicU64::from_ptr(shared.cast()) })
     }
 
+    /// The word of four bytes at `offset`: an index or a state that both sides access as an atomic (others from outside this
+    /// program may write it by any means; a load yields some value that was there).
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfBounds`], also when `offset` is no multiple of 4.
+    #[inline]
+    pub fn word32(&self, offset: usize) -> Result<&AtomicU32, MemoryError> {
+        let shared = self.at(offset, 4)?;
+        if !offset.is_multiple_of(4) {
+            return Err(MemoryError::OutOfBounds { offset, len: 4, region_len: self.mapping.len });
+        }
+        // SAFETY: `at` checked the range; a mapping begins on a page, so a multiple of 4 is aligned; the bytes are initialised
+        // (the kernel's) and stay mapped as long as `self`; who shares them accesses them by atomics, by this module's raw copies, or
+        // from outside this program.
+        Ok(unsafe { AtomicU32::from_ptr(shared.cast()) })
+    }
+
     #[inline]
     fn at(&self, offset: usize, len: usize) -> Result<*mut u8, MemoryError> {
         let region_len = self.mapping.len;
@@ -228,7 +364,7 @@ impl AtomicBytes {
         // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
         let start =
             unsafe { mmap_anonymous(None, size, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags) }?;
-        let mapping = Mapping { start: start.cast(), len };
+        let mapping = Mapping { start: start.cast(), len, owner: None };
         // One written byte must not cost a huge page.
         mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
         Ok(AtomicBytes { mapping })
@@ -248,17 +384,31 @@ impl Deref for AtomicBytes {
     }
 }
 
-/// `len` mapped bytes; unmapped when dropped.
-#[derive(Debug)]
+/// Smallest page of a mapping.
+const PAGE_BYTES: usize = 4096;
+
+/// `len` mapped bytes; unmapped when dropped, by us or by their owner.
 struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    owner: Option<Box<dyn Send + Sync>>,
 }
 
-// SAFETY: a mapping belongs to the process, not to a thread, and its address is never changed.
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mapping { start, len, owner } = self;
+        f.debug_struct("Mapping")
+            .field("start", start)
+            .field("len", len)
+            .field("ours", &owner.is_none())
+            .finish()
+    }
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread, and its address is never changed; an owner is Send.
 unsafe impl Send for Mapping {}
 // SAFETY: through a shared reference it is reached only by raw copies that are defined when they race (module's text) and
-// by atomics.
+// by atomics; an owner is Sync.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -272,6 +422,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if self.owner.is_some() {
+            return; // unmapping is the owner's, who is dropped next
+        }
         // SAFETY: the range was mapped by the constructor, is unmapped once, and nobody can hold a reference to it.
         // It fails only for a range that is none; then nothing is unmapped.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
@@ -308,7 +461,7 @@ unsafe fn clear(dst: *mut u8, len: usize) {
 #[cfg(test)]
 mod tests {
     use std::os::fd::OwnedFd;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::unistd::ftruncate;
@@ -370,6 +523,51 @@ mod tests {
         assert_eq!(b.word(4088).expect("the last").load(Ordering::Acquire), 0x0102_0304_0506_0708);
         for offset in [1, 4, 4089, 4096, usize::MAX - 7] {
             assert!(a.word(offset).is_err(), "{offset}");
+        }
+    }
+
+    // Goal: words of four bytes likewise, and through the trait.
+    #[test]
+    fn half_words_are_shared_and_aligned() {
+        let fd = memfd(4096, MFdFlags::empty());
+        let (a, b) = (SharedRegion::map(&fd, 4096).expect("map"), SharedRegion::map(&fd, 4096).expect("map"));
+        RingMemory::store(&&a, 4092, 0x0102_0304).expect("the last");
+        assert_eq!(Rc::new(b).load(4092), Ok(0x0102_0304));
+        for offset in [1, 2, 4090, 4093, 4096, usize::MAX - 3] {
+            assert!(a.load(offset).is_err() && a.store(offset, 1).is_err(), "{offset}");
+        }
+    }
+
+    // Goal: memory that somebody else mapped is used as our own, is unmapped by its owner and not by us, and the owner goes with
+    // the region.
+    // Method: the owner is a region and a flag that says when it is dropped; afterwards both views are gone once.
+    #[test]
+    fn a_mapping_of_somebody_else() {
+        struct Owner(SharedRegion, Arc<AtomicBool>);
+        impl Drop for Owner {
+            fn drop(&mut self) {
+                assert_eq!(self.0.load(0), Ok(7), "still mapped");
+                self.1.store(true, Ordering::Relaxed);
+            }
+        }
+        let dropped = Arc::new(AtomicBool::new(false));
+        let fd = memfd(8192, MFdFlags::empty());
+        let owner = Owner(SharedRegion::map(&fd, 8192).expect("map"), dropped.clone());
+        let start = owner.0.mapping.start;
+        // SAFETY: the mapping lives in the owner; everybody here uses this module.
+        let region = unsafe { SharedRegion::from_mapping(start, 8192, Box::new(owner)) }.expect("on a page");
+        region.store(0, 7).expect("inside");
+        region.drop_pages();
+        assert_eq!(
+            region.load(8192),
+            Err(MemoryError::OutOfBounds { offset: 8192, len: 4, region_len: 8192 })
+        );
+        assert!(!dropped.load(Ordering::Relaxed));
+        drop(region);
+        assert!(dropped.load(Ordering::Relaxed));
+        for (at, len) in [(start, 0), (NonNull::<u8>::dangling(), 4096)] {
+            // SAFETY: refused before any access.
+            assert!(unsafe { SharedRegion::from_mapping(at, len, Box::new(())) }.is_err());
         }
     }
 
