@@ -11,6 +11,7 @@ pub use formats::spec::CacheMode;
 use hdrhistogram::Histogram;
 use ring_bridge::nbd::Handoff;
 
+use crate::blkif::{GuestConnect, GuestInUse};
 use crate::limits::{Group, Limits};
 use crate::park::ParkedDisk;
 use crate::ram::RamDisk;
@@ -201,6 +202,28 @@ pub enum Command {
         /// Descriptor, unread bytes, negotiated options, TLS session.
         handoff: Box<Handoff>,
     },
+    /// Serve a guest's rings. Reply: `GuestConnected`, or an error that names the key and the number at fault; nothing of it is left
+    /// then.
+    ConnectGuest {
+        /// Which disk.
+        disk: DiskId,
+        /// What the guest has and what it is offered.
+        guest: Box<GuestConnect>,
+    },
+    /// Stop serving a guest: nothing new is taken, what was taken is answered, rings are unmapped and ports unbound. Reply: `Done` when all
+    /// that is so. A paused or failed store can keep that from happening; then `force`: the guest goes at once, and so do its
+    /// requests that have not begun. Reply then: `Done`, or `Zombie` while the kernel works for requests of it (their buffers are ours; until
+    /// they have ended nobody can connect). Flushes that are held are dropped in both cases.
+    DisconnectGuest {
+        /// Which disk.
+        disk: DiskId,
+        /// The guest's domain.
+        domid: u16,
+        /// The device's number.
+        devid: u32,
+        /// Wait for nothing.
+        force: bool,
+    },
     /// Change limits and groups; effective at once. Reply: `Done`.
     SetLimits {
         /// Which disk.
@@ -297,6 +320,8 @@ pub enum Reply {
     /// The shard does not serve the parked disk. Nothing of it was lost: any other shard can take it, also the one that it
     /// came from.
     NotTaken(Box<ParkedDisk>),
+    /// The guest is served so.
+    GuestConnected(Box<GuestInUse>),
     /// Figures of one disk.
     Stats(Box<DiskStats>),
     /// Connections of one disk.
@@ -353,6 +378,8 @@ pub enum ShardErrorKind {
     Limit,
     /// The shard or the disk failed.
     Failed,
+    /// What a guest has handed over cannot be used, or there is no such guest.
+    Guest,
 }
 
 /// What a shard tells the control thread, in order.
@@ -394,6 +421,29 @@ pub enum Event {
         peer: String,
         /// Empty when the client said goodbye, else what went wrong.
         reason: String,
+    },
+    /// A guest broke a ring, or it cannot be served any more after a move. That ring is stopped for good; the device's other rings go on.
+    RingBroken {
+        /// Which disk.
+        disk: DiskId,
+        /// The guest's domain.
+        domid: u16,
+        /// The device's number.
+        devid: u32,
+        /// Number of the queue.
+        queue: u32,
+        /// What was found.
+        reason: String,
+    },
+    /// A flush of a guest failed and is not answered: an ERROR would tell the guest that it needs no flushes. If the disk was given up the
+    /// device has to go to Closing; else a resume runs the flush again. Told once until then.
+    FlushHeld {
+        /// Which disk.
+        disk: DiskId,
+        /// The guest's domain.
+        domid: u16,
+        /// The device's number.
+        devid: u32,
     },
     /// The shard's loop has ended.
     Stopped {

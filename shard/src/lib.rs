@@ -11,6 +11,7 @@ compile_error!("a disk's panic must not end the process: build with panic = \"un
 
 pub mod alog;
 pub mod api;
+pub mod blkif;
 pub mod clock;
 pub mod disk;
 pub mod executor;

@@ -1,6 +1,7 @@
 //! A disk between two shards: configuration, connections, and the requests that no kernel operation has begun.
 
 use crate::api::{DiskConfig, DiskState};
+use crate::blkif::connect::ParkedGuest;
 use crate::nbd::ParkedConn;
 use crate::request::Kind;
 
@@ -27,6 +28,7 @@ pub struct ParkedDisk {
     pub(crate) reason: String,
     pub(crate) flush_failed: bool,
     pub(crate) conns: Vec<ParkedConn>,
+    pub(crate) guests: Vec<ParkedGuest>,
     pub(crate) requests: Vec<ParkedRequest>,
 }
 

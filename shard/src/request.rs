@@ -80,14 +80,23 @@ impl Kind {
     }
 }
 
-/// Who asked: a connection of the shard and its command. The generation guards against a connection that has gone.
+/// Who can ask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Client {
+    /// An NBD connection, by its slot.
+    Conn(u32),
+    /// A guest's ring, by its slot.
+    Ring(u32),
+}
+
+/// Who asked, and its command. The generation guards against a client that has gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Origin {
-    /// Slot of the connection.
-    pub conn: u32,
+    /// The client.
+    pub client: Client,
     /// Its generation.
     pub generation: u32,
-    /// The connection's own number of the command.
+    /// The client's own number of the command.
     pub command: u32,
 }
 

@@ -181,4 +181,6 @@ pub struct ShardCounters {
     pub buffer_waits: Cell,
     /// Ring set-up in use: 0 deferred taskrun, 1 cooperative, 2 plain.
     pub ring_flavour: Cell,
+    /// What it holds of guests.
+    pub grants: crate::blkif::GrantAccounts,
 }

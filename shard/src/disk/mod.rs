@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use crate::api::{Backend, CacheMode, DiskConfig, DiskState, ErrorPolicy, ShardError, ShardErrorKind};
 use crate::clock::Nanos;
 use crate::limits::{Admission, Direction, Limiter};
-use crate::request::{Kind, Phase, ReqKey, Requests};
+use crate::request::{Client, Kind, Phase, ReqKey, Requests};
 use crate::storage::side::{Extent, SideCall};
 
 /// Requests of one disk that may be between start and answer; more wait in `held`.
@@ -741,11 +741,13 @@ impl Disk {
         self.flush_failed = flush_failed;
     }
 
-    /// A connection has gone: what it asked for and nobody has begun is dropped, so that it cannot land behind what its client
+    /// A client has gone: what it asked for and nobody has begun is dropped, so that it cannot land behind what its client
     /// writes over another connection.
-    pub fn forget(&mut self, ctx: &mut Ctx<'_>, conn: u32, generation: u32) {
+    pub fn forget(&mut self, ctx: &mut Ctx<'_>, client: Client, generation: u32) {
         let stays = |requests: &Requests, key: ReqKey| {
-            requests[key].origin.is_none_or(|origin| (origin.conn, origin.generation) != (conn, generation))
+            requests[key]
+                .origin
+                .is_none_or(|origin| (origin.client, origin.generation) != (client, generation))
         };
         let mut dropped = Vec::new();
         let mut sift = |key: &ReqKey| {

@@ -24,7 +24,7 @@ use ring_bridge::nbd::{Handoff, ReplyStyle, ReplyTo, Request as NbdRequest, TlsS
 use smallvec::SmallVec;
 
 use crate::clock::Nanos;
-use crate::request::{Origin, Request};
+use crate::request::{Client, Origin, Request};
 use crate::storage::message::Message;
 use crate::storage::pool::{Buf, Pool};
 
@@ -440,7 +440,7 @@ impl Conn {
     }
 
     fn origin(&self, command: u32) -> Option<Origin> {
-        Some(Origin { conn: self.slot, generation: self.generation, command })
+        Some(Origin { client: Client::Conn(self.slot), generation: self.generation, command })
     }
 
     /// Gives all buffers back; the kernel must be done with them.

@@ -25,8 +25,8 @@ pub struct ParkedConn {
 
 impl ParkedConn {
     /// Slot and generation that requests of this connection name as their origin.
-    pub fn origin(&self) -> (u32, u32) {
-        (self.slot, self.generation)
+    pub fn origin(&self) -> (Client, u32) {
+        (Client::Conn(self.slot), self.generation)
     }
 
     /// Who is at the other end.

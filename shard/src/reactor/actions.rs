@@ -7,7 +7,7 @@ use super::*;
 use crate::api::{CacheMode, ImageFile};
 use crate::disk::{IoResult, Mem, SideTarget, Target};
 use crate::ram::{RamDisk, RamOutcome};
-use crate::request::Kind;
+use crate::request::{Client, Kind};
 use crate::storage::Completion;
 use crate::storage::pool::Buf;
 use crate::storage::side::{Extent, SideJob};
@@ -223,14 +223,23 @@ impl<K: Kernel> Shard<K> {
         let needs_payload = matches!(mem, Mem::Payload(_)) || request.kind == Kind::Read;
         let borrowed = request.via.and_then(|via| via.payload());
         if needs_payload && request.payload.is_none() && borrowed.is_none() {
-            let (conn, guaranteed) = self.place_of(req);
+            let (_, guaranteed) = self.place_of(req);
             let request = &mut self.requests[req];
             let buf = self.pool.take(request.len as usize, guaranteed)?;
-            let generation = request.origin.map(|origin| origin.generation);
-            if let Some(conn) = conn.and_then(|conn| self.conns.get_mut(conn as usize))
-                && Some(conn.generation) == generation
-            {
-                conn.note_buffer(&buf);
+            if let Some(origin) = request.origin {
+                match origin.client {
+                    Client::Conn(conn) => {
+                        let conn = self.conns.get_mut(conn as usize);
+                        if let Some(conn) = conn.filter(|conn| conn.generation == origin.generation) {
+                            conn.note_buffer(&buf);
+                        }
+                    }
+                    Client::Ring(ring) => {
+                        if let Some(ring) = self.rings.get(ring, origin.generation) {
+                            ring.note_buffer(&buf);
+                        }
+                    }
+                }
             }
             request.payload = Some(buf);
         }
@@ -264,12 +273,22 @@ impl<K: Kernel> Shard<K> {
         self.requests[req].via.and_then(|via| via.payload()).unwrap_or((req, 0))
     }
 
-    /// The connection of a request, and whether its payload may go beyond the budget.
-    fn place_of(&self, req: ReqKey) -> (Option<u32>, bool) {
+    /// Who asked, and whether the payload may go beyond the budget.
+    fn place_of(&self, req: ReqKey) -> (Option<Client>, bool) {
         let request = &self.requests[req];
         let Some(origin) = request.origin else { return (None, true) };
-        let conn = self.conns.get(origin.conn as usize).filter(|conn| conn.generation == origin.generation);
-        (Some(origin.conn), conn.is_none_or(|conn| conn.may_always_have(origin.command, request.offset)))
+        let generation = origin.generation;
+        let first = match origin.client {
+            Client::Conn(conn) => {
+                let conn = self.conns.get(conn as usize).filter(|conn| conn.generation == generation);
+                conn.is_none_or(|conn| conn.may_always_have(origin.command, request.offset))
+            }
+            Client::Ring(ring) => {
+                let ring = self.rings.slab.get(ring as usize).filter(|ring| ring.generation == generation);
+                ring.is_none_or(|ring| ring.buffers() == 0)
+            }
+        };
+        (Some(origin.client), first)
     }
 
     /// Gives the bounce buffer of a request back, if it has one.
@@ -412,6 +431,13 @@ impl<K: Kernel> Shard<K> {
                 }
                 return self.inbox();
             }
+            Some(&OpKind::Ports { realm }) => {
+                if !more {
+                    self.ops.remove(user_data);
+                    self.arm_ports(realm);
+                }
+                return self.on_ports(realm);
+            }
             None => return,
             Some(_) => {}
         }
@@ -431,7 +457,7 @@ impl<K: Kernel> Shard<K> {
             }
             OpKind::Recv { conn } => self.on_recv(conn, result),
             OpKind::Send { conn } => self.on_send(conn, result),
-            OpKind::Side { .. } | OpKind::Inbox | OpKind::Cancel => {}
+            OpKind::Side { .. } | OpKind::Inbox | OpKind::Ports { .. } | OpKind::Cancel => {}
         }
     }
 
@@ -579,6 +605,7 @@ impl<K: Kernel> Shard<K> {
                 self.service(conn);
             }
         }
+        self.feed_rings();
         self.fed_at = self.pool.used();
     }
 
@@ -625,21 +652,30 @@ impl<K: Kernel> Shard<K> {
         if self.via_done(&mut request) {
             return;
         }
-        let origin = request.origin.take();
-        let conn = origin.and_then(|origin| {
-            let conn = self.conns.get_mut(origin.conn as usize)?;
-            (conn.generation == origin.generation).then_some((conn, origin.command))
-        });
-        match conn {
-            Some((conn, command)) => {
-                conn.on_answer(&mut self.pool, command, request);
-                self.dirty.push(conn.slot());
-            }
-            None => {
-                if let Some(buf) = request.payload.take() {
-                    self.pool.give(buf);
+        self.deliver_answer(request);
+    }
+
+    /// Gives an answer to who asked, if that is still there.
+    fn deliver_answer(&mut self, mut request: Request) {
+        let command = request.origin.map_or(0, |origin| origin.command);
+        match request.origin.take().map(|origin| (origin.client, origin.generation)) {
+            Some((Client::Conn(conn), generation)) => {
+                let conn = self.conns.get_mut(conn as usize);
+                if let Some(conn) = conn.filter(|conn| conn.generation == generation) {
+                    conn.on_answer(&mut self.pool, command, request);
+                    return self.dirty.push(conn.slot());
                 }
             }
+            Some((Client::Ring(slot), generation)) => {
+                if let Some(ring) = self.rings.get(slot, generation) {
+                    ring.on_answer(&mut self.pool, command, request);
+                    return self.rings.make_dirty(slot);
+                }
+            }
+            None => {}
+        }
+        if let Some(buf) = request.payload.take() {
+            self.pool.give(buf);
         }
     }
 }
@@ -651,7 +687,8 @@ pub(super) fn unload(pool: &mut Pool, conns: &mut slab::Slab<Box<Conn>>, request
     let Some(buf) = pool.take(bytes.len(), true) else { return false };
     pool.bytes_mut(&buf)[..bytes.len()].copy_from_slice(bytes);
     if let Some(origin) = request.origin
-        && let Some(conn) = conns.get_mut(origin.conn as usize)
+        && let Client::Conn(conn) = origin.client
+        && let Some(conn) = conns.get_mut(conn as usize)
         && conn.generation == origin.generation
     {
         conn.note_buffer(&buf);

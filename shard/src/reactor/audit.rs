@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use super::ops::OpKind;
 use super::*;
+use crate::request::Client;
 use crate::storage::pool::Buf;
 
 fn check(what: impl FnOnce() -> String, counted: u64, real: u64) -> Result<(), String> {
@@ -22,13 +23,13 @@ impl<K: Kernel> Shard<K> {
     pub fn audit(&self) -> Result<(), String> {
         let mut in_pool = 0;
         // Requests, bytes held and bytes of buffers, by connection.
-        let mut ours = HashMap::<(u32, u32), (u64, u64, u64)>::new();
+        let mut ours = HashMap::<(Client, u32), (u64, u64, u64)>::new();
         for (_, request) in self.requests.iter() {
             let capacity = |buf: &Option<Buf>| buf.as_ref().map_or(0, Buf::capacity);
             let payload = capacity(&request.payload);
             in_pool += payload + capacity(&request.bounce);
             if let Some(origin) = request.origin {
-                let sums = ours.entry((origin.conn, origin.generation)).or_default();
+                let sums = ours.entry((origin.client, origin.generation)).or_default();
                 sums.0 += 1;
                 sums.1 += request.held_bytes();
                 sums.2 += payload as u64;
@@ -38,16 +39,40 @@ impl<K: Kernel> Shard<K> {
             let own = conn.count();
             in_pool += own.buffers as usize;
             let (requests, held, buffers) =
-                ours.get(&(conn.slot(), conn.generation)).copied().unwrap_or_default();
+                ours.get(&(Client::Conn(conn.slot()), conn.generation)).copied().unwrap_or_default();
             let counted = conn.counted();
             check(|| format!("requests of {}", conn.peer()), u64::from(conn.requests()), requests)?;
             check(|| format!("bytes held by {}", conn.summary()), counted.held, own.held + held)?;
             check(|| format!("buffers of {}", conn.summary()), counted.buffers, own.buffers + buffers)?;
         }
+        for (_, ring) in &self.rings.slab {
+            let (counted_requests, held, buffers, own_held, own_buffers) = ring.counted();
+            in_pool += own_buffers as usize;
+            let (requests, bytes, payloads) =
+                ours.get(&(ring.client(), ring.generation)).copied().unwrap_or_default();
+            let name = |what: &str| format!("{what} of queue {} of domain {}", ring.queue, ring.domid);
+            check(|| name("requests"), counted_requests, requests)?;
+            check(|| name("bytes held"), held, own_held + bytes)?;
+            check(|| name("buffers"), buffers, own_buffers + payloads)?;
+        }
         check(|| "bytes of the pool".into(), self.pool.used() as u64, in_pool as u64)?;
         check(|| "free chunks are lost".into(), 1, u64::from(in_pool > 0 || self.pool.is_whole()))?;
         self.audit_disks()?;
         self.audit_gates()
+    }
+
+    /// Ports of guests have something to say.
+    pub fn ports_are_ready(&mut self) -> bool {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let Some(opened) = self.rings.host.get(crate::blkif::Realm::Shared) else { return false };
+        let mut fds = [PollFd::new(opened.domains.event_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO) == Ok(1)
+    }
+
+    /// What is held of guests: mappings, ports.
+    pub fn grants(&self) -> (u64, u64) {
+        let counts = self.counters.grants.get(crate::blkif::Realm::Shared).map(|accounts| accounts.counts());
+        counts.map_or((0, 0), |counts| (counts.mappings, counts.ports))
     }
 
     /// The address space of the pool is spent until [`Shard::give_buffers_back`].
@@ -90,7 +115,7 @@ impl<K: Kernel> Shard<K> {
             if let Some(disk) = &entry.disk {
                 let counters = &disk.config().counters;
                 check(what("io_now"), counters.io_now.get(), count)?;
-                check(what("clients"), counters.clients.get(), entry.conns.len() as u64)?;
+                check(what("clients"), counters.clients.get(), entry.clients())?;
                 if !entry.quarantined {
                     check(what("throttled_now"), counters.throttled_now.get(), throttled)?;
                     let (waiting, started) = disk.counts();

@@ -46,6 +46,12 @@ impl<K: Kernel> Shard<K> {
             Command::Connect { disk, handoff } => {
                 self.slot(disk).and_then(|slot| self.connect(slot, *handoff))
             }
+            Command::ConnectGuest { disk, guest } => {
+                self.slot(disk).and_then(|slot| self.connect_guest(slot, *guest))
+            }
+            Command::DisconnectGuest { disk, domid, devid, force } => {
+                self.slot(disk).and_then(|slot| self.disconnect_guest(slot, domid, devid, (force, tag)))
+            }
             Command::Pause { disk } => self.slot(disk).and_then(|slot| self.pause(slot, tag)),
             Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
             Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_park(slot)),
@@ -122,6 +128,7 @@ impl<K: Kernel> Shard<K> {
             id,
             disk: Some(Disk::new(config, self.now)),
             conns: Vec::new(),
+            guests: Vec::new(),
             ops: 0,
             requests: 0,
             bounces: 0,
@@ -178,6 +185,7 @@ impl<K: Kernel> Shard<K> {
                 in_flight: conn.requests(),
                 age_s: self.now.saturating_sub(conn.since()) / SECOND,
             })
+            .chain(self.guest_infos(slot))
             .collect()
     }
 
@@ -243,7 +251,9 @@ impl<K: Kernel> Shard<K> {
         let mut result = Ok(());
         self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
         self.watch_pending(slot);
-        result.map(|()| Some(Reply::Done))
+        result?;
+        self.retry_flushes(slot);
+        Ok(Some(Reply::Done))
     }
 
     /// Makes a disk larger. Requests go on meanwhile, as far as its image lets them.
@@ -279,6 +289,10 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn park(&mut self, slot: u32, tag: u64) -> Outcome {
+        if self.guest_is_leaving(slot) {
+            let message = "a guest is being disconnected from the disk: wait for that to end";
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
         self.set_pending(slot, Pending::Park { tag })?;
         let state = self.disks[slot as usize].disk.as_ref().map(Disk::state);
         if !matches!(
@@ -301,6 +315,7 @@ impl<K: Kernel> Shard<K> {
                 conn.stopped = true;
             }
         }
+        self.stop_rings(slot, true);
     }
 
     /// Closes the connections of a disk.
@@ -322,6 +337,7 @@ impl<K: Kernel> Shard<K> {
                 self.dirty.push(conn);
             }
         }
+        self.stop_rings(slot, false);
     }
 
     /// Returns to service.
@@ -375,7 +391,7 @@ impl<K: Kernel> Shard<K> {
         for request in parked.requests {
             let origin = request.origin.map(|(index, command)| {
                 let (conn, generation) = origins[index];
-                crate::request::Origin { conn, generation, command }
+                crate::request::Origin { client: crate::request::Client::Conn(conn), generation, command }
             });
             let mut new =
                 Request::new(slot, request.kind, request.offset, request.len, origin, request.arrived);
@@ -387,6 +403,7 @@ impl<K: Kernel> Shard<K> {
             self.submit(new);
             self.run_actions();
         }
+        self.unpark_guests(slot, parked.guests);
         Ok((!image).then_some(Reply::Done))
     }
 
@@ -394,6 +411,7 @@ impl<K: Kernel> Shard<K> {
         if force {
             return self.remove_by_force(slot, tag);
         }
+        self.disks[slot as usize].guests_refuse()?;
         let state =
             self.disks[slot as usize].disk.as_ref().map(|disk| (disk.state(), disk.reason().to_owned()));
         match state {
@@ -433,6 +451,7 @@ impl<K: Kernel> Shard<K> {
         self.unqueue(slot);
         self.run_actions();
         self.close_conns(slot, "the disk was detached by force");
+        self.drop_guests(slot);
         if let Some(earlier) = self.disks[slot as usize].zombie_tag.replace(tag) {
             self.reply(
                 earlier,

@@ -3,9 +3,10 @@
 use super::ops::OpKind;
 use super::*;
 use crate::nbd::{ConnCtx, Stop, TURN_BYTES, TURN_STEPS};
+use crate::request::Client;
 
-/// Bytes of requests that the connections of one disk may start in one turn.
-const DISK_TURN_BYTES: u64 = 4 << 20;
+/// Bytes of requests that the clients of one disk may start in one turn.
+pub(super) const DISK_TURN_BYTES: u64 = 4 << 20;
 
 impl<K: Kernel> Shard<K> {
     pub(super) fn next_generation(&mut self) -> u32 {
@@ -22,10 +23,19 @@ impl<K: Kernel> Shard<K> {
         let entry = &mut self.disks[disk as usize];
         entry.conns.push(slot);
         self.counters.clients.add(1);
-        if let Some(d) = &entry.disk {
-            d.config().counters.clients.set(entry.conns.len() as u64);
-        }
+        entry.count_clients();
         self.dirty.push(slot);
+    }
+
+    /// A disk may hold half of the budget; looked at only when half of it is in use.
+    pub(super) fn may_take(&self, disk: u32) -> bool {
+        let half = self.pool.budget() / 2;
+        if self.pool.used() < half {
+            return true;
+        }
+        let Some(entry) = self.disks.get(disk as usize) else { return false };
+        let conns = entry.conns.iter().filter_map(|&c| self.conns.get(c as usize)).map(|c| c.buffers());
+        conns.sum::<u64>() + self.ring_buffers(entry) < half as u64
     }
 
     /// Lets a connection read as far as bytes, room and its share of the turn go. When there are no bytes left the ring waits
@@ -44,13 +54,7 @@ impl<K: Kernel> Shard<K> {
             return false;
         }
         let disk = conn.disk;
-        // A disk may hold half of the budget; looked at only when half of it is in use.
-        let half = self.pool.budget() / 2;
-        let may_take = self.pool.used() < half || {
-            let conns = self.disks.get(disk as usize).map_or(&[][..], |entry| &entry.conns);
-            conns.iter().filter_map(|&c| self.conns.get(c as usize)).map(|c| c.buffers()).sum::<u64>()
-                < half as u64
-        };
+        let may_take = self.may_take(disk);
         let Some(entry) = self.disks.get_mut(disk as usize) else { return false };
         if entry.share.0 != self.turn {
             entry.share = (self.turn, DISK_TURN_BYTES);
@@ -222,14 +226,12 @@ impl<K: Kernel> Shard<K> {
         let disk = conn.disk;
         let generation = conn.generation;
         if self.disks.get(disk as usize).is_some_and(|entry| !entry.quarantined) {
-            self.with_disk(disk, |disk, ctx| disk.forget(ctx, slot, generation));
+            self.with_disk(disk, |disk, ctx| disk.forget(ctx, Client::Conn(slot), generation));
             self.run_actions();
         }
         if let Some(entry) = self.disks.get_mut(disk as usize) {
             entry.conns.retain(|&other| other != slot);
-            if let Some(d) = &entry.disk {
-                d.config().counters.clients.set(entry.conns.len() as u64);
-            }
+            entry.count_clients();
             let reason = conn.closing().unwrap_or_default().to_owned();
             self.events.send(Event::ClientGone { disk: entry.id, peer: conn.peer().to_owned(), reason });
         }

@@ -16,8 +16,10 @@ mod actions;
 mod audit;
 mod commands;
 mod conns;
+mod guests;
 mod meter;
 mod ops;
+mod rings;
 mod settle;
 mod swap;
 mod volume;
@@ -105,6 +107,8 @@ struct Entry {
     /// Absent only for a moment, while the disk is rebuilt or taken away.
     disk: Option<Disk>,
     conns: Vec<u32>,
+    /// Devices of guests.
+    guests: Vec<guests::Guest>,
     /// Kernel operations and side jobs out.
     ops: u32,
     /// Requests in the slab.
@@ -157,6 +161,7 @@ pub struct Shard<K: Kernel> {
     disks: slab::Slab<Entry>,
     by_id: HashMap<DiskId, u32>,
     conns: slab::Slab<Box<Conn>>,
+    rings: rings::Rings,
     generation: u32,
     inbox: Receiver<Envelope>,
     inbox_wake: Arc<OwnedFd>,
@@ -189,7 +194,7 @@ pub struct Shard<K: Kernel> {
     /// Those that wait for a buffer are being tried.
     feeding: bool,
     /// Disks and connections whose actions have to go on waiting for a buffer; empty between turns.
-    starving: Vec<(u32, Option<u32>)>,
+    starving: Vec<(u32, Option<crate::request::Client>)>,
     /// Sends that the next enter does or refuses: connection and operation.
     sent_now: Vec<(u32, u64)>,
     /// Bounce buffers in use.
@@ -239,6 +244,7 @@ impl<K: Kernel> Shard<K> {
             disks: slab::Slab::new(),
             by_id: HashMap::new(),
             conns: slab::Slab::new(),
+            rings: rings::Rings::default(),
             generation: 0,
             inbox: parts.inbox,
             inbox_wake: parts.inbox_wake,
@@ -287,7 +293,12 @@ impl<K: Kernel> Shard<K> {
 
     /// Requests, operations and buffer bytes that are out: all zero on an idle shard. For tests.
     pub fn outstanding(&self) -> (usize, usize, usize) {
-        (self.requests.len(), self.ops.len() - 1, self.pool.used())
+        (self.requests.len(), self.ops.len() - self.standing_ops(), self.pool.used())
+    }
+
+    /// Operations that are always out: the polls of the inbox and of guests' ports.
+    fn standing_ops(&self) -> usize {
+        1 + self.rings.host.open_realms()
     }
 
     /// Prints requests and disks. For tests.
@@ -309,17 +320,19 @@ impl<K: Kernel> Shard<K> {
     /// # Errors
     /// Those of io_uring_enter that cannot be met by another try: the ring is broken.
     pub fn turn(&mut self) -> std::io::Result<bool> {
-        let freed =
-            (!self.starved.is_empty() || !self.want_buffer.is_empty()) && self.pool.used() < self.fed_at;
+        let starved = !self.starved.is_empty() || !self.want_buffer.is_empty() || self.rings.is_starved();
+        let freed = starved && self.pool.used() < self.fed_at;
         let more = !self.ready.is_empty()
             || !self.retry.is_empty()
             || !self.unsettled.is_empty()
             || !self.awake_next.is_empty()
             || freed
+            || self.rings.is_busy()
             || self.sends_are_awaited();
         self.turn += 1;
         let deadline =
             self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
+        let deadline = self.rings.deadline().map_or(deadline, |at| at.min(deadline));
         self.kernel.set_timer(deadline);
         self.kernel.enter(!more)?;
         let start = self.kernel.now();
@@ -333,6 +346,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.finish_sends();
         self.run_timers();
+        self.wake_rings();
         for (disk, action) in std::mem::take(&mut self.retry) {
             self.actions.push_back((disk, action));
         }
@@ -343,15 +357,17 @@ impl<K: Kernel> Shard<K> {
                 self.service(conn);
             }
         }
+        self.serve_rings();
         self.feed_starved();
         self.settle_all();
         self.flush_conns();
+        self.flush_rings();
         if self.now >= self.next_tick {
             self.tick();
         }
         self.account(start);
-        // The one operation that stays is the poll of the inbox.
-        if self.stopping.is_some() && self.disks.is_empty() && self.ops.len() <= 1 {
+        // The operations that stay are polls.
+        if self.stopping.is_some() && self.disks.is_empty() && self.ops.len() <= self.standing_ops() {
             // What was sent before the control thread could know: every command has its reply.
             self.inbox();
             if let Some(tag) = self.stopping {
@@ -390,7 +406,7 @@ impl<K: Kernel> Shard<K> {
         counters.last_turn.set(end);
         counters.ring_enters.set(self.kernel.enters());
         counters.ring_overflows.set(self.kernel.overflows());
-        counters.ops_in_flight.set(self.ops.len() as u64 - 1);
+        counters.ops_in_flight.set((self.ops.len() - self.standing_ops()) as u64);
         counters.buffer_bytes.set(self.pool.used() as u64);
     }
 
@@ -420,13 +436,14 @@ impl<K: Kernel> Shard<K> {
         // A shard at rest has given everything back after two looks; then one a minute is enough (histograms, patience).
         self.quiet_ticks =
             if std::mem::take(&mut self.worked) { 0 } else { self.quiet_ticks.wrapping_add(1) };
-        let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty();
+        let pressed = !self.starved.is_empty() || !self.want_buffer.is_empty() || self.rings.is_starved();
         let rests = self.quiet_ticks > 2 && !pressed;
         self.next_tick = self.now + if rests { REST } else { TICK };
         if rests && !self.quiet_ticks.is_multiple_of(20) {
             return;
         }
         self.pool.trim();
+        self.sweep_rings();
         for (_, conn) in &mut self.conns {
             if pressed && conn.is_stalled(self.now, STALL) {
                 conn.close(

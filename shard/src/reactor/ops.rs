@@ -1,5 +1,6 @@
 //! Kernel operations that are out, each in a slot with a generation, so that a completion that comes late finds nobody else's.
 
+use crate::blkif::Realm;
 use crate::disk::{Mem, SideTarget, Target};
 use crate::request::ReqKey;
 
@@ -8,6 +9,8 @@ use crate::request::ReqKey;
 pub(super) enum OpKind {
     /// Commands or side results have come.
     Inbox,
+    /// Ports of guests have something to say.
+    Ports { realm: Realm },
     /// Bytes of a request.
     Io(IoOp),
     /// fdatasync of a disk.
@@ -33,7 +36,11 @@ impl OpKind {
             | OpKind::Sync { disk }
             | OpKind::Fallocate { disk, .. }
             | OpKind::Side { disk, .. } => Some(disk),
-            OpKind::Inbox | OpKind::Recv { .. } | OpKind::Send { .. } | OpKind::Cancel => None,
+            OpKind::Inbox
+            | OpKind::Ports { .. }
+            | OpKind::Recv { .. }
+            | OpKind::Send { .. }
+            | OpKind::Cancel => None,
         }
     }
 }

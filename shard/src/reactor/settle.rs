@@ -175,7 +175,7 @@ impl<K: Kernel> Shard<K> {
 
     fn settle_zombie(&mut self, slot: u32) {
         let entry = &mut self.disks[slot as usize];
-        let gone = entry.ops == 0 && entry.requests == 0 && entry.conns.is_empty();
+        let gone = entry.ops == 0 && entry.requests == 0 && entry.clients() == 0;
         if !gone {
             // The connections go within this turn or the next.
             return self.tell_zombie(slot);
@@ -221,8 +221,11 @@ impl<K: Kernel> Shard<K> {
         if !all_still || !self.close_engine(slot) {
             return;
         }
+        self.flush_rings();
         let mut keys = Vec::new();
         self.with_disk(slot, |disk, ctx| keys = disk.take_unstarted(ctx));
+        let keys = self.drop_ring_requests(keys);
+        let guests = self.park_guests(slot);
         let mut conns = Vec::new();
         for conn in std::mem::take(&mut self.disks[slot as usize].conns) {
             if let Some(conn) = self.conns.try_remove(conn as usize) {
@@ -235,14 +238,14 @@ impl<K: Kernel> Shard<K> {
         let flush_failed = disk.flush_failed();
         let (state, reason) = disk.state_before_hold();
         let Some(config) = self.take_disk(slot) else { return };
-        let parked = ParkedDisk { config, state, reason, flush_failed, conns, requests };
+        let parked = ParkedDisk { config, state, reason, flush_failed, conns, guests, requests };
         self.reply(tag, Ok(Reply::Parked(Box::new(parked))));
     }
 
     fn park_request(&mut self, key: ReqKey, conns: &[crate::nbd::ParkedConn]) -> ParkedRequest {
         let mut request = self.requests.remove(key);
         let origin = request.origin.take().and_then(|origin| {
-            let index = conns.iter().position(|conn| conn.origin() == (origin.conn, origin.generation))?;
+            let index = conns.iter().position(|conn| conn.origin() == (origin.client, origin.generation))?;
             Some((index, origin.command))
         });
         let payload = request.payload.take().map(|buf| {

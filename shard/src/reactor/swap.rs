@@ -139,14 +139,11 @@ impl<K: Kernel> Shard<K> {
         // One that has not begun goes on when the disk is at rest.
         let replaced = |swap: &mut Swap| swap.to.is_none();
         let Some(swap) = self.disks[slot as usize].swap.take_if(replaced) else { return };
-        let Swap { tag, back, error, .. } = swap;
-        // The control side closes its files when it has the answer.
-        drop(back);
-        let result = match error {
+        let result = match swap.error {
             None => Ok(Reply::Done),
             Some(message) => Err(ShardError { kind: ShardErrorKind::Failed, message }),
         };
-        self.reply(tag, result);
+        self.reply(swap.tag, result);
     }
 
     /// The image of a disk in a swap could not be opened. True when the old one is tried again.

@@ -30,6 +30,8 @@ pub enum Event {
     Side(u64),
     /// The inbox of a shard becomes readable.
     Inbox(usize),
+    /// The ports of a shard's guests become readable.
+    Ports(usize),
     /// A client may act.
     Client(usize),
     /// The operator acts on a disk.
@@ -119,6 +121,11 @@ pub(super) struct Lane {
     pub(super) side_done: VecDeque<SideDone>,
     pub(super) timer: Option<Nanos>,
     pub(super) poll: Option<u64>,
+    /// The descriptor that is polled first.
+    inbox_fd: Option<RawFd>,
+    /// The poll of the ports of guests, and whether its event is to come.
+    ports: Option<u64>,
+    ports_due: bool,
     pub(super) wake: bool,
     /// Address ranges of the shard's buffers, and of its zeroes.
     pub(super) memory: Vec<(usize, usize)>,
@@ -242,6 +249,7 @@ impl World {
             Event::Cancel(id) => self.cancel_event(id),
             Event::Side(id) => self.side_event(id),
             Event::Inbox(shard) => self.inbox_event(shard),
+            Event::Ports(shard) => self.ports_event(shard),
             Event::Release(disk) => self.release(disk),
             Event::Client(client) => {
                 self.clients_due.remove(&client);
@@ -410,6 +418,10 @@ impl World {
                 }
                 return;
             }
+            Op::PollMulti { fd } if *self.lanes[shard].inbox_fd.get_or_insert(fd) != fd => {
+                self.lanes[shard].ports = Some(user_data);
+                InFlight::Poll
+            }
             Op::PollMulti { .. } => {
                 self.lanes[shard].poll = Some(user_data);
                 if self.lanes[shard].wake {
@@ -473,17 +485,38 @@ impl World {
         if let Some(user_data) = self.lanes[shard].poll
             && std::mem::take(&mut self.lanes[shard].wake)
         {
-            // Now and then a multishot poll ends, and has to be armed again.
-            let more = !self.rng.chance(50);
-            if !more {
-                self.lanes[shard].poll = None;
-                self.lanes[shard].user_data.remove(&user_data);
-                let key = self.running.iter().find(|(_, r)| r.shard == shard && r.user_data == user_data);
-                if let Some((&id, _)) = key {
-                    self.running.remove(&id);
-                }
+            let more = self.poll_event(shard, user_data);
+            self.lanes[shard].poll = more.then_some(user_data);
+        }
+    }
+
+    fn ports_event(&mut self, shard: usize) {
+        self.lanes[shard].ports_due = false;
+        if let Some(user_data) = self.lanes[shard].ports {
+            let more = self.poll_event(shard, user_data);
+            self.lanes[shard].ports = more.then_some(user_data);
+        }
+    }
+
+    /// A poll completes; whether it goes on. Now and then a multishot poll ends, and has to be armed again.
+    fn poll_event(&mut self, shard: usize, user_data: u64) -> bool {
+        let more = !self.rng.chance(50);
+        if !more {
+            self.lanes[shard].user_data.remove(&user_data);
+            let key = self.running.iter().find(|(_, r)| r.shard == shard && r.user_data == user_data);
+            if let Some((&id, _)) = key {
+                self.running.remove(&id);
             }
-            self.complete(shard, Completion { user_data, result: i32::from(libc::POLLIN), more });
+        }
+        self.complete(shard, Completion { user_data, result: i32::from(libc::POLLIN), more });
+        more
+    }
+
+    /// The ports of guests of a shard have something to say: it hears of it after some time.
+    pub fn report_ports(&mut self, shard: usize) {
+        if self.lanes[shard].ports.is_some() && !std::mem::replace(&mut self.lanes[shard].ports_due, true) {
+            let after = self.rng.between(0, 30 * MICROSECOND);
+            self.schedule(after, Event::Ports(shard));
         }
     }
 

@@ -21,6 +21,7 @@
 mod acts;
 mod client;
 mod file;
+mod guests;
 mod image;
 mod image_tests;
 mod judge;

@@ -437,6 +437,7 @@ impl Sim {
                     peer.trim_start_matches("client ").parse().expect("a client of the simulator");
                 self.clients[number].ended_well = reason.is_empty() || reason == "the disk was detached";
             }
+            Event::RingBroken { .. } | Event::FlushHeld { .. } => panic!("there are no guests: {event:?}"),
             Event::Stopped { error } => panic!("shard {shard} stopped: {error:?}"),
         }
     }
@@ -603,7 +604,7 @@ impl Sim {
                 (kind == Kind::Remove && d.storage_error)
                     || (matches!(kind, Kind::Remove | Kind::Park) && d.is_image())
             }
-            ShardErrorKind::DataInDoubt => false,
+            ShardErrorKind::DataInDoubt | ShardErrorKind::Guest => false,
         };
         let moved = matches!(
             kind,

@@ -9,6 +9,7 @@
 //! connection, which is not freed before its operations have completed.
 #![allow(unsafe_code)]
 
+pub mod grants;
 pub mod message;
 pub mod pool;
 pub mod side;
