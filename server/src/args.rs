@@ -252,6 +252,14 @@ pub enum CtlCommand {
         #[arg(long)]
         count: Option<u64>,
     },
+    /// Devices of Xen's guests, as XenStore and the shards know them
+    Guests,
+    /// For the script of a toolstack: take the device of XENBUS_PATH over, and print its disk's NBD socket when it is ready
+    #[command(hide = true)]
+    Claim {
+        /// The script's XENBUS_PATH
+        xenbus_path: String,
+    },
     /// What happened lately
     Events {
         /// Only events after this number
@@ -293,6 +301,12 @@ pub struct AttachArgs {
     /// Serve it to NBD clients, at RUN_DIR/nbd/NAME.sock and by name at RUN_DIR/nbd.sock
     #[arg(long)]
     pub nbd: bool,
+    /// Give it to a guest of Xen: the domain's number or name, 0 for the host itself
+    #[arg(long, value_name = "DOM", requires = "vdev")]
+    pub domain: Option<String>,
+    /// The name of the disk in the guest, like xvda
+    #[arg(long, value_name = "VDEV", requires = "domain")]
+    pub vdev: Option<String>,
     /// Limits of the disk itself
     #[command(flatten)]
     pub limits: LimitChange,

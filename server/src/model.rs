@@ -129,6 +129,9 @@ pub struct AttachRequest {
     /// Serve it to NBD clients, at RUN_DIR/nbd/NAME.sock and by name at RUN_DIR/nbd.sock. A disk needs a frontend.
     #[serde(default)]
     pub nbd: bool,
+    /// Give it to a guest of Xen; it ends with the boot of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<Guest>,
     /// Limits of the disk itself.
     #[serde(default)]
     pub limits: LimitChange,
@@ -146,6 +149,18 @@ pub struct AttachRequest {
     #[serde(default, deserialize_with = "optional_shard")]
     #[schema(maximum = 65535)]
     pub shard: Option<u16>,
+}
+
+/// A guest of Xen, and where it finds the disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// The domain's number or name; 0 is the host's own.
+    #[schema(max_length = 255)]
+    pub domain: String,
+    /// The name of the disk in the guest: xvda, sda, hda, or with a partition xvda1.
+    #[schema(max_length = 32)]
+    pub vdev: String,
 }
 
 fn image_reference() -> RefOr<Schema> {
@@ -182,6 +197,8 @@ pub enum State {
     Moving,
     /// Not served: the image could not be opened, the shard ended, or it was given up.
     Failed,
+    /// A guest's, connected by a daemon that is dead: its image is open and locked, its guest waits.
+    AwaitingRecovery,
 }
 
 impl State {
@@ -197,6 +214,7 @@ impl State {
             State::Zombie => "zombie",
             State::Moving => "moving",
             State::Failed => "failed",
+            State::AwaitingRecovery => "awaiting-recovery",
         }
     }
 
@@ -222,10 +240,11 @@ impl State {
 pub struct Frontend {
     /// `nbd`.
     pub kind: String,
-    /// What to give to a client: `nbd+unix:///d1?socket=/run/blktapd/nbd/d1.sock`.
+    /// What to give to a client: `nbd+unix:///d1?socket=/run/blktapd/nbd/d1.sock`; of a guest's device, its place in XenStore:
+    /// `xen:vbd3/5/51712`.
     pub uri: String,
-    /// The path of the socket.
-    pub socket: String,
+    /// The path of the socket, if it has one.
+    pub socket: Option<String>,
 }
 
 /// One client of a disk.
@@ -396,6 +415,46 @@ pub struct Group {
     pub disks: Vec<String>,
     /// The configuration names it: limits set otherwise last until the next reload or restart.
     pub configured: bool,
+}
+
+/// A guest's device as XenStore and its shard know it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestDevice {
+    /// Its place below `backend/`: `vbd3/5/51712`.
+    pub device: String,
+    /// The guest's domain.
+    pub domain: u16,
+    /// The name of the disk in the guest.
+    pub vdev: String,
+    /// The disk that it has.
+    pub disk: Option<String>,
+    /// Our XenBus state: 1 initialising, 2 waiting for the frontend, 4 connected, 5 closing, 6 closed.
+    pub backend_state: Option<u8>,
+    /// The frontend's.
+    pub frontend_state: Option<u8>,
+    /// We serve it: it belongs to nobody else.
+    pub served: bool,
+    /// How far the shard is with it: idle, awaiting, connecting, abandoning, connected, draining.
+    pub link: String,
+    /// Why it is not served, or what went wrong last.
+    pub reason: Option<String>,
+    /// Queues in use, while connected.
+    pub queues: Option<u32>,
+    /// Entries of each ring, while connected.
+    pub ring_entries: Option<u32>,
+    /// Its pages are kept mapped, while connected.
+    pub persistent: Option<bool>,
+    /// What it did.
+    pub counters: Option<BTreeMap<String, u64>>,
+}
+
+/// For the script of a toolstack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ClaimRequest {
+    /// The script's XENBUS_PATH: `backend/vbd/5/51712`.
+    #[schema(max_length = 255)]
+    pub xenbus_path: String,
 }
 
 /// How much an event matters.

@@ -119,6 +119,7 @@ impl From<ShardError> for Problem {
             ShardErrorKind::WrongState | ShardErrorKind::Interrupted | ShardErrorKind::DataInDoubt => {
                 ProblemKind::Busy
             }
+            ShardErrorKind::Guest => ProblemKind::Invalid,
             ShardErrorKind::Limit => ProblemKind::Unavailable,
             ShardErrorKind::Failed => ProblemKind::Failed,
         };

@@ -72,6 +72,7 @@ async fn run(daemon: Arc<Daemon>, given: Given) -> Result<u8, Problem> {
     let listeners = listen(&daemon, given).await?;
     tokio::spawn(systemd::heartbeat(daemon.clone()));
     daemon.restore(Instant::now() + READY_PATIENCE).await;
+    daemon.start_guests();
     systemd::notify(&[NotifyState::Ready]);
     tracing::info!(
         "blktapd {} serves at {} with {} shards",

@@ -82,6 +82,12 @@ pub struct Attachment {
     /// Held by an operator.
     #[serde(default, skip_serializing_if = "Hold::is_no")]
     pub hold: Hold,
+    /// The device of a guest that it is for, as [`crate::xen::device::DeviceId`] is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The boot of the host that it ends with: that of every guest's disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<String>,
 }
 
 /// Everything that is kept.
@@ -132,6 +138,10 @@ impl StateStore {
                 return Err(Problem::failed(format!("the state {} cannot be read: {error}", path.display())));
             }
         };
+        let mut state = state;
+        // Guests of another boot are gone, and their disks with them.
+        let boot = boot_id();
+        state.disks.retain(|_, disk| disk.boot.is_none() || disk.boot == boot);
         let inner = Mutex::new(Inner { state, generation: 0, written: 0 });
         Ok(StateStore { dir: dir.to_owned(), inner, writer: tokio::sync::Mutex::new(()) })
     }
@@ -236,6 +246,12 @@ impl StateStore {
     }
 }
 
+/// The boot of the host, as the kernel names it; none when it does not.
+pub fn boot_id() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(text.trim().to_owned())
+}
+
 fn parse(bytes: &[u8], path: &Path) -> Result<State, Problem> {
     let advice = "correct it, or move it away to start without attachments";
     let state: State = serde_json::from_slice(bytes).map_err(|error| {
@@ -279,7 +295,22 @@ mod tests {
             shard: None,
             data_in_doubt: 2,
             hold: Hold::Paused,
+            device: None,
+            boot: None,
         }
+    }
+
+    #[tokio::test]
+    async fn disks_of_guests_end_with_the_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        let of =
+            |boot: Option<&str>| Attachment { boot: boot.map(str::to_owned), ..attachment("null:?size=1M") };
+        for (name, boot) in [("now", boot_id().as_deref()), ("before", Some("another")), ("always", None)] {
+            store.set_disk(name, Some(of(boot))).await.unwrap();
+        }
+        let again = StateStore::open(dir.path()).unwrap();
+        assert_eq!(again.read(|state| state.disks.keys().cloned().collect::<Vec<_>>()), ["always", "now"]);
     }
 
     #[tokio::test]

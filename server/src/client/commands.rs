@@ -7,8 +7,8 @@ use super::connection::{Connection, NO_BODY};
 use super::{Failure, output, tables, top};
 use crate::args::{AttachArgs, CtlArgs, CtlCommand, QosArgs};
 use crate::model::{
-    AttachRequest, Disk, DiskStats, Event, Group, Image, MoveRequest, QosRequest, Reload, ResizeRequest,
-    ResumeRequest, Shard, SnapshotItem, SnapshotRequest, Version,
+    AttachRequest, ClaimRequest, Disk, DiskStats, Event, Group, Guest, GuestDevice, Image, MoveRequest,
+    QosRequest, Reload, ResizeRequest, ResumeRequest, Shard, SnapshotItem, SnapshotRequest, Version,
 };
 use crate::problem::Problem;
 
@@ -64,6 +64,21 @@ pub async fn run(args: CtlArgs) -> Result<u8, Failure> {
         CtlCommand::Move { name, shard } => {
             let path = disk_path(&name, "/move")?;
             changed(json, &connection.change(Method::POST, &path, Some(&MoveRequest { shard })).await?)?;
+        }
+        CtlCommand::Guests => {
+            let guests: Vec<GuestDevice> = connection.get("/v1/guests").await?;
+            show(json, &guests, |guests| tables::guests(guests))?;
+        }
+        CtlCommand::Claim { xenbus_path } => {
+            let body = ClaimRequest { xenbus_path };
+            let disk: Disk = connection.change(Method::POST, "/v1/guests/claim", Some(&body)).await?;
+            show(json, &disk, |disk| {
+                disk.frontends
+                    .iter()
+                    .filter_map(|frontend| frontend.socket.as_ref())
+                    .map(|path| format!("{path}\n"))
+                    .collect()
+            })?;
         }
         CtlCommand::Groups => {
             let groups: Vec<Group> = connection.get("/v1/groups").await?;
@@ -146,6 +161,7 @@ async fn attach_disk(connection: &Connection, args: AttachArgs, json: bool) -> R
         image: image_here(&args.image)?,
         read_only: args.read_only,
         nbd: args.nbd,
+        guest: args.domain.zip(args.vdev).map(|(domain, vdev)| Guest { domain, vdev }),
         limits: args.limits,
         groups: args.group,
         on_error: args.on_error,

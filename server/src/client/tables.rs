@@ -9,7 +9,7 @@ use comfy_table::{CellAlignment, Table};
 use formats::size::format_size;
 
 use crate::limit_change::LimitChange;
-use crate::model::{Disk, DiskStats, Event, Group, Quantiles, Reload, Shard, ShardState};
+use crate::model::{Disk, DiskStats, Event, Group, GuestDevice, Quantiles, Reload, Shard, ShardState};
 
 /// A table without lines; columns whose index is in `right` are numbers.
 fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String {
@@ -27,6 +27,35 @@ fn table(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String {
 
 fn or_dash<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
+}
+
+/// `ctl guests`.
+pub fn guests(guests: &[GuestDevice]) -> String {
+    if guests.is_empty() {
+        return "no devices of guests; `blktapd ctl attach NAME TYPE:PATH --domain DOM --vdev xvda` makes one\n".into();
+    }
+    let rows = guests.iter().map(|guest| {
+        let states = format!("{}/{}", or_dash(guest.backend_state), or_dash(guest.frontend_state));
+        vec![
+            guest.device.clone(),
+            guest.domain.to_string(),
+            guest.vdev.clone(),
+            or_dash(guest.disk.as_ref()),
+            if guest.served { guest.link.clone() } else { "not served".into() },
+            states,
+            or_dash(guest.queues),
+            or_dash(guest.ring_entries),
+            guest.persistent.map_or("-", |yes| if yes { "yes" } else { "no" }).into(),
+        ]
+    });
+    let header = ["DEVICE", "DOMAIN", "VDEV", "DISK", "LINK", "STATES", "QUEUES", "RING", "PERSISTENT"];
+    let mut text = table(&header, &[1, 6, 7], rows.collect());
+    for guest in guests {
+        if let Some(reason) = &guest.reason {
+            let _ = writeln!(text, "{}: {reason}", guest.device);
+        }
+    }
+    text
 }
 
 /// `ctl list`.

@@ -13,6 +13,7 @@ use crate::nbd;
 use crate::placement;
 use crate::problem::{Problem, ProblemKind};
 use crate::state::{Attachment, Hold};
+use crate::xen::device::DeviceId;
 
 /// Groups that one disk may be in.
 const GROUPS_MAX: usize = 4;
@@ -26,7 +27,46 @@ impl Daemon {
         request: AttachRequest,
         deadline: Instant,
     ) -> Result<(model::Disk, bool), Problem> {
-        let attachment = self.checked(name, request)?;
+        let mut attachment = self.checked(name, request)?;
+        let device = match &attachment.request.guest {
+            Some(guest) => Some(self.guests()?.resolve(guest, deadline).await?),
+            None => None,
+        };
+        let Some(device) = device else { return self.attach_checked(name, attachment, deadline).await };
+        for_device(&mut attachment, device)?;
+        let read_only = attachment.request.read_only;
+        let (disk, new) = self.attach_checked(name, attachment, deadline).await?;
+        if let Err(problem) = self.guests()?.create(device, name, read_only, deadline).await {
+            if new {
+                let deadline = Instant::now() + super::DEFAULT_TIMEOUT;
+                if let Err(problem) = self.detach_disk(name, true, deadline).await {
+                    tracing::error!(disk = name, "it could not be detached again: {problem}");
+                }
+            }
+            return Err(problem.context(&format!("disk {name} was not attached")));
+        }
+        Ok((disk, new))
+    }
+
+    /// Serves the image of a toolstack's device as the disk `name`.
+    pub async fn attach_device(
+        self: &Arc<Self>,
+        name: &str,
+        request: AttachRequest,
+        device: DeviceId,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let mut attachment = self.checked(name, request)?;
+        for_device(&mut attachment, device)?;
+        self.attach_checked(name, attachment, deadline).await.map(drop)
+    }
+
+    async fn attach_checked(
+        self: &Arc<Self>,
+        name: &str,
+        attachment: Attachment,
+        deadline: Instant,
+    ) -> Result<(model::Disk, bool), Problem> {
         let _guard = self.lock_name(name, deadline).await?;
         if let Some(disk) = self.find(name) {
             self.attach_again(&disk, &attachment, deadline).await?;
@@ -48,9 +88,10 @@ impl Daemon {
     fn checked(&self, name: &str, request: AttachRequest) -> Result<Attachment, Problem> {
         formats::spec::check_disk_name(name)?;
         let settings = self.settings();
-        if !request.nbd {
+        if !request.nbd && request.guest.is_none() {
             return Err(Problem::invalid(format!(
-                "disk {name} has no frontend, so nobody could use it; the frontends are: --nbd (NBD clients, at {})",
+                "disk {name} has no frontend, so nobody could use it; the frontends are: --nbd (NBD clients, at {}), --domain and \
+                 --vdev (a guest of Xen)",
                 settings.nbd_socket(name).display()
             )));
         }
@@ -68,6 +109,8 @@ impl Daemon {
             shard: request.shard,
             data_in_doubt: 0,
             hold: Hold::No,
+            device: None,
+            boot: None,
             image,
             request,
         })
@@ -212,6 +255,20 @@ impl Daemon {
     }
 }
 
+/// Makes an attachment one of a guest. What a guest's file system is told to be an error it gives up on, so by default requests wait.
+fn for_device(attachment: &mut Attachment, device: DeviceId) -> Result<(), Problem> {
+    let boot = crate::state::boot_id();
+    attachment.boot = Some(boot.ok_or_else(|| Problem::failed("the boot id of the host cannot be read"))?);
+    attachment.device = Some(device.to_string());
+    if attachment.request.on_error.is_none() {
+        attachment.on_error = model::ErrorPolicy::Pause;
+    }
+    if attachment.request.on_enospc.is_none() {
+        attachment.on_enospc = model::ErrorPolicy::Pause;
+    }
+    Ok(())
+}
+
 /// Checks names of groups.
 pub(super) fn check_groups(groups: &[String]) -> Result<(), Problem> {
     if groups.len() > GROUPS_MAX {
@@ -246,6 +303,10 @@ fn difference(existing: &Attachment, wanted: &Attachment, shard: Option<usize>) 
     }
     if old.nbd != new.nbd {
         return Some(format!("{} instead of {}", word(old.nbd, "--nbd"), word(new.nbd, "--nbd")));
+    }
+    if existing.device != wanted.device {
+        let name = |device: &Option<String>| device.clone().unwrap_or_else(|| "no guest".into());
+        return Some(format!("{} instead of {}", name(&existing.device), name(&wanted.device)));
     }
     if wanted.limits != existing.limits && Ok(wanted.limits) != old.limits.to_limits() {
         return Some(format!(

@@ -13,6 +13,8 @@ use crate::model::{self, Level, QosRequest, ResumeRequest, State};
 use crate::placement;
 use crate::problem::{Problem, ProblemKind};
 use crate::state::{Attachment, Hold};
+use crate::xen::backend::Report;
+use crate::xen::device::DeviceId;
 
 impl Daemon {
     /// Holds a disk's requests; returns when nothing is in flight. A disk that cannot be quiet in time runs on.
@@ -240,8 +242,16 @@ impl Daemon {
             }
             let message = format!("resized from {now} to {size_bytes} bytes");
             self.events.record(Level::Info, Some(name), message);
+            self.report_to_guest(&disk, Report::Resized);
         }
         Ok(self.describe(&disk))
+    }
+
+    /// Tells the guest of a disk, if it has one.
+    pub(super) fn report_to_guest(&self, disk: &Disk, report: Report) {
+        if let (Some(guests), Some(device)) = (self.guests.get(), device_of(disk)) {
+            guests.report(device, report);
+        }
     }
 
     /// Gives a disk up: its requests are answered with errors.
@@ -258,6 +268,13 @@ impl Daemon {
         }
         disk.inner().reason = Hold::GivenUp.reason().map(str::to_owned);
         self.events.record(Level::Warning, Some(name), "given up by `ctl fail`");
+        // Its flushes are held for ever: the guest is told by the state of the device, not by an error of a flush.
+        if let (Some(guests), Some(device)) = (self.guests.get(), device_of(&disk))
+            && let Err(problem) = guests.close(device, deadline).await
+        {
+            let message = format!("its guest could not be asked to close device {device}: {problem}");
+            self.events.record(Level::Error, Some(name), message);
+        }
         Ok(self.describe(&disk))
     }
 
@@ -405,6 +422,12 @@ impl Daemon {
             )),
         }
     }
+}
+
+/// The device of a guest that a disk is for.
+pub(super) fn device_of(disk: &Disk) -> Option<DeviceId> {
+    let device = disk.inner().attachment.device.clone()?;
+    DeviceId::from_xenbus_path(&format!("backend/{device}"))
 }
 
 /// The disk's place on a shard, or why it has none.

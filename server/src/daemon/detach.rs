@@ -15,10 +15,12 @@ use std::time::Duration;
 use shard::api::{ClientInfo, Command, Reply, ShardErrorKind};
 use tokio::time::Instant;
 
+use super::control::device_of;
 use super::disk::{Removal, Standing};
 use super::{Daemon, Disk};
 use crate::model::{self, Level};
 use crate::problem::{Problem, ProblemKind};
+use crate::xen::device::DeviceId;
 
 /// Clients that a message names.
 const CLIENTS_NAMED: usize = 5;
@@ -42,6 +44,70 @@ impl Drop for Closing<'_> {
 impl Daemon {
     /// Stops serving a disk and forgets it. Returns what is left of it: a zombie, or nothing.
     pub async fn detach(
+        self: &Arc<Self>,
+        name: &str,
+        force: bool,
+        deadline: Instant,
+    ) -> Result<Option<model::Disk>, Problem> {
+        let disk = self.disk(name)?;
+        let device = device_of(&disk);
+        match device {
+            Some(device) if self.guests.get().is_some() => {
+                self.detach_from_guest(&disk, device, force, deadline).await?;
+            }
+            _ => {}
+        }
+        match self.detach_disk(name, force, deadline).await {
+            // The end of its device has detached it.
+            Err(problem) if problem.kind == ProblemKind::NotFound && device.is_some() => Ok(None),
+            result => result,
+        }
+    }
+
+    /// The device of a disk is gone from XenStore.
+    pub async fn detach_device(
+        self: &Arc<Self>,
+        name: &str,
+        device: DeviceId,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let disk = self.disk(name)?;
+        // A disk of that name that was attached since.
+        if disk.inner().attachment.device.as_deref() != Some(&device.to_string()) {
+            return Ok(());
+        }
+        self.detach_disk(name, false, deadline).await.map(drop)
+    }
+
+    /// Takes the device away from its guest: with its consent, or by force.
+    async fn detach_from_guest(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        device: DeviceId,
+        force: bool,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let ours = disk.inner().attachment.request.guest.is_some();
+        match (ours, force) {
+            (true, _) => {
+                let removed = self.guests()?.remove(device, force, deadline).await;
+                removed.map_err(|problem| problem.context(&format!("disk {}", disk.name)))
+            }
+            (false, true) => Ok(()),
+            (false, false) if !self.guests()?.has(device) => Ok(()),
+            (false, false) => Err(Problem::new(
+                ProblemKind::Busy,
+                format!(
+                    "disk {} belongs to device {device}, which a toolstack made: remove it there (`xl block-detach {} {}`), or give it \
+                     up with --force",
+                    disk.name, device.domid, device.devid
+                ),
+            )),
+        }
+    }
+
+    /// Stops serving a disk that no guest has, and forgets it.
+    pub(super) async fn detach_disk(
         self: &Arc<Self>,
         name: &str,
         force: bool,

@@ -82,6 +82,8 @@ pub struct Inner {
     pub retry_at: Option<Instant>,
     /// Bytes of its image in the store, as measured last.
     pub allocated_bytes: Option<u64>,
+    /// A dead daemon had connected its guest, and nobody answers the guest's requests.
+    pub awaiting: bool,
 }
 
 /// What a disk has while a shard has it.
@@ -117,6 +119,7 @@ impl Disk {
                 closing: 0,
                 retry_at: None,
                 allocated_bytes: None,
+                awaiting: false,
             }),
         })
     }
@@ -162,7 +165,10 @@ impl Disk {
         match self.standing() {
             // The last word of a shard that has ended says nothing any more.
             Standing::Live if self.shard_has_ended() => State::Failed,
-            Standing::Live => State::from_counter(self.counters.state.get()),
+            Standing::Live => match State::from_counter(self.counters.state.get()) {
+                State::Running if self.inner().awaiting => State::AwaitingRecovery,
+                state => state,
+            },
             Standing::Draining | Standing::Gone => State::Draining,
             Standing::Zombie => State::Zombie,
             Standing::Down => State::Failed,

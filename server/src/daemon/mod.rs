@@ -27,7 +27,7 @@ mod view;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use shard::api::DiskId;
@@ -37,6 +37,7 @@ use crate::args::ServeArgs;
 use crate::config::Settings;
 use crate::events::EventLog;
 use crate::fleet::Fleet;
+use crate::guests::Guests;
 use crate::images::Images;
 use crate::model::Reload;
 use crate::nbd::NbdServer;
@@ -63,6 +64,8 @@ pub struct Daemon {
     pub groups: Groups,
     /// NBD listeners and negotiations.
     pub nbd: NbdServer,
+    /// Guests of Xen; absent where the host has none.
+    pub guests: OnceLock<Guests>,
     /// Told when the last shard has ended by itself.
     pub no_shard_left: tokio::sync::Notify,
     settings: Mutex<Arc<Settings>>,
@@ -103,6 +106,7 @@ impl Daemon {
             events: EventLog::default(),
             groups,
             nbd: NbdServer::new(&settings)?,
+            guests: OnceLock::new(),
             no_shard_left: tokio::sync::Notify::new(),
             settings: Mutex::new(Arc::new(settings)),
             args,
@@ -128,6 +132,24 @@ impl Daemon {
     /// Microseconds since the start, to date counters.
     pub fn uptime_us(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
+    }
+
+    /// The guests of Xen, or why there are none.
+    pub fn guests(&self) -> Result<&Guests, Problem> {
+        self.guests.get().ok_or_else(|| {
+            Problem::new(
+                ProblemKind::Unavailable,
+                "this host has no XenStore (neither /run/xenstored/socket nor /dev/xen/xenbus): guests of Xen need the daemon in dom0 or \
+                 a driver domain, after xenstored; other disks are served all the same",
+            )
+        })
+    }
+
+    /// Starts to serve guests, where there can be any.
+    pub fn start_guests(self: &Arc<Self>) {
+        if let Some(guests) = Guests::start(self) {
+            let _ = self.guests.set(guests);
+        }
     }
 
     /// True from the moment a stop was asked for.

@@ -9,6 +9,7 @@ use super::disk::{Removal, Standing};
 use super::{Daemon, Disk};
 use crate::fleet::Notice;
 use crate::model::Level;
+use crate::xen::backend::Report;
 
 impl Daemon {
     /// Handles notices until the fleet is gone.
@@ -48,6 +49,17 @@ impl Daemon {
                 } else {
                     self.events.record(Level::Warning, name.as_deref(), format!("client {peer}: {reason}"));
                 }
+            }
+            Event::RingBroken { disk, queue, reason, .. } => {
+                let Some(disk) = self.disk_by_id(disk) else { return };
+                let message = format!("queue {queue} of its guest was stopped: {reason}");
+                self.events.record(Level::Error, Some(&disk.name), message.clone());
+                self.report_to_guest(&disk, Report::RingBroken(message));
+            }
+            Event::FlushHeld { disk, .. } => {
+                let Some(disk) = self.disk_by_id(disk) else { return };
+                let message = "a flush of its guest failed and waits: an error would tell the guest that it needs no flushes";
+                self.events.record(Level::Error, Some(&disk.name), message);
             }
             Event::Stopped { error } => self.shard_ended(shard, error),
             // The caller of a command has gone, which flows do not do; what the answer carries is dropped, not lost: the

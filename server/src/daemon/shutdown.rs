@@ -8,9 +8,11 @@ use shard::api::{Command, Reply};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::control::device_of;
 use super::disk::{Removal, Standing};
 use super::{Daemon, Disk};
 use crate::model::Level;
+use crate::xen::device::DeviceId;
 
 /// How long a removal by force may take after the drain's time is over.
 const FORCE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -56,6 +58,11 @@ impl Daemon {
         }
         let listener = disk.inner().live.as_mut().and_then(|live| live.listener.take());
         drop(listener);
+        if let Some(DeviceId { domid, devid, .. }) = device_of(disk) {
+            // What its guest was promised is kept; what it sends from now on waits in its rings. XenStore is left as it is.
+            let command = Command::DisconnectGuest { disk: id, domid, devid, force: false };
+            let _ = tokio::time::timeout_at(deadline, self.fleet.call(shard, command)).await;
+        }
         let removal = self.fleet.call(shard, Command::RemoveDisk { disk: id, force: false });
         let clean = match tokio::time::timeout_at(deadline, removal).await {
             Ok(Ok(Reply::Removed(_))) => true,

@@ -34,7 +34,10 @@ impl Daemon {
         if attachment.request.nbd {
             let socket = settings.nbd_socket(&disk.name).display().to_string();
             let uri = format!("nbd+unix:///{}?socket={}", disk.name, percent_encoded(&socket));
-            frontends.push(Frontend { kind: "nbd".into(), uri, socket });
+            frontends.push(Frontend { kind: "nbd".into(), uri, socket: Some(socket) });
+        }
+        if let Some(device) = &attachment.device {
+            frontends.push(Frontend { kind: "xen".into(), uri: format!("xen:{device}"), socket: None });
         }
         model::Disk {
             name: disk.name.to_string(),

@@ -5,6 +5,7 @@
 
 mod disks;
 mod extract;
+mod guests;
 mod host;
 pub mod peer;
 pub mod serve;
@@ -94,6 +95,8 @@ fn api() -> OpenApiRouter<Api> {
         .routes(routes!(disks::resize))
         .routes(routes!(disks::fail))
         .routes(routes!(disks::move_disk))
+        .routes(routes!(guests::list))
+        .routes(routes!(guests::claim))
         .routes(routes!(host::groups))
         .routes(routes!(host::group, host::group_qos, host::delete_group))
         .routes(routes!(host::shards))

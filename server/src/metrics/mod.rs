@@ -7,6 +7,7 @@
 
 mod disks;
 mod family;
+mod guests;
 mod process;
 mod shards;
 mod text;
@@ -84,6 +85,7 @@ impl Metrics {
         let families = self.registry.gather();
         let mut text = String::with_capacity(self.last_bytes.load(Ordering::Relaxed));
         disks::write(daemon, &mut text);
+        guests::write(daemon, &mut text);
         TextEncoder::new()
             .encode_utf8(&families, &mut text)
             .map_err(|error| Problem::failed(format!("the metrics cannot be written: {error}")))?;

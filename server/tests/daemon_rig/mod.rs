@@ -81,6 +81,8 @@ fn kind_of(command: &Command) -> &'static str {
         Command::RemoveDisk { force: false, .. } => "remove",
         Command::RemoveDisk { force: true, .. } => "force",
         Command::Connect { .. } => "connect",
+        Command::ConnectGuest { .. } => "connect guest",
+        Command::DisconnectGuest { .. } => "disconnect guest",
         Command::SetLimits { .. } => "limits",
         Command::Pause { .. } => "pause",
         Command::Resume { .. } => "resume",
