@@ -19,22 +19,23 @@ self=$repo_dir/deploy/$(basename "${BASH_SOURCE[0]}")
 # Stage and budget in seconds. Budgets are for two slow cores and an empty target folder; together they stay below the
 # hour and a half that a run of CI may take.
 stages='
-packages   600
+packages   420
 fmt         60
 shell       60
 systemd     60
 rules       60
 licences    60
-clippy     600
-build      600
-unit       600
-integration 900
-docs       300
-release    900
+clippy     420
+build      480
+unit       420
+integration 720
+docs       180
+release    540
 service    120
 metrics     60
-openapi    240
-quickstart 240
+openapi    180
+quickstart 180
+xen       1380
 '
 
 export CARGO_TERM_COLOR=never CARGO_INCREMENTAL=0 RUST_BACKTRACE=0
@@ -101,6 +102,8 @@ stage_service() {
 stage_metrics() { deploy/checks/metrics.sh; }
 
 stage_openapi() { deploy/checks/openapi.sh; }
+
+stage_xen() { BLKTAPD_BINARY=${BLKTAPD_BINARY:-$target_dir/release/blktapd} deploy/xen/test; }
 
 stage_quickstart() { deploy/checks/quickstart.sh; }
 
