@@ -6,6 +6,7 @@ use shard::api::{Command, DiskId, Reply};
 use shard::limits::Limits;
 use tokio::time::Instant;
 
+use super::control::device_of;
 use super::disk::{Live, Standing};
 use super::{Daemon, Disk};
 use crate::model::{self, AttachRequest, Level};
@@ -37,11 +38,11 @@ impl Daemon {
         let read_only = attachment.request.read_only;
         let (disk, new) = self.attach_checked(name, attachment, deadline).await?;
         if let Err(problem) = self.guests()?.create(device, name, read_only, deadline).await {
-            if new {
-                let deadline = Instant::now() + super::DEFAULT_TIMEOUT;
-                if let Err(problem) = self.detach_disk(name, true, deadline).await {
-                    tracing::error!(disk = name, "it could not be detached again: {problem}");
-                }
+            // One that was cut off may have come through.
+            if new
+                && let Err(problem) = self.detach(name, true, Instant::now() + super::DEFAULT_TIMEOUT).await
+            {
+                tracing::error!(disk = name, "it could not be detached again: {problem}");
             }
             return Err(problem.context(&format!("disk {name} was not attached")));
         }
@@ -230,6 +231,9 @@ impl Daemon {
         }
         disk.go_live(live);
         self.insert(disk);
+        if let (Some(guests), Some(device)) = (self.guests.get(), device_of(disk)) {
+            guests.retry(device);
+        }
     }
 
     /// Undoes [`Daemon::bring_up`].

@@ -22,6 +22,8 @@ use crate::model::{self, Level};
 use crate::problem::{Problem, ProblemKind};
 use crate::xen::device::DeviceId;
 
+/// How long a detach by force waits for XenStore.
+const XENSTORE_PATIENCE: Duration = Duration::from_secs(2);
 /// Clients that a message names.
 const CLIENTS_NAMED: usize = 5;
 
@@ -57,26 +59,11 @@ impl Daemon {
             }
             _ => {}
         }
-        match self.detach_disk(name, force, deadline).await {
+        match self.detach_disk(&disk, force, deadline).await {
             // The end of its device has detached it.
             Err(problem) if problem.kind == ProblemKind::NotFound && device.is_some() => Ok(None),
             result => result,
         }
-    }
-
-    /// The device of a disk is gone from XenStore.
-    pub async fn detach_device(
-        self: &Arc<Self>,
-        name: &str,
-        device: DeviceId,
-        deadline: Instant,
-    ) -> Result<(), Problem> {
-        let disk = self.disk(name)?;
-        // A disk of that name that was attached since.
-        if disk.inner().attachment.device.as_deref() != Some(&device.to_string()) {
-            return Ok(());
-        }
-        self.detach_disk(name, false, deadline).await.map(drop)
     }
 
     /// Takes the device away from its guest: with its consent, or by force.
@@ -88,47 +75,62 @@ impl Daemon {
         deadline: Instant,
     ) -> Result<(), Problem> {
         let ours = disk.inner().attachment.request.guest.is_some();
-        match (ours, force) {
-            (true, _) => {
-                let removed = self.guests()?.remove(device, force, deadline).await;
-                removed.map_err(|problem| problem.context(&format!("disk {}", disk.name)))
+        let guests = self.guests()?;
+        if force {
+            // A XenStore that does not answer must not keep the disk.
+            let deadline = deadline.min(Instant::now() + XENSTORE_PATIENCE);
+            let gone = if ours {
+                guests.remove(device, true, deadline).await
+            } else {
+                guests.close(device, deadline).await
+            };
+            if let Err(problem) = gone {
+                let message =
+                    format!("detached by force, and XenStore still has its device {device}: {problem}");
+                self.events.record(Level::Warning, Some(&disk.name), message);
             }
-            (false, true) => Ok(()),
-            (false, false) if !self.guests()?.has(device) => Ok(()),
-            (false, false) => Err(Problem::new(
-                ProblemKind::Busy,
-                format!(
-                    "disk {} belongs to device {device}, which a toolstack made: remove it there (`xl block-detach {} {}`), or give it \
-                     up with --force",
-                    disk.name, device.domid, device.devid
-                ),
-            )),
+            return Ok(());
         }
+        if ours {
+            let removed = guests.remove(device, false, deadline).await;
+            return removed.map_err(|problem| problem.context(&format!("disk {}", disk.name)));
+        }
+        if !guests.has(device) {
+            return Ok(());
+        }
+        Err(Problem::new(
+            ProblemKind::Busy,
+            format!(
+                "disk {} belongs to device {device}, which a toolstack made: remove it there (`xl block-detach {} {}`), or give it up \
+                 with --force",
+                disk.name, device.domid, device.devid
+            ),
+        ))
     }
 
-    /// Stops serving a disk that no guest has, and forgets it.
-    pub(super) async fn detach_disk(
+    /// Stops serving a disk that no guest has, and forgets it. Nothing happens to another disk of its name.
+    pub async fn detach_disk(
         self: &Arc<Self>,
-        name: &str,
+        disk: &Arc<Disk>,
         force: bool,
         deadline: Instant,
     ) -> Result<Option<model::Disk>, Problem> {
-        let disk = self.disk(name)?;
-        let _closing = Closing::new(&disk);
+        let name = &*disk.name;
+        let _closing = Closing::new(disk);
         if force {
             disk.interrupt.notify_waiters();
         } else {
-            self.wait_for_clients(&disk, deadline).await?;
+            self.wait_for_clients(disk, deadline).await?;
         }
         let done = {
             let _guard = self.lock_name(name, deadline).await?;
-            if !self.has(&disk) {
+            if !self.has(disk) {
                 return Ok(None);
             }
             let done = disk.removed.subscribe();
             match disk.standing() {
-                Standing::Live => self.start_removal(&disk, force, deadline).await?,
-                Standing::Draining if force => self.force_removal(&disk),
+                Standing::Live => self.start_removal(disk, force, deadline).await?,
+                Standing::Draining if force => self.force_removal(disk),
                 Standing::Draining | Standing::Gone => {}
                 Standing::Zombie => {
                     return Err(Problem::new(
@@ -141,14 +143,14 @@ impl Daemon {
                 }
                 // An attempt to bring it up that is under way gives up when it sees that the disk is closing.
                 Standing::Down => {
-                    self.forget(&disk).await?;
-                    self.finish(&disk).await;
+                    self.forget(disk).await?;
+                    self.finish(disk).await;
                     return Ok(None);
                 }
             }
             done
         };
-        self.wait_for_removal(&disk, done, deadline).await
+        self.wait_for_removal(disk, done, deadline).await
     }
 
     /// Waits until nobody uses the disk. New clients are refused meanwhile.

@@ -211,7 +211,7 @@ impl Daemon {
     }
 
     /// True while the table has this very disk.
-    fn has(&self, disk: &Arc<Disk>) -> bool {
+    pub fn has(&self, disk: &Arc<Disk>) -> bool {
         lock(&self.disks).by_name.get(&*disk.name).is_some_and(|other| Arc::ptr_eq(other, disk))
     }
 

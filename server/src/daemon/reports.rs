@@ -112,6 +112,11 @@ impl Daemon {
         let message =
             format!("shard {shard}, which served it, has ended ({reason}); it is brought up on another");
         let Some(live) = disk.go_down(&message) else { return };
+        if super::control::device_of(&disk).is_some() {
+            // Its rings went with the shard: the guest waits until it connects anew.
+            disk.inner().awaiting = true;
+            self.report_to_guest(&disk, Report::RingBroken(message.clone()));
+        }
         drop(live.listener);
         disk.reset_gauges();
         self.close(&disk, live.image).await;

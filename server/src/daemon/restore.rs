@@ -83,6 +83,16 @@ impl Daemon {
         }
     }
 
+    /// A guest's device wants its disk, which may be down.
+    pub async fn bring_up_again(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        deadline: Instant,
+    ) -> Result<(), Problem> {
+        let _guard = self.lock_name(&disk.name, deadline).await?;
+        self.try_again(disk, deadline).await
+    }
+
     /// An operator wants a disk that is down to be tried now. The caller holds the name.
     pub(super) async fn try_again(
         self: &Arc<Self>,

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::control::device_of;
 use super::disk::{Removal, Standing};
 use super::{Daemon, Disk};
-use crate::model::Level;
+use crate::model::{Level, State};
 use crate::xen::device::DeviceId;
 
 /// How long a removal by force may take after the drain's time is over.
@@ -60,7 +60,9 @@ impl Daemon {
         drop(listener);
         if let Some(DeviceId { domid, devid, .. }) = device_of(disk) {
             // What its guest was promised is kept; what it sends from now on waits in its rings. XenStore is left as it is.
-            let command = Command::DisconnectGuest { disk: id, domid, devid, force: false };
+            // What a disk holds it would never answer: the tables of requests in flight keep it.
+            let force = disk.state() != State::Running;
+            let command = Command::DisconnectGuest { disk: id, domid, devid, force };
             let _ = tokio::time::timeout_at(deadline, self.fleet.call(shard, command)).await;
         }
         let removal = self.fleet.call(shard, Command::RemoveDisk { disk: id, force: false });

@@ -10,13 +10,16 @@ use ring_bridge::blkif::wire::{Abi, entries};
 use ring_bridge::grants::budget::Budget;
 use shard::api::{Command, Reply, ShardErrorKind};
 use shard::blkif::{GuestConnect, GuestCounters, GuestInUse, Offer, QueueConnect, Transport};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::tables;
+use crate::daemon::disk::Standing;
 use crate::daemon::{Daemon, Disk, lock};
 use crate::model::{self, AttachRequest, Level, State};
 use crate::problem::{Problem, ProblemKind};
 use crate::xen::backend::Disks;
+use crate::xen::client::Store;
 use crate::xen::device::DeviceId;
 use crate::xen::keys::{Connect, Protocol, QUEUES_MAX};
 use crate::xen::publish::{Discard, Features, Properties};
@@ -25,18 +28,22 @@ use formats::spec::{ImageSpec, ImageType};
 
 /// A toolstack waits ten seconds for a device, then it takes the whole guest back.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Between two looks at a disk that is on no shard.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Between two looks at a disk that is on no shard, or that somebody else has yet.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// How long a guest that has let go of its device waits for answers; then what has not begun is dropped.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A disk that is younger may be on its way to XenStore.
+const NEW_DISK: Duration = Duration::from_secs(15);
 
 /// A device that is served.
 #[derive(Debug)]
 struct Device {
-    disk: String,
+    /// This very disk: another one of that name is somebody else's.
+    disk: Arc<Disk>,
     wanted: Wanted,
     counters: Arc<GuestCounters>,
     in_use: Option<GuestInUse>,
-    /// Queues that have a table of requests in flight.
-    tables: usize,
 }
 
 /// Devices and their disks.
@@ -47,16 +54,19 @@ pub struct GuestDisks {
     budget: Arc<Budget>,
     features: Features,
     devices: Mutex<BTreeMap<DeviceId, Device>>,
+    /// Detaches of disks whose devices are gone: a device that is made anew in the same place waits for them.
+    leaving: Mutex<BTreeMap<DeviceId, JoinHandle<()>>>,
 }
 
 impl GuestDisks {
     pub(super) fn new(daemon: &Arc<Daemon>, budget: Arc<Budget>, features: Features) -> GuestDisks {
         let run_dir = daemon.settings().run_dir.clone();
-        GuestDisks { daemon: Arc::downgrade(daemon), run_dir, budget, features, devices: Mutex::default() }
+        let daemon = Arc::downgrade(daemon);
+        GuestDisks { daemon, run_dir, budget, features, devices: Mutex::default(), leaving: Mutex::default() }
     }
 
     pub(super) fn disk_of(&self, id: DeviceId) -> Option<String> {
-        lock(&self.devices).get(&id).map(|device| device.disk.clone())
+        lock(&self.devices).get(&id).map(|device| device.disk.name.to_string())
     }
 
     pub(super) fn find(&self, domid: u16, devid: u32) -> Option<DeviceId> {
@@ -65,7 +75,9 @@ impl GuestDisks {
 
     pub(super) fn details(&self, id: DeviceId) -> (Option<String>, Option<GuestInUse>) {
         let devices = lock(&self.devices);
-        devices.get(&id).map_or((None, None), |device| (Some(device.disk.clone()), device.in_use.clone()))
+        devices
+            .get(&id)
+            .map_or((None, None), |device| (Some(device.disk.name.to_string()), device.in_use.clone()))
     }
 
     pub(super) fn counters(&self, id: DeviceId) -> Option<Arc<GuestCounters>> {
@@ -77,17 +89,19 @@ impl GuestDisks {
         self.daemon.upgrade().filter(|daemon| !daemon.is_stopping()).ok_or_else(stopping)
     }
 
-    /// The disk of a device that is served.
-    fn disk(&self, id: DeviceId) -> Result<Arc<Disk>, Problem> {
-        let name = self.disk_of(id).ok_or_else(|| Problem::failed(format!("device {id} has no disk")))?;
-        self.daemon()?.disk(&name)
+    /// The disk of a device that is served, while it is attached. Also while the daemon is stopping.
+    fn disk(&self, id: DeviceId) -> Result<(Arc<Daemon>, Arc<Disk>), Problem> {
+        let gone = || Problem::new(ProblemKind::NotFound, format!("the disk of device {id} was detached"));
+        let disk = lock(&self.devices).get(&id).map(|device| device.disk.clone()).ok_or_else(gone)?;
+        let daemon = self.daemon.upgrade().ok_or_else(gone)?;
+        if daemon.has(&disk) { Ok((daemon, disk)) } else { Err(gone()) }
     }
 
     fn offer(&self, id: DeviceId) -> Option<Offer> {
+        let (_, disk) = self.disk(id).ok()?;
+        let block = disk.inner().live.as_ref().map(|live| live.image.block_bytes)?;
         let devices = lock(&self.devices);
         let wanted = &devices.get(&id)?.wanted;
-        let disk = self.daemon.upgrade()?.find(&devices.get(&id)?.disk)?;
-        let block = disk.inner().live.as_ref().map(|live| live.image.block_bytes)?;
         Some(Offer {
             flush: true,
             barrier: true,
@@ -119,6 +133,78 @@ impl GuestDisks {
         Ok(queues)
     }
 
+    fn remove_tables(&self, id: DeviceId) {
+        tables::remove(&self.run_dir, id, QUEUES_MAX as usize);
+    }
+
+    /// Opens a device's disk once.
+    async fn open_now(&self, wanted: &Wanted, deadline: Instant) -> Result<Arc<Disk>, Problem> {
+        let daemon = self.daemon()?;
+        let id = wanted.id;
+        if let Some(name) = &wanted.disk {
+            let disk = daemon.disk(name)?;
+            if disk.inner().attachment.device.as_deref() != Some(&id.to_string()) {
+                return Err(Problem::new(
+                    ProblemKind::Conflict,
+                    format!("disk {name} was not attached to device {id}: remove the device from XenStore"),
+                ));
+            }
+            daemon.bring_up_again(&disk, deadline).await?;
+            return Ok(disk);
+        }
+        let name = format!("{}-{}-{}", id.kind.name(), id.domid, id.devid);
+        let request = AttachRequest {
+            image: model::Image::Parts(image_of(&wanted.params)?),
+            read_only: wanted.read_only,
+            nbd: true,
+            guest: None,
+            limits: crate::limit_change::LimitChange::default(),
+            groups: Vec::new(),
+            on_error: None,
+            on_enospc: None,
+            shard: None,
+        };
+        daemon.attach_device(&name, request, id, deadline).await?;
+        daemon.disk(&name)
+    }
+
+    /// Detaches disks of devices that XenStore does not have any more: those whose domain ended while the daemon was away, and those
+    /// that could not be detached when their device went.
+    pub(super) async fn sweep(&self, store: &Store) {
+        let (Ok(daemon), Ok(own)) = (self.daemon(), store.own_domid().await) else { return };
+        for disk in daemon.all_disks() {
+            let device = disk.inner().attachment.device.clone();
+            let device = device.and_then(|device| DeviceId::from_xenbus_path(&format!("backend/{device}")));
+            let Some(device) = device.filter(|_| disk.since.elapsed() >= NEW_DISK) else { continue };
+            if matches!(store.list(&device.backend(own)).await, Ok(None)) {
+                self.leave(daemon.clone(), device, disk);
+            }
+        }
+    }
+
+    /// Detaches a disk in the background.
+    fn leave(&self, daemon: Arc<Daemon>, id: DeviceId, disk: Arc<Disk>) {
+        let mut leaving = lock(&self.leaving);
+        leaving.retain(|_, task| !task.is_finished());
+        // One that is under way has its time; the next sweep looks again.
+        if leaving.contains_key(&id) {
+            return;
+        }
+        let task = tokio::spawn(async move {
+            let deadline = Instant::now() + crate::daemon::DEFAULT_TIMEOUT;
+            match daemon.detach_disk(&disk, false, deadline).await {
+                Err(problem) if problem.kind != ProblemKind::NotFound => {
+                    let message = format!(
+                        "its device {id} is gone, and it could not be detached: {problem}; it is tried again"
+                    );
+                    daemon.events.record(Level::Error, Some(&disk.name), message);
+                }
+                _ => {}
+            }
+        });
+        leaving.insert(id, task);
+    }
+
     /// Tells the disk's shard, whichever it is meanwhile.
     async fn tell(
         &self,
@@ -147,42 +233,30 @@ fn image_of(params: &str) -> Result<ImageSpec, Problem> {
 
 impl Disks for GuestDisks {
     async fn open(&self, wanted: &Wanted) -> Result<(), Problem> {
-        let daemon = self.daemon()?;
         let id = wanted.id;
         let deadline = Instant::now() + OPEN_TIMEOUT;
-        let name = match &wanted.disk {
-            Some(name) => {
-                let disk = daemon.disk(name)?;
-                if disk.inner().attachment.device.as_deref() != Some(&id.to_string()) {
-                    return Err(Problem::new(
-                        ProblemKind::Conflict,
-                        format!(
-                            "disk {name} was not attached to device {id}: remove the device from XenStore"
-                        ),
-                    ));
+        let leaving = lock(&self.leaving).remove(&id);
+        if let Some(leaving) = leaving {
+            let _ = tokio::time::timeout_at(deadline, leaving).await;
+        }
+        let disk = loop {
+            match self.open_now(wanted, deadline).await {
+                Ok(disk) => break disk,
+                // A guest that is started again finds its image being flushed and closed behind its last run.
+                Err(problem)
+                    if problem.kind == ProblemKind::Busy && Instant::now() + LOOK_AGAIN < deadline =>
+                {
+                    tokio::time::sleep(LOOK_AGAIN).await;
                 }
-                name.clone()
-            }
-            None => {
-                let name = format!("{}-{}-{}", id.kind.name(), id.domid, id.devid);
-                let request = AttachRequest {
-                    image: model::Image::Parts(image_of(&wanted.params)?),
-                    read_only: wanted.read_only,
-                    nbd: true,
-                    guest: None,
-                    limits: crate::limit_change::LimitChange::default(),
-                    groups: Vec::new(),
-                    on_error: None,
-                    on_enospc: None,
-                    shard: None,
-                };
-                daemon.attach_device(&name, request, id, deadline).await?;
-                name
+                Err(problem) => return Err(problem),
             }
         };
-        let device =
-            Device { disk: name, wanted: wanted.clone(), counters: Arc::default(), in_use: None, tables: 0 };
-        lock(&self.devices).entry(id).or_insert(device);
+        let mut devices = lock(&self.devices);
+        let same = devices.get(&id).is_some_and(|device| Arc::ptr_eq(&device.disk, &disk));
+        if !same {
+            let device = Device { disk, wanted: wanted.clone(), counters: Arc::default(), in_use: None };
+            devices.insert(id, device);
+        }
         Ok(())
     }
 
@@ -193,7 +267,7 @@ impl Disks for GuestDisks {
             let wanted = &devices.get(&id)?.wanted;
             (wanted.cdrom, wanted.removable, wanted.read_only, wanted.discard)
         };
-        let disk = self.disk(id).ok()?;
+        let (_, disk) = self.disk(id).ok()?;
         let inner = disk.inner();
         let live = inner.live.as_ref()?;
         let read_only = read_only || inner.attachment.request.read_only;
@@ -219,14 +293,18 @@ impl Disks for GuestDisks {
     }
 
     async fn connect(&self, id: DeviceId, connect: Connect) -> Result<(), Problem> {
-        let disk = self.disk(id)?;
+        self.daemon()?;
+        let (_, disk) = self.disk(id)?;
         let offer =
             self.offer(id).ok_or_else(|| Problem::failed(format!("disk {} is not open", disk.name)))?;
         let counters = self.counters(id).unwrap_or_default();
-        let queues = self.make_tables(id, &connect, offer.indirect_segments_max).await?;
-        if let Some(device) = lock(&self.devices).get_mut(&id) {
-            device.tables = queues.len();
-        }
+        let queues = match self.make_tables(id, &connect, offer.indirect_segments_max).await {
+            Ok(queues) => queues,
+            Err(problem) => {
+                self.remove_tables(id);
+                return Err(problem);
+            }
+        };
         let abi = match connect.protocol {
             Protocol::X86_32 => Abi::X86_32,
             Protocol::X86_64 | Protocol::Arm => Abi::X86_64,
@@ -254,7 +332,7 @@ impl Disks for GuestDisks {
             }
             Ok(other) => Err(Problem::failed(format!("unexpected answer to a connect: {other:?}"))),
             Err(problem) => {
-                tables::remove(&self.run_dir, id, QUEUES_MAX as usize);
+                self.remove_tables(id);
                 Err(problem)
             }
         }
@@ -262,65 +340,54 @@ impl Disks for GuestDisks {
 
     async fn disconnect(&self, id: DeviceId) {
         let (domid, devid) = (id.domid, id.devid);
-        while let Ok(disk) = self.disk(id) {
-            let Ok(daemon) = self.daemon() else { break };
+        let patience = Instant::now() + DRAIN_PATIENCE;
+        while let Ok((daemon, disk)) = self.disk(id) {
+            // Its guest has let go of the rings, so nobody waits for what has not begun. A disk that holds requests would never end
+            // them.
+            let force = disk.state() != State::Running || Instant::now() >= patience;
             let told = {
-                // Not over the answer: a drain may take as long as the store does, and a move must be able to say so.
+                // Not over the answer, which takes as long as the store does: a move must be able to say so.
                 let _place = disk.place.read().await;
-                match disk.place() {
-                    Some((disk, shard)) => {
-                        let command = Command::DisconnectGuest { disk, domid, devid, force: false };
-                        Some(daemon.fleet.start(shard, command))
-                    }
-                    None => None,
-                }
+                let command = |disk| Command::DisconnectGuest { disk, domid, devid, force };
+                disk.place().map(|(disk, shard)| daemon.fleet.start(shard, command(disk)))
             };
-            let answer = match told {
-                Some(Ok(mut call)) => call.answer().await,
-                Some(Err(_)) | None => {
-                    if disk.standing() == crate::daemon::disk::Standing::Down {
-                        break;
-                    }
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                    continue;
+            let Some(Ok(mut call)) = told else {
+                if disk.standing() == Standing::Down {
+                    break;
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+                continue;
+            };
+            let answer = if force {
+                call.answer().await
+            } else {
+                match tokio::time::timeout_at(patience, call.answer()).await {
+                    Ok(answer) => answer,
+                    Err(_) => continue,
                 }
             };
             match answer {
-                Err(error) if error.kind == ShardErrorKind::WrongState => {
-                    tokio::time::sleep(LOOK_AGAIN).await
+                Err(error)
+                    if matches!(error.kind, ShardErrorKind::WrongState | ShardErrorKind::Interrupted) =>
+                {
+                    tokio::time::sleep(LOOK_AGAIN).await;
                 }
-                Err(error) if error.kind == ShardErrorKind::Interrupted => {}
                 Ok(_) | Err(_) => break,
             }
         }
-        let tables = {
-            let mut devices = lock(&self.devices);
-            let device = devices.get_mut(&id);
-            device.map_or(0, |device| {
-                device.in_use = None;
-                std::mem::take(&mut device.tables)
-            })
-        };
-        tables::remove(&self.run_dir, id, tables);
+        if let Some(device) = lock(&self.devices).get_mut(&id) {
+            device.in_use = None;
+        }
+        self.remove_tables(id);
     }
 
     async fn removed(&self, id: DeviceId) {
         let device = lock(&self.devices).remove(&id);
-        let (Some(device), Ok(daemon)) = (device, self.daemon()) else { return };
+        self.remove_tables(id);
         // By itself: a command that detaches the disk may be waiting for this.
-        tokio::spawn(async move {
-            if daemon.find(&device.disk).is_none() {
-                return;
-            }
-            let deadline = Instant::now() + crate::daemon::DEFAULT_TIMEOUT;
-            match daemon.detach_device(&device.disk, id, deadline).await {
-                Err(problem) if problem.kind != ProblemKind::NotFound => {
-                    let message = format!("its device {id} is gone, and it could not be detached: {problem}");
-                    daemon.events.record(Level::Error, Some(&device.disk), message);
-                }
-                _ => {}
-            }
-        });
+        if let (Some(device), Ok(daemon)) = (device, self.daemon()) {
+            self.leave(daemon, id, device.disk);
+        }
     }
 
     fn awaiting(&self, id: DeviceId) {

@@ -12,7 +12,8 @@ mod disks;
 mod tables;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use ring_bridge::grants::budget::Budget;
 use shard::blkif::GuestCounters;
@@ -38,6 +39,9 @@ use crate::xen::xenbus::XenbusState;
 /// (`gnttab_max_maptrack_frames`), so that blkback and others have the rest.
 const PERSISTENT_PAGES: usize = 64 << 10;
 
+/// Between two looks for disks whose devices are gone.
+const SWEEP_EVERY: Duration = Duration::from_secs(30);
+
 /// What tells that this host may have a XenStore.
 const SIGNS: [&str; 4] =
     ["/run/xenstored/socket", "/var/run/xenstored/socket", "/dev/xen/xenbus", "/proc/xen/xenbus"];
@@ -47,6 +51,22 @@ pub struct Guests {
     store: Store,
     disks: Arc<GuestDisks>,
     backend: Backend<GuestDisks>,
+    sweeper: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Guests {
+    fn drop(&mut self) {
+        self.sweeper.abort();
+    }
+}
+
+/// Looks now and then for disks whose devices are gone.
+async fn sweep(disks: Weak<GuestDisks>, store: Store) {
+    loop {
+        tokio::time::sleep(SWEEP_EVERY).await;
+        let Some(disks) = disks.upgrade() else { return };
+        disks.sweep(&store).await;
+    }
 }
 
 impl std::fmt::Debug for Guests {
@@ -67,7 +87,8 @@ impl Guests {
         let features = Features::default();
         let disks = Arc::new(GuestDisks::new(daemon, budget, features));
         let backend = Backend::start(store.clone(), disks.clone(), Arc::new(ThisHost::default()), features);
-        Some(Guests { store, disks, backend })
+        let sweeper = tokio::spawn(sweep(Arc::downgrade(&disks), store.clone()));
+        Some(Guests { store, disks, backend, sweeper })
     }
 
     /// The device that a request means. The domain has to exist.
