@@ -11,6 +11,8 @@ trap 'fail "line $LINENO of ${BASH_SOURCE[0]##*/}: $BASH_COMMAND"' ERR
 trap 'end_scenario' EXIT
 trap 'exit 143' TERM
 
+# A guest that gets its job from a pipe is known to what follows.
+shopt -s lastpipe
 PATH=/xen-test:$PATH
 # The first disk is raw data, 1 GiB; the second one gets a file system where a scenario wants image files.
 # shellcheck disable=SC2034  # for scenarios
