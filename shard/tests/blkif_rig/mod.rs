@@ -199,7 +199,7 @@ impl Rig {
         for shard in std::mem::take(&mut self.shards) {
             let tag = self.next_tag.replace_with(|tag| *tag + 1);
             // One that a test has killed does not hear it.
-            let _ = shard.send(Envelope { tag, command: Command::Stop });
+            shard.send(Envelope { tag, command: Command::Stop });
             shard.join();
         }
     }
