@@ -53,7 +53,7 @@ stage_fmt() { cargo fmt --all --check -- --color never; }
 
 stage_shell() {
     # shellcheck disable=SC2046  # our paths have no blanks
-    shellcheck -x $(find deploy .ci -name '*.sh') .ci/run
+    shellcheck -x $(find deploy .ci -name '*.sh') .ci/run deploy/xen/test deploy/xen/block-blktapd
     find deploy -name '*.py' -print0 | xargs -0 -r -n 1 /usr/bin/python3 -c 'import ast, sys; ast.parse(open(sys.argv[1]).read())'
 }
 
@@ -103,7 +103,7 @@ stage_metrics() { deploy/checks/metrics.sh; }
 
 stage_openapi() { deploy/checks/openapi.sh; }
 
-stage_xen() { BLKTAPD_BINARY=${BLKTAPD_BINARY:-$target_dir/release/blktapd} deploy/xen/test; }
+stage_xen() { BLKTAPD_BINARY=${BLKTAPD_BINARY:-$target_dir/release/blktapd} deploy/xen/test --tier self --tier pv; }
 
 stage_quickstart() { deploy/checks/quickstart.sh; }
 

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 180
-# pending: the daemon does not watch backend/vbd3 yet, and there is no block-blktapd
 # Goal: a disk whose nodes a toolstack writes (Xen 4.19 and newer with backendtype=tap, XAPI) is served and removed.
 # Method: the nodes by hand, the script called as libxl does, first with our parameters, then with the `aio:` of older ones.
 # shellcheck source=deploy/xen/dom0.sh
