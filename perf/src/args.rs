@@ -61,6 +61,10 @@ pub enum Case {
     Idle,
     /// What a cold read of a 1 TiB image costs in metadata.
     Cold,
+    /// blkif beside vhost-user-blk, both through rings in shared memory.
+    Blkif,
+    /// Many rings in shared memory, 50 operations/s each.
+    Rings,
 }
 
 /// Arguments of `run`.

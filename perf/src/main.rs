@@ -1,7 +1,8 @@
 //! `blktapd-perf`: blktapd beside its peers, in one run, with ratios instead of absolute claims.
 //!
-//! Charter: drives every server through its public command line and NBD only, and measures from the outside by the same means
-//! for all. It imports nothing of the other crates, so it cannot know more about blktapd than about a peer. It must never
+//! Charter: drives every server through its public command line, NBD, and rings in shared memory only, and measures from the outside
+//! by the same means for all. Of the other crates it imports `ring-bridge` alone, and of that the frontend's side and the type of shared memory,
+//! so it cannot know more about blktapd than about a peer. It must never
 //! drop a measurement silently: what was not measured or failed stands in the report.
 //!
 //! Each exit path (end, error, SIGINT, SIGTERM, SIGHUP) unwinds normally: children are killed and temporary files removed by
@@ -99,6 +100,8 @@ fn run(args: &RunArgs) -> Result<()> {
             Case::Convert => (cases::convert::CASE, cases::convert::run),
             Case::Idle => (cases::idle::CASE, cases::idle::run),
             Case::Cold => (cases::cold::CASE, cases::cold::run),
+            Case::Blkif => (cases::blkif::CASE, cases::blkif::run),
+            Case::Rings => (cases::rings::CASE, cases::rings::run),
         };
         names.push(name);
         ended = work(&mut bench).with_context(|| format!("case {name}"));
@@ -224,6 +227,7 @@ fn load(args: &LoadArgs) -> Result<()> {
         .map(|index| Endpoint {
             socket: args.socket.clone(),
             export: args.export.replace("{}", &index.to_string()),
+            protocol: servers::Protocol::Nbd,
         })
         .collect();
     let job = load::Job {

@@ -2,12 +2,13 @@
 //! no failure of the run.
 
 mod images;
+mod rings;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cases::{density, qos, ram, raw, shards, single};
+use crate::cases::{blkif, density, qos, ram, raw, rings as many, shards, single};
 use crate::report::{Metric, Report, Row, Summary};
 
 /// What became of a target.
@@ -89,6 +90,12 @@ pub fn judge(report: &Report, cases: &[&str]) -> Vec<TargetResult> {
         judge.shards(&mut results);
     }
     judge.images(cases, &mut results);
+    if cases.contains(&blkif::CASE) {
+        judge.rings(&mut results);
+    }
+    if cases.contains(&many::CASE) {
+        judge.many_rings(&mut results);
+    }
     results
 }
 

@@ -301,6 +301,9 @@ pub struct AttachArgs {
     /// Serve it to NBD clients, at RUN_DIR/nbd/NAME.sock and by name at RUN_DIR/nbd.sock
     #[arg(long)]
     pub nbd: bool,
+    /// Serve it by blkif to local clients that share their memory, at RUN_DIR/blkif/NAME.sock
+    #[arg(long)]
+    pub blkif: bool,
     /// Give it to a guest of Xen: the domain's number or name, 0 for the host itself
     #[arg(long, value_name = "DOM", requires = "vdev")]
     pub domain: Option<String>,

@@ -224,7 +224,7 @@ pub struct Settings {
     pub ram_limit_bytes: Option<u64>,
     /// NBD on TCP.
     pub nbd_listen: Vec<NbdListen>,
-    /// Who may connect to NBD's Unix sockets.
+    /// Who may connect to NBD's Unix sockets, and to those for blkif.
     pub nbd_access: SocketAccess,
     /// Bounds on NBD clients.
     pub nbd_limits: NbdLimits,
@@ -271,6 +271,16 @@ impl Settings {
     /// The NBD socket of one disk.
     pub fn nbd_socket(&self, disk: &str) -> PathBuf {
         self.nbd_dir().join(format!("{disk}.sock"))
+    }
+
+    /// The directory of the disks' blkif sockets.
+    pub fn blkif_dir(&self) -> PathBuf {
+        self.run_dir.join("blkif")
+    }
+
+    /// The socket of one disk for clients that share memory.
+    pub fn blkif_socket(&self, disk: &str) -> PathBuf {
+        self.blkif_dir().join(format!("{disk}.sock"))
     }
 
     /// The NBD socket with all exports.

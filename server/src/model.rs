@@ -129,6 +129,9 @@ pub struct AttachRequest {
     /// Serve it to NBD clients, at RUN_DIR/nbd/NAME.sock and by name at RUN_DIR/nbd.sock. A disk needs a frontend.
     #[serde(default)]
     pub nbd: bool,
+    /// Serve it by blkif to local clients that share their memory, at RUN_DIR/blkif/NAME.sock.
+    #[serde(default)]
+    pub blkif: bool,
     /// Give it to a guest of Xen; it ends with the boot of the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
@@ -238,10 +241,10 @@ impl State {
 /// Where clients find a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Frontend {
-    /// `nbd`.
+    /// `nbd`, `blkif` or `xen`.
     pub kind: String,
-    /// What to give to a client: `nbd+unix:///d1?socket=/run/blktapd/nbd/d1.sock`; of a guest's device, its place in XenStore:
-    /// `xen:vbd3/5/51712`.
+    /// What to give to a client: `nbd+unix:///d1?socket=/run/blktapd/nbd/d1.sock`, `blkif+unix:///d1?socket=/run/blktapd/blkif/d1.sock`;
+    /// of a guest's device, its place in XenStore: `xen:vbd3/5/51712`.
     pub uri: String,
     /// The path of the socket, if it has one.
     pub socket: Option<String>,

@@ -25,11 +25,13 @@ pub struct Owned {
 pub fn own(settings: &Settings) -> Result<Owned, Problem> {
     make(&settings.run_dir, 0o755, "--run-dir")?;
     make(&settings.nbd_dir(), 0o755, "--run-dir")?;
+    make(&settings.blkif_dir(), 0o755, "--run-dir")?;
     make(&settings.run_dir.join(HIDDEN), 0o700, "--run-dir")?;
     make(&settings.state_dir, 0o700, "--state-dir")?;
     let run = lock(&settings.run_dir, "run", "--run-dir")?;
     let state = lock(&settings.state_dir, "state", "--state-dir")?;
     remove_stale(&settings.nbd_dir());
+    remove_stale(&settings.blkif_dir());
     remove_stale(&settings.run_dir.join(HIDDEN));
     Ok(Owned { _run: run, _state: state })
 }

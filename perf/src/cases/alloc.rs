@@ -9,7 +9,7 @@ use crate::images::Tool;
 use crate::load::sweep::{self, Sweep};
 use crate::load::{Client, Op};
 use crate::report::{Metric, Row, Values};
-use crate::servers::{self, Aio, Disk, Format, Kind, Program, Setup};
+use crate::servers::{self, Aio, Disk, Format, Frontend, Kind, Program, Setup};
 use crate::{proc, stop};
 
 /// The case's name.
@@ -147,6 +147,7 @@ fn measure(
         aio: contender.aio,
         cores: vec![bench.cores().server],
         disks: vec![disk.clone()],
+        frontend: Frontend::Nbd,
         attach: Vec::new(),
     };
     let server = servers::start(&setup)?;

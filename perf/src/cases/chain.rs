@@ -8,7 +8,7 @@ use super::single::{self, Contender, Lifetime, Plan, Point, Subject};
 use crate::files::ImageDir;
 use crate::images::Tool;
 use crate::report::Row;
-use crate::servers::{Aio, Disk, Format, Kind};
+use crate::servers::{Aio, Disk, Format, Frontend, Kind};
 
 /// The case's name.
 pub const CASE: &str = "chain";
@@ -61,7 +61,14 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     }
     let mut contenders = single::with_control(ours);
     contenders.extend(theirs);
-    let plan = Plan { case: CASE, size_bytes, lifetime: Lifetime::Measurement, points: &POINTS, warm: true };
+    let plan = Plan {
+        case: CASE,
+        size_bytes,
+        lifetime: Lifetime::Measurement,
+        points: &POINTS,
+        frontend: Frontend::Nbd,
+        warm: true,
+    };
     single::run(bench, plan, contenders)
 }
 

@@ -13,7 +13,7 @@ use crate::files::{self, ImageDir};
 use crate::load::sweep::{self, Sweep};
 use crate::load::{Client, Op};
 use crate::report::{Metric, Row, Values};
-use crate::servers::{self, Aio, Disk, Format, Kind, Program, Setup};
+use crate::servers::{self, Aio, Disk, Format, Frontend, Kind, Program, Setup};
 use crate::{proc, stop};
 
 /// The case's name.
@@ -87,7 +87,14 @@ pub fn run(bench: &mut Bench) -> Result<()> {
 
 fn start(bench: &Bench, program: &Program, aio: Aio, disk: &Disk) -> Result<servers::Running> {
     let cores = vec![bench.cores().server];
-    servers::start(&Setup { program, aio, cores, disks: vec![disk.clone()], attach: Vec::new() })
+    servers::start(&Setup {
+        program,
+        aio,
+        cores,
+        disks: vec![disk.clone()],
+        frontend: Frontend::Nbd,
+        attach: Vec::new(),
+    })
 }
 
 fn measure(bench: &mut Bench, row: &Row, program: &Program, format: Format, disk: &Disk) -> Result<Values> {

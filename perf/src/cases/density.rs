@@ -10,7 +10,7 @@ use super::{Bench, loaded, order};
 use crate::files::ImageDir;
 use crate::load::{self, Op, Pace, Pattern};
 use crate::report::{Metric, Row, Values};
-use crate::servers::{self, Aio, Disk, Endpoint, Kind, Program, Running, Setup};
+use crate::servers::{self, Aio, Disk, Endpoint, Frontend, Kind, Program, Running, Setup};
 use crate::{proc, stop};
 
 /// The case's name.
@@ -145,7 +145,14 @@ fn measure(bench: &mut Bench, case: &str, contender: &Contender, disks: &[Disk],
     let row = &contender.row;
     let disks = disks.to_vec();
     let cores = vec![bench.cores().server];
-    let setup = Setup { program: &contender.program, aio: contender.aio, cores, disks, attach: Vec::new() };
+    let setup = Setup {
+        program: &contender.program,
+        aio: contender.aio,
+        cores,
+        disks,
+        frontend: Frontend::Nbd,
+        attach: Vec::new(),
+    };
     let server = servers::start(&setup)?;
     bench.started(case, row, &server);
 

@@ -8,7 +8,7 @@ use super::Bench;
 use super::single::{self, Contender, Lifetime, Plan, Subject};
 use crate::files::ImageDir;
 use crate::report::Row;
-use crate::servers::{Aio, Disk, Format, Kind};
+use crate::servers::{Aio, Disk, Format, Frontend, Kind};
 
 /// The case's name on the command line; in reports it is one case per format.
 pub const CASE: &str = "formats";
@@ -46,6 +46,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
             size_bytes,
             lifetime: Lifetime::Measurement,
             points: &single::POINTS,
+            frontend: Frontend::Nbd,
             warm: true,
         };
         single::run(bench, plan, contenders(bench, format, &file, &image))?;

@@ -1,6 +1,7 @@
 //! The cases, and what they share: the run's settings and the report that grows.
 
 pub mod alloc;
+pub mod blkif;
 pub mod chain;
 pub mod cold;
 pub mod convert;
@@ -10,6 +11,7 @@ pub mod idle;
 pub mod qos;
 pub mod ram;
 pub mod raw;
+pub mod rings;
 pub mod shards;
 pub mod single;
 
@@ -165,20 +167,42 @@ pub fn loaded(job: &load::Job, server: &Running) -> Result<(Values, load::Outcom
         }
         Ok(())
     })?;
+    let mut values = values_of(&outcome, begin, &end)?;
+    if let load::Pace::Open { .. } = job.pace {
+        values.insert(Metric::Unanswered, outcome.unanswered as f64);
+    }
+    Ok((values, outcome, clients))
+}
+
+/// The same for disks that are reached through rings, served by these processes.
+pub fn loaded_ring(job: &load::Job, pids: &[u32]) -> Result<Values> {
+    let (mut begin, mut end) = (Duration::ZERO, proc::Usage::default());
+    let outcome = load::ring::run(job, &mut |edge| {
+        match edge {
+            load::Edge::Begin => begin = proc::cpu(pids)?,
+            load::Edge::End => end = proc::usage(pids)?,
+        }
+        Ok(())
+    })?;
+    let mut values = values_of(&outcome, begin, &end)?;
+    if let load::Pace::Open { .. } = job.pace {
+        values.insert(Metric::Unanswered, outcome.unanswered as f64);
+    }
+    Ok(values)
+}
+
+/// The figures of a load, of which the server had used `begin` of CPU at its start.
+fn values_of(outcome: &load::Outcome, begin: Duration, end: &proc::Usage) -> Result<Values> {
     anyhow::ensure!(outcome.errors == 0, "the server answered {} requests with an error", outcome.errors);
     anyhow::ensure!(outcome.completed > 0, "the server answered no request in {:?}", outcome.window);
-    let mut values = Values::from([
+    Ok(Values::from([
         (Metric::Iops, outcome.iops()),
         (Metric::P50Us, outcome.percentile_us(50.0)),
         (Metric::P90Us, outcome.percentile_us(90.0)),
         (Metric::P99Us, outcome.percentile_us(99.0)),
         (Metric::CpuPerMillion, per_million(end.cpu.saturating_sub(begin), outcome.completed)),
         (Metric::PssKib, end.pss_kib as f64),
-    ]);
-    if let load::Pace::Open { .. } = job.pace {
-        values.insert(Metric::Unanswered, outcome.unanswered as f64);
-    }
-    Ok((values, outcome, clients))
+    ]))
 }
 
 /// CPU seconds per million operations.

@@ -12,7 +12,7 @@ use super::{Bench, loaded, order};
 use crate::files::ImageDir;
 use crate::load::{self, Op, Pace, Pattern};
 use crate::report::{Metric, Row};
-use crate::servers::{self, Aio, Disk, Endpoint, Kind, Program, Running, Setup};
+use crate::servers::{self, Aio, Disk, Endpoint, Frontend, Kind, Program, Running, Setup};
 use crate::stop;
 
 /// The case's name.
@@ -96,7 +96,14 @@ fn accuracy(bench: &mut Bench, program: &Program, disk: &Disk, round: u32) -> Re
         stop::check()?;
         let attach = vec![vec![limit.option.to_owned(), limit.per_second.to_string()]];
         let cores = vec![bench.cores().server];
-        let setup = Setup { program, aio: Aio::IoUring, cores, disks: vec![disk.clone()], attach };
+        let setup = Setup {
+            program,
+            aio: Aio::IoUring,
+            cores,
+            disks: vec![disk.clone()],
+            frontend: Frontend::Nbd,
+            attach,
+        };
         let server = servers::start(&setup)?;
         bench.started(CASE, &subject(), &server);
         let pace = Pace::Closed { depth: PUSH_DEPTH };
@@ -118,6 +125,7 @@ fn neighbour(bench: &mut Bench, program: &Program, disks: &[Disk], round: u32) -
         aio: Aio::IoUring,
         cores: vec![bench.cores().server],
         disks: disks.to_vec(),
+        frontend: Frontend::Nbd,
         attach,
     };
     let server = servers::start(&setup)?;

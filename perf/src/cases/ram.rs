@@ -6,7 +6,7 @@ use anyhow::Result;
 use super::Bench;
 use super::single::{self, Contender, Lifetime, Plan, Subject};
 use crate::report::Row;
-use crate::servers::{Aio, Disk, Kind};
+use crate::servers::{Aio, Disk, Frontend, Kind};
 
 /// The case's name.
 pub const CASE: &str = "ram";
@@ -43,7 +43,13 @@ pub fn run(bench: &mut Bench) -> Result<()> {
             }
         }
     }
-    let plan =
-        Plan { case: CASE, size_bytes, lifetime: Lifetime::Case, points: &single::POINTS, warm: false };
+    let plan = Plan {
+        case: CASE,
+        size_bytes,
+        lifetime: Lifetime::Case,
+        points: &single::POINTS,
+        frontend: Frontend::Nbd,
+        warm: false,
+    };
     single::run(bench, plan, single::with_control(contenders))
 }

@@ -7,7 +7,7 @@ use super::Bench;
 use super::single::{self, Contender, Lifetime, Plan, Subject};
 use crate::files::ImageDir;
 use crate::report::Row;
-use crate::servers::{Aio, Disk, Kind};
+use crate::servers::{Aio, Disk, Frontend, Kind};
 
 /// The case's name.
 pub const CASE: &str = "raw";
@@ -49,6 +49,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         size_bytes,
         lifetime: Lifetime::Measurement,
         points: &single::POINTS,
+        frontend: Frontend::Nbd,
         warm: false,
     };
     single::run(bench, plan, contenders)

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Bench, order, per_million};
 use crate::load::{self, Op, Pace, Pattern};
 use crate::report::{Metric, Row, Values};
-use crate::servers::{self, Aio, Disk, Kind, Program, Setup};
+use crate::servers::{self, Aio, Disk, Frontend, Kind, Program, Setup};
 use crate::{cpus, fio, proc, stop};
 
 /// The case's name.
@@ -69,8 +69,14 @@ fn measure(
 ) -> Result<Values> {
     let disks = vec![Disk::Ram(DISK_BYTES); shards.len()];
     let attach = (0..shards.len()).map(|shard| vec!["--shard".to_owned(), shard.to_string()]).collect();
-    let server =
-        servers::start(&Setup { program, aio: Aio::IoUring, cores: shards.to_vec(), disks, attach })?;
+    let server = servers::start(&Setup {
+        program,
+        aio: Aio::IoUring,
+        cores: shards.to_vec(),
+        disks,
+        frontend: Frontend::Nbd,
+        attach,
+    })?;
     bench.started(CASE, row, &server);
     for endpoint in &server.endpoints {
         let target = fio::Target::Nbd(endpoint.clone());

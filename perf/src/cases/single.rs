@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{Bench, Loader, loaded, order, per_million};
+use super::{Bench, Loader, loaded, loaded_ring, order, per_million};
 use crate::fio;
-use crate::load::{self, Op, Pace, Pattern};
+use crate::load::{self, Op, Pace, Pattern, ring};
 use crate::report::{Metric, Row, Values};
-use crate::servers::{self, Aio, Disk, Program, Running, Setup};
+use crate::servers::{self, Aio, Disk, Frontend, Program, Running, Setup};
 use crate::{files, proc, stop};
 
 /// A way to load one disk.
@@ -23,7 +23,7 @@ pub struct Point {
 }
 
 impl Point {
-    const fn new(block_kib: u32, pattern: Pattern, op: Op, depth: u32) -> Self {
+    pub(super) const fn new(block_kib: u32, pattern: Pattern, op: Op, depth: u32) -> Self {
         Self { op, pattern, block_kib, depth }
     }
 
@@ -114,6 +114,8 @@ pub struct Plan {
     pub size_bytes: u64,
     /// How long servers live.
     pub lifetime: Lifetime,
+    /// What the disks are reached by.
+    pub frontend: Frontend,
     /// The points.
     pub points: &'static [Point],
     /// Whether a disk is read once before each measurement, so that its metadata is cached.
@@ -169,12 +171,18 @@ fn prepare(bench: &mut Bench, plan: Plan, entrant: &mut Entrant) -> Result<()> {
     let holds_data = writes && !matches!(disk, Disk::Null(_));
     // Memory is filled completely, so that every timed read copies real bytes; of a file a part is enough.
     let bytes = if lifetime == Lifetime::Case { size_bytes } else { size_bytes.min(64 << 20) };
-    let running = start(bench, &entrant.contender)?;
+    let running = start(bench, plan.frontend, &entrant.contender)?;
     let row = &entrant.contender.row;
     bench.started(case, row, &running);
     if holds_data {
-        let target = fio::Target::Nbd(running.endpoints[0].clone());
-        fio::verify(&target, bytes, size_bytes, bench.cores().load, &bench.scratch())?;
+        let endpoint = running.endpoints[0].clone();
+        match plan.frontend {
+            Frontend::Nbd => {
+                let target = fio::Target::Nbd(endpoint);
+                fio::verify(&target, bytes, size_bytes, bench.cores().load, &bench.scratch())?;
+            }
+            Frontend::Ring => ring::verify(&endpoint, bytes)?,
+        }
         bench.report.verified.push(format!("{case}: {row}"));
     }
     if lifetime == Lifetime::Case {
@@ -183,12 +191,19 @@ fn prepare(bench: &mut Bench, plan: Plan, entrant: &mut Entrant) -> Result<()> {
     Ok(())
 }
 
-fn start(bench: &Bench, contender: &Contender) -> Result<Running> {
+fn start(bench: &Bench, frontend: Frontend, contender: &Contender) -> Result<Running> {
     let Subject::Server { program, aio, disk } = &contender.subject else {
         anyhow::bail!("{} is no server", contender.row)
     };
     let cores = vec![bench.cores().server];
-    servers::start(&Setup { program, aio: *aio, cores, disks: vec![disk.clone()], attach: Vec::new() })
+    servers::start(&Setup {
+        program,
+        aio: *aio,
+        cores,
+        disks: vec![disk.clone()],
+        frontend,
+        attach: Vec::new(),
+    })
 }
 
 fn measure(bench: &Bench, plan: Plan, point: &Point, round: u32, entrant: &Entrant) -> Result<Values> {
@@ -208,7 +223,7 @@ fn measure(bench: &Bench, plan: Plan, point: &Point, round: u32, entrant: &Entra
         }
         (Subject::Server { .. }, Some(running)) => running,
         (Subject::Server { .. }, None) => {
-            started = start(bench, &entrant.contender)?;
+            started = start(bench, plan.frontend, &entrant.contender)?;
             &started
         }
     };
@@ -217,6 +232,7 @@ fn measure(bench: &Bench, plan: Plan, point: &Point, round: u32, entrant: &Entra
         fio::touch(&target, size_bytes, bench.cores().load, &bench.scratch())?;
     }
     let result = match bench.settings.loader {
+        _ if plan.frontend == Frontend::Ring => with_ring(bench, server, point, round),
         Loader::Fio => with_fio(bench, server, size_bytes, point, round),
         Loader::Own => with_own(bench, server, point, round),
     };
@@ -256,7 +272,16 @@ fn with_fio(bench: &Bench, server: &Running, size_bytes: u64, point: &Point, rou
 }
 
 fn with_own(bench: &Bench, server: &Running, point: &Point, round: u32) -> Result<Values> {
-    let job = load::Job {
+    let (values, _, _) = loaded(&own_job(bench, server, point, round), server)?;
+    Ok(values)
+}
+
+fn with_ring(bench: &Bench, server: &Running, point: &Point, round: u32) -> Result<Values> {
+    loaded_ring(&own_job(bench, server, point, round), &server.pids())
+}
+
+fn own_job(bench: &Bench, server: &Running, point: &Point, round: u32) -> load::Job {
+    load::Job {
         endpoints: vec![server.endpoints[0].clone()],
         op: point.op,
         block_bytes: point.block_kib << 10,
@@ -265,9 +290,7 @@ fn with_own(bench: &Bench, server: &Running, point: &Point, round: u32) -> Resul
         warmup: Duration::from_millis(200),
         window: Duration::from_secs(u64::from(bench.settings.seconds)),
         seed: u64::from(round) + 1,
-    };
-    let (values, _, _) = loaded(&job, server)?;
-    Ok(values)
+    }
 }
 
 fn values_of(outcome: &fio::Outcome, cpu: Duration) -> Values {

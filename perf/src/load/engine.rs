@@ -340,7 +340,7 @@ impl<'a> Engine<'a> {
 mod tests {
     use super::super::{Pattern, run};
     use super::*;
-    use crate::servers::{Aio, Disk, Kind, Program, Running, Setup, start};
+    use crate::servers::{Aio, Disk, Frontend, Kind, Program, Running, Setup, start};
 
     /// QEMU's null disk as the peer of these tests.
     fn null_disk(kind: Kind, disks: usize) -> Option<Running> {
@@ -354,7 +354,15 @@ mod tests {
         let cores = crate::cpus::allowed().unwrap();
         let disks = vec![Disk::Null(1 << 20); disks];
         Some(
-            start(&Setup { program: &program, aio: Aio::Threads, cores, disks, attach: Vec::new() }).unwrap(),
+            start(&Setup {
+                program: &program,
+                aio: Aio::Threads,
+                cores,
+                disks,
+                frontend: Frontend::Nbd,
+                attach: Vec::new(),
+            })
+            .unwrap(),
         )
     }
 

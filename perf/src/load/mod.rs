@@ -5,10 +5,13 @@
 //! behind requests that were not sent; what could not be sent is counted, never forgotten; memory is bounded by connections
 //! × (in flight + waiting).
 
+mod blkif;
 pub mod client;
 mod engine;
+pub mod ring;
 mod schedule;
 pub mod sweep;
+mod vhost;
 
 use std::time::Duration;
 

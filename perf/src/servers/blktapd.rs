@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 
 use super::process::{Process, output};
-use super::{Disk, Endpoint, READY_TIMEOUT, Setup, Started, answers, shown};
+use super::{Disk, Endpoint, Frontend, Protocol, READY_TIMEOUT, Setup, Started, answers, shown};
 use crate::stop;
 
 pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
@@ -29,7 +29,9 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
         stop::check()?;
         let name = format!("d{index}");
         let mut attach = Command::new(&setup.program.path);
-        attach.arg("ctl").arg("--ctl").arg(&ctl).args(["attach", &name, &spec(disk, &name), "--nbd"]);
+        let rings = setup.frontend == Frontend::Ring;
+        let frontend = if rings { "--blkif" } else { "--nbd" };
+        attach.arg("ctl").arg("--ctl").arg(&ctl).args(["attach", &name, &spec(disk, &name), frontend]);
         if let Some(more) = setup.attach.get(index) {
             attach.args(more);
         }
@@ -37,9 +39,12 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
             command = format!("{command}; {}", shown(&attach));
         }
         output(&mut attach)?;
-        endpoints.push(Endpoint { socket: run_dir.join("nbd").join(format!("{name}.sock")), export: name });
+        let (dir, protocol) = if rings { ("blkif", Protocol::Blkif) } else { ("nbd", Protocol::Nbd) };
+        let socket = run_dir.join(dir).join(format!("{name}.sock"));
+        endpoints.push(Endpoint { socket, export: name, protocol });
     }
-    if let Some(last) = endpoints.last() {
+    // A socket for rings is there when `attach` says so.
+    if let Some(last) = endpoints.last().filter(|last| last.protocol == Protocol::Nbd) {
         process.wait_until(READY_TIMEOUT, || answers(&last.socket))?;
     }
     Ok(Started { processes: vec![process], endpoints, command })

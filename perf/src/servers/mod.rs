@@ -179,6 +179,26 @@ impl Disk {
     }
 }
 
+/// What the disks of a server are reached by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Frontend {
+    /// NBD on a Unix socket.
+    Nbd,
+    /// Rings in shared memory: blkif, or vhost-user-blk.
+    Ring,
+}
+
+/// How a disk is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// NBD.
+    Nbd,
+    /// blktapd's blkif socket.
+    Blkif,
+    /// vhost-user-blk.
+    VhostUser,
+}
+
 /// What to start: a server with disks, on cores.
 #[derive(Debug, Clone)]
 pub struct Setup<'a> {
@@ -190,6 +210,8 @@ pub struct Setup<'a> {
     pub cores: Vec<usize>,
     /// The disks, exported as `d0`, `d1`, …
     pub disks: Vec<Disk>,
+    /// What the disks are to be reached by.
+    pub frontend: Frontend,
     /// For blktapd: further arguments of `ctl attach` for each disk (limits, shard); empty, or one entry per disk.
     pub attach: Vec<Vec<String>>,
 }
@@ -201,6 +223,8 @@ pub struct Endpoint {
     pub socket: PathBuf,
     /// Export name; empty for the default export.
     pub export: String,
+    /// What is spoken there.
+    pub protocol: Protocol,
 }
 
 impl Endpoint {
@@ -255,7 +279,11 @@ pub fn start(setup: &Setup<'_>) -> Result<Running> {
         None => builder.tempdir().context("cannot create a run directory")?,
     };
     let begin = std::time::Instant::now();
+    let rings = setup.frontend == Frontend::Ring;
     let started = match setup.program.kind {
+        Kind::QemuNbd | Kind::Nbdkit if rings => {
+            bail!("{} has no rings in shared memory", setup.program.kind)
+        }
         Kind::Blktapd => blktapd::start(setup, run_dir.path()),
         Kind::QemuNbd => qemu::start_nbd(setup, run_dir.path()),
         Kind::QemuStorageDaemon => qemu::start_daemon(setup, run_dir.path()),

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::process::Process;
-use super::{Disk, Endpoint, READY_TIMEOUT, Setup, Started, answers, shown};
+use super::{Disk, Endpoint, Protocol, READY_TIMEOUT, Setup, Started, answers, shown};
 
 pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
     let socket = run_dir.join("nbd.sock");
@@ -38,7 +38,10 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
     let command_text = shown(&command);
     let mut process = Process::spawn(command, &setup.cores, &run_dir.join("log"))?;
     process.wait_until(READY_TIMEOUT, || answers(&socket))?;
-    let endpoints = exports.into_iter().map(|export| Endpoint { socket: socket.clone(), export }).collect();
+    let endpoints = exports
+        .into_iter()
+        .map(|export| Endpoint { socket: socket.clone(), export, protocol: Protocol::Nbd })
+        .collect();
     Ok(Started { processes: vec![process], endpoints, command: command_text })
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use super::process::Process;
-use super::{Aio, Disk, Endpoint, READY_TIMEOUT, Setup, Started, answers, shown};
+use super::{Aio, Disk, Endpoint, Frontend, Protocol, READY_TIMEOUT, Setup, Started, answers, shown};
 
 /// One qemu-nbd per disk, all on the same cores.
 pub(super) fn start_nbd(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
@@ -36,7 +36,7 @@ pub(super) fn start_nbd(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
             shown_command = shown(&command);
         }
         processes.push(Process::spawn(command, &setup.cores, &run_dir.join(format!("log{index}")))?);
-        endpoints.push(Endpoint { socket, export: String::new() });
+        endpoints.push(Endpoint { socket, export: String::new(), protocol: Protocol::Nbd });
     }
     for (process, endpoint) in processes.iter_mut().zip(&endpoints) {
         process.wait_until(READY_TIMEOUT, || answers(&endpoint.socket))?;
@@ -48,9 +48,12 @@ pub(super) fn start_nbd(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
 pub(super) fn start_daemon(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
     let socket = run_dir.join("nbd.sock");
     let mut command = Command::new(&setup.program.path);
-    command
-        .arg("--nbd-server")
-        .arg(format!("addr.type=unix,addr.path={},max-connections=0", socket.display()));
+    let rings = setup.frontend == Frontend::Ring;
+    if !rings {
+        command
+            .arg("--nbd-server")
+            .arg(format!("addr.type=unix,addr.path={},max-connections=0", socket.display()));
+    }
     let mut endpoints = Vec::with_capacity(setup.disks.len());
     let mut shown_command = String::new();
     for (index, disk) in setup.disks.iter().enumerate() {
@@ -60,20 +63,39 @@ pub(super) fn start_daemon(setup: &Setup<'_>, run_dir: &Path) -> Result<Started>
             }
             Disk::Image { .. } => format!("{},cache.direct=on", image_options("", disk, setup.aio)?),
             Disk::Null(bytes) => format!("driver=null-co,size={bytes}"),
+            Disk::Ram(bytes) if rings => {
+                // The run directory of a setup with memory is on tmpfs.
+                let path = run_dir.join(format!("memory{index}"));
+                std::fs::File::create(&path).and_then(|file| file.set_len(*bytes))?;
+                file_options("", &path, setup.aio)
+            }
             Disk::Ram(_) => bail!("qemu-storage-daemon has no memory disk"),
         };
         // Writing to a String cannot fail.
         let _ = write!(blockdev, ",node-name=n{index}");
-        let export = format!("type=nbd,id=e{index},node-name=n{index},name=d{index},writable=on");
+        let own_socket = run_dir.join(format!("d{index}.sock"));
+        let export = match setup.frontend {
+            Frontend::Nbd => format!("type=nbd,id=e{index},node-name=n{index},name=d{index},writable=on"),
+            Frontend::Ring => format!(
+                "type=vhost-user-blk,id=e{index},node-name=n{index},writable=on,addr.type=unix,addr.path={}",
+                own_socket.display()
+            ),
+        };
         command.args(["--blockdev", &blockdev, "--export", &export]);
         if index == 0 {
             shown_command = shown(&command);
         }
-        endpoints.push(Endpoint { socket: socket.clone(), export: format!("d{index}") });
+        let (socket, protocol) =
+            if rings { (own_socket, Protocol::VhostUser) } else { (socket.clone(), Protocol::Nbd) };
+        endpoints.push(Endpoint { socket, export: format!("d{index}"), protocol });
     }
     let mut process = Process::spawn(command, &setup.cores, &run_dir.join("log"))?;
     // The listener is there before the exports are; the exports of one command line are made before it serves.
-    process.wait_until(READY_TIMEOUT, || answers(&socket))?;
+    process.wait_until(READY_TIMEOUT, || match setup.frontend {
+        Frontend::Nbd => answers(&socket),
+        // It takes one client at a time, which a probe must not be.
+        Frontend::Ring => endpoints.last().is_none_or(|last| last.socket.exists()),
+    })?;
     Ok(Started { processes: vec![process], endpoints, command: shown_command })
 }
 

@@ -8,6 +8,7 @@
 //! | [`ring`] | the backend's engine of one ring |
 //! | [`frontend`] | a correct frontend, for tests and load |
 //! | [`hostile`] | one that is not |
+//! | [`client`] | one without Xen: memory, keys and queues |
 //!
 //! # One turn of a backend
 //! ```text
@@ -27,6 +28,7 @@
 //!
 //! Source: Xen's public headers `io/blkif.h`, `io/ring.h` and `io/protocols.h`; where they are silent, what Linux's drivers do.
 
+pub mod client;
 pub mod frontend;
 pub mod hostile;
 pub mod inflight;

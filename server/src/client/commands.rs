@@ -161,6 +161,7 @@ async fn attach_disk(connection: &Connection, args: AttachArgs, json: bool) -> R
         image: image_here(&args.image)?,
         read_only: args.read_only,
         nbd: args.nbd,
+        blkif: args.blkif,
         guest: args.domain.zip(args.vdev).map(|(domain, vdev)| Guest { domain, vdev }),
         limits: args.limits,
         groups: args.group,

@@ -7,10 +7,9 @@ use shard::limits::Limits;
 use tokio::time::Instant;
 
 use super::control::device_of;
-use super::disk::{Live, Standing};
+use super::disk::{Listeners, Live, Standing};
 use super::{Daemon, Disk};
 use crate::model::{self, AttachRequest, Level};
-use crate::nbd;
 use crate::placement;
 use crate::problem::{Problem, ProblemKind};
 use crate::state::{Attachment, Hold};
@@ -89,14 +88,18 @@ impl Daemon {
     fn checked(&self, name: &str, request: AttachRequest) -> Result<Attachment, Problem> {
         formats::spec::check_disk_name(name)?;
         let settings = self.settings();
-        if !request.nbd && request.guest.is_none() {
+        if !request.nbd && !request.blkif && request.guest.is_none() {
             return Err(Problem::invalid(format!(
                 "disk {name} has no frontend, so nobody could use it; the frontends are: --nbd (NBD clients, at {}), --domain and \
-                 --vdev (a guest of Xen)",
-                settings.nbd_socket(name).display()
+                 --vdev (a guest of Xen), --blkif (clients that share memory, at {})",
+                settings.nbd_socket(name).display(),
+                settings.blkif_socket(name).display()
             )));
         }
         formats::spec::check_socket_path(&settings.nbd_socket(name))?;
+        if request.blkif {
+            formats::spec::check_socket_path(&settings.blkif_socket(name))?;
+        }
         let image = request.image.spec()?;
         check_groups(&request.groups)?;
         if let Some(index) = request.shard {
@@ -194,7 +197,7 @@ impl Daemon {
             },
             Err(error) => Err(error.into()),
         };
-        let mut live = Live { id, seat, image, listener: None };
+        let mut live = Live { id, seat, image, listeners: Listeners::default() };
         if let Err(problem) = added {
             self.close(disk, live.image).await;
             return Err(problem.context(&format!("disk {}", disk.name)));
@@ -203,13 +206,11 @@ impl Daemon {
             self.take_down(disk, live).await;
             return Err(problem);
         }
-        if request.nbd {
-            match nbd::bind_disk_socket(&self.settings(), &disk.name) {
-                Ok(listener) => live.listener = Some(listener),
-                Err(problem) => {
-                    self.take_down(disk, live).await;
-                    return Err(problem);
-                }
+        match Listeners::bind(&self.settings(), disk) {
+            Ok(listeners) => live.listeners = listeners,
+            Err(problem) => {
+                self.take_down(disk, live).await;
+                return Err(problem);
             }
         }
         Ok(live)
@@ -223,9 +224,7 @@ impl Daemon {
 
     /// The disk serves from now on.
     pub(super) fn go_live(self: &Arc<Self>, disk: &Arc<Disk>, mut live: Live) {
-        if let Some(listener) = &mut live.listener {
-            listener.serve(self, nbd::Scope::One(disk.name.clone()));
-        }
+        live.listeners.serve(self, &disk.name);
         if let Some(note) = &live.image.note {
             self.events.record(Level::Warning, Some(&disk.name), note.clone());
         }
@@ -238,8 +237,8 @@ impl Daemon {
 
     /// Undoes [`Daemon::bring_up`].
     pub(super) async fn take_down(self: &Arc<Self>, disk: &Arc<Disk>, live: Live) {
-        let Live { id, seat, image, listener } = live;
-        drop(listener);
+        let Live { id, seat, image, listeners } = live;
+        drop(listeners);
         self.remove_from_shard(seat.shard().index, id).await;
         self.close(disk, image).await;
     }
@@ -307,6 +306,9 @@ fn difference(existing: &Attachment, wanted: &Attachment, shard: Option<usize>) 
     }
     if old.nbd != new.nbd {
         return Some(format!("{} instead of {}", word(old.nbd, "--nbd"), word(new.nbd, "--nbd")));
+    }
+    if old.blkif != new.blkif {
+        return Some(format!("{} instead of {}", word(old.blkif, "--blkif"), word(new.blkif, "--blkif")));
     }
     if existing.device != wanted.device {
         let name = |device: &Option<String>| device.clone().unwrap_or_else(|| "no guest".into());

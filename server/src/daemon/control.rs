@@ -243,6 +243,7 @@ impl Daemon {
             let message = format!("resized from {now} to {size_bytes} bytes");
             self.events.record(Level::Info, Some(name), message);
             self.report_to_guest(&disk, Report::Resized);
+            disk.sharers.resized();
         }
         Ok(self.describe(&disk))
     }

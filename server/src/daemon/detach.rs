@@ -16,7 +16,7 @@ use shard::api::{ClientInfo, Command, Reply, ShardErrorKind};
 use tokio::time::Instant;
 
 use super::control::device_of;
-use super::disk::{Removal, Standing};
+use super::disk::{Listeners, Removal, Standing};
 use super::{Daemon, Disk};
 use crate::model::{self, Level};
 use crate::problem::{Problem, ProblemKind};
@@ -211,16 +211,17 @@ impl Daemon {
         let _place = disk.whole_place(deadline).await?;
         self.forget(disk).await?;
         let Some((id, shard)) = disk.place() else { return Ok(()) };
-        let listener = {
+        let listeners = {
             let mut inner = disk.inner();
             inner.standing = Standing::Draining;
-            inner.live.as_mut().and_then(|live| live.listener.take())
+            inner.live.as_mut().map(|live| std::mem::take(&mut live.listeners))
         };
-        drop(listener);
+        drop(listeners);
         disk.removed.send_replace(None);
         match self.fleet.start(shard, Command::RemoveDisk { disk: id, force }) {
             Ok(call) => {
                 tokio::spawn(self.clone().await_removal(disk.clone(), call));
+                disk.sharers.end_all("the disk was detached");
                 Ok(())
             }
             // The shard has just ended, and its disks are being marked; the disk is forgotten, so it only has to go.
@@ -285,19 +286,15 @@ impl Daemon {
     /// The shard refused to remove the disk: it is as before.
     async fn revive(self: &Arc<Self>, disk: &Arc<Disk>) {
         let attachment = disk.inner().attachment.clone();
-        let nbd = attachment.request.nbd;
         if let Err(problem) = self.state.set_disk(&disk.name, Some(attachment)).await {
             self.events.record(Level::Error, Some(&disk.name), format!("the disk stays, and: {problem}"));
         }
-        let mut listener =
-            nbd.then(|| crate::nbd::bind_disk_socket(&self.settings(), &disk.name)).and_then(Result::ok);
-        if let Some(listener) = &mut listener {
-            listener.serve(self, crate::nbd::Scope::One(disk.name.clone()));
-        }
+        let mut listeners = Listeners::bind(&self.settings(), disk).unwrap_or_default();
+        listeners.serve(self, &disk.name);
         let mut inner = disk.inner();
         inner.standing = Standing::Live;
         if let Some(live) = &mut inner.live {
-            live.listener = listener;
+            live.listeners = listeners;
         }
     }
 
@@ -333,9 +330,10 @@ impl Daemon {
     /// The shard has nothing of the disk any more: closes its image and takes it off the table.
     pub(super) async fn finish(self: &Arc<Self>, disk: &Arc<Disk>) {
         let live = disk.leave();
+        disk.sharers.end_all("the disk was detached");
         match live {
             Some(live) => {
-                drop(live.listener);
+                drop(live.listeners);
                 self.close(disk, live.image).await;
             }
             None => self.forget_ram_of(disk).await,

@@ -9,11 +9,13 @@ use shard::stats::DiskCounters;
 use tokio::sync::{Notify, OwnedRwLockWriteGuard, RwLock, watch};
 use tokio::time::Instant;
 
-use super::lock;
+use super::{Daemon, lock};
+use crate::config::Settings;
 use crate::fleet::Seat;
+use crate::guests::shared::{Clients, SharedListener};
 use crate::images::OpenImage;
 use crate::model::State;
-use crate::nbd::ListenerHandle;
+use crate::nbd::{self, ListenerHandle};
 use crate::problem::{Problem, ProblemKind};
 use crate::state::Attachment;
 
@@ -45,6 +47,8 @@ pub struct Disk {
     pub place: Arc<RwLock<()>>,
     /// Connections that were handed over and are not counted by the shard yet.
     pub connecting: AtomicU32,
+    /// Its clients that share memory.
+    pub sharers: Clients,
     /// Held by the one attempt to bring a disk up that is down.
     pub attempt: tokio::sync::Mutex<()>,
     /// Tells a flow that waits for the shard to give up: somebody detaches by force.
@@ -95,8 +99,39 @@ pub struct Live {
     pub seat: Seat,
     /// Its image.
     pub image: OpenImage,
-    /// Its own NBD socket.
-    pub listener: Option<ListenerHandle>,
+    /// Its own sockets.
+    pub listeners: Listeners,
+}
+
+/// The sockets of one disk; they go when this is dropped.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    nbd: Option<ListenerHandle>,
+    blkif: Option<SharedListener>,
+}
+
+impl Listeners {
+    /// Binds those that a disk is to have.
+    pub fn bind(settings: &Settings, disk: &Disk) -> Result<Listeners, Problem> {
+        let (nbd, blkif) = {
+            let inner = disk.inner();
+            (inner.attachment.request.nbd, inner.attachment.request.blkif)
+        };
+        Ok(Listeners {
+            nbd: nbd.then(|| nbd::bind_disk_socket(settings, &disk.name)).transpose()?,
+            blkif: blkif.then(|| SharedListener::bind(settings, &disk.name)).transpose()?,
+        })
+    }
+
+    /// Starts to take clients.
+    pub fn serve(&mut self, daemon: &Arc<Daemon>, disk: &Arc<str>) {
+        if let Some(listener) = &mut self.nbd {
+            listener.serve(daemon, nbd::Scope::One(disk.clone()));
+        }
+        if let Some(listener) = &mut self.blkif {
+            listener.serve(daemon, disk);
+        }
+    }
 }
 
 impl Disk {
@@ -108,6 +143,7 @@ impl Disk {
             since: Instant::now(),
             place: Arc::default(),
             connecting: AtomicU32::new(0),
+            sharers: Clients::default(),
             attempt: tokio::sync::Mutex::default(),
             interrupt: Notify::new(),
             removed: watch::Sender::new(None),
@@ -203,6 +239,7 @@ impl Disk {
 
     /// The shard that counted is gone: nothing is connected or in flight any more, whatever it counted last.
     pub fn reset_gauges(&self) {
+        self.sharers.end_all("the shard of the disk has lost its clients: connect again");
         let counters = &self.counters;
         [&counters.clients, &counters.io_now, &counters.throttled_now].iter().for_each(|gauge| gauge.set(0));
     }

@@ -38,6 +38,7 @@ use crate::config::Settings;
 use crate::events::EventLog;
 use crate::fleet::Fleet;
 use crate::guests::Guests;
+use crate::guests::shared::SharedServer;
 use crate::images::Images;
 use crate::model::Reload;
 use crate::nbd::NbdServer;
@@ -64,6 +65,8 @@ pub struct Daemon {
     pub groups: Groups,
     /// NBD listeners and negotiations.
     pub nbd: NbdServer,
+    /// Clients that share memory.
+    pub shared: SharedServer,
     /// Guests of Xen; absent where the host has none.
     pub guests: OnceLock<Guests>,
     /// Told when the last shard has ended by itself.
@@ -106,6 +109,7 @@ impl Daemon {
             events: EventLog::default(),
             groups,
             nbd: NbdServer::new(&settings)?,
+            shared: SharedServer::new(&settings),
             guests: OnceLock::new(),
             no_shard_left: tokio::sync::Notify::new(),
             settings: Mutex::new(Arc::new(settings)),

@@ -50,9 +50,10 @@ impl Daemon {
                     self.events.record(Level::Warning, name.as_deref(), format!("client {peer}: {reason}"));
                 }
             }
-            Event::RingBroken { disk, queue, reason, .. } => {
+            Event::RingBroken { disk, domid, queue, reason, .. } => {
                 let Some(disk) = self.disk_by_id(disk) else { return };
                 let message = format!("queue {queue} of its guest was stopped: {reason}");
+                disk.sharers.end(domid, &message);
                 self.events.record(Level::Error, Some(&disk.name), message.clone());
                 self.report_to_guest(&disk, Report::RingBroken(message));
             }
@@ -117,7 +118,7 @@ impl Daemon {
             disk.inner().awaiting = true;
             self.report_to_guest(&disk, Report::RingBroken(message.clone()));
         }
-        drop(live.listener);
+        drop(live.listeners);
         disk.reset_gauges();
         self.close(&disk, live.image).await;
         drop(place);

@@ -17,6 +17,9 @@ use crate::xen::device::DeviceId;
 /// How long a removal by force may take after the drain's time is over.
 const FORCE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Between two looks whether clients that share memory have gone.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
 impl Daemon {
     /// From now on commands and clients are refused.
     pub fn begin_stop(&self) {
@@ -47,6 +50,10 @@ impl Daemon {
     }
 
     async fn drain_disk(self: &Arc<Self>, disk: &Arc<Disk>, deadline: Instant) -> bool {
+        disk.sharers.end_all("the daemon is stopping");
+        while !disk.sharers.is_empty() && Instant::now() < deadline {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
         // A move that is under way ends first, or the wrong shard is told. One that does not end leaves the disk where it was.
         let _place = disk.whole_place(deadline).await;
         let Some((id, shard)) = disk.place() else { return true };
@@ -56,8 +63,8 @@ impl Daemon {
             let gone = removed.wait_for(|outcome| matches!(outcome, Some(Removal::Gone)));
             return matches!(tokio::time::timeout_at(deadline, gone).await, Ok(Ok(_)));
         }
-        let listener = disk.inner().live.as_mut().and_then(|live| live.listener.take());
-        drop(listener);
+        let listeners = disk.inner().live.as_mut().map(|live| std::mem::take(&mut live.listeners));
+        drop(listeners);
         if let Some(DeviceId { domid, devid, .. }) = device_of(disk) {
             // What its guest was promised is kept; what it sends from now on waits in its rings. XenStore is left as it is.
             // What a disk holds it would never answer: the tables of requests in flight keep it.

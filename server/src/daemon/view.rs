@@ -36,6 +36,11 @@ impl Daemon {
             let uri = format!("nbd+unix:///{}?socket={}", disk.name, percent_encoded(&socket));
             frontends.push(Frontend { kind: "nbd".into(), uri, socket: Some(socket) });
         }
+        if attachment.request.blkif {
+            let socket = settings.blkif_socket(&disk.name).display().to_string();
+            let uri = format!("blkif+unix:///{}?socket={}", disk.name, percent_encoded(&socket));
+            frontends.push(Frontend { kind: "blkif".into(), uri, socket: Some(socket) });
+        }
         if let Some(device) = &attachment.device {
             frontends.push(Frontend { kind: "xen".into(), uri: format!("xen:{device}"), socket: None });
         }

@@ -5,11 +5,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use ring_bridge::blkif::inflight::table_bytes;
-use ring_bridge::blkif::wire::{Abi, entries};
+use ring_bridge::blkif::wire::Abi;
 use ring_bridge::grants::budget::Budget;
 use shard::api::{Command, Reply, ShardErrorKind};
-use shard::blkif::{GuestConnect, GuestCounters, GuestInUse, Offer, QueueConnect, Transport};
+use shard::blkif::{GuestConnect, GuestCounters, GuestInUse, Offer, Transport};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -28,6 +27,8 @@ use formats::spec::{ImageSpec, ImageType};
 
 /// A toolstack waits ten seconds for a device, then it takes the whole guest back.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a guest waits for a disk that is on its way to another shard.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// Between two looks at a disk that is on no shard, or that somebody else has yet.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long a guest that has let go of its device waits for answers; then what has not begun is dropped.
@@ -99,42 +100,13 @@ impl GuestDisks {
 
     fn offer(&self, id: DeviceId) -> Option<Offer> {
         let (_, disk) = self.disk(id).ok()?;
-        let block = disk.inner().live.as_ref().map(|live| live.image.block_bytes)?;
         let devices = lock(&self.devices);
         let wanted = &devices.get(&id)?.wanted;
-        Some(Offer {
-            flush: true,
-            barrier: true,
-            discard: wanted.discard,
-            secure_discard: wanted.discard,
-            indirect_segments_max: self.features.max_indirect_segments as u16,
-            block_bytes: block.max(512),
-            read_only: wanted.read_only,
-        })
-    }
-
-    async fn make_tables(
-        &self,
-        id: DeviceId,
-        connect: &Connect,
-        segments: u16,
-    ) -> Result<Vec<QueueConnect>, Problem> {
-        let mut queues = Vec::new();
-        for (number, queue) in connect.queues.iter().enumerate() {
-            let pages = queue.grefs.len() as u32;
-            let Some(entries) = entries(pages) else {
-                return Err(Problem::invalid(format!("a ring of {pages} pages is none")));
-            };
-            let (path, bytes) = (tables::path(&self.run_dir, id, number), table_bytes(entries, segments));
-            let made = tokio::task::spawn_blocking(move || tables::make(&path, bytes)).await;
-            let table = made.map_err(|error| Problem::failed(format!("a thread ended: {error}")))??;
-            queues.push(QueueConnect { grefs: queue.grefs.clone(), port: queue.port, table });
-        }
-        Ok(queues)
+        offer(&disk, &self.features, wanted.read_only, wanted.discard)
     }
 
     fn remove_tables(&self, id: DeviceId) {
-        tables::remove(&self.run_dir, id, QUEUES_MAX as usize);
+        tables::remove(&self.run_dir, &tables::device(id), QUEUES_MAX as usize);
     }
 
     /// Opens a device's disk once.
@@ -157,6 +129,7 @@ impl GuestDisks {
             image: model::Image::Parts(image_of(&wanted.params)?),
             read_only: wanted.read_only,
             nbd: true,
+            blkif: false,
             guest: None,
             limits: crate::limit_change::LimitChange::default(),
             groups: Vec::new(),
@@ -220,6 +193,92 @@ impl GuestDisks {
     }
 }
 
+/// What is offered to guests of a disk that is open.
+pub(super) fn offer(disk: &Disk, features: &Features, read_only: bool, discard: bool) -> Option<Offer> {
+    let block = disk.inner().live.as_ref().map(|live| live.image.block_bytes)?;
+    Some(Offer {
+        flush: true,
+        barrier: true,
+        discard,
+        secure_discard: discard,
+        indirect_segments_max: features.max_indirect_segments as u16,
+        block_bytes: block.max(512),
+        read_only,
+    })
+}
+
+/// What a disk that is open is like for guests that are offered this.
+pub(super) fn properties(disk: &Disk, offer: &Offer) -> Option<Properties> {
+    let inner = disk.inner();
+    let live = inner.live.as_ref()?;
+    let read_only = offer.read_only || inner.attachment.request.read_only;
+    let physical = live.image.file().map_or(512, |file| file.offset_align.max(512));
+    let overwrites =
+        matches!(inner.attachment.image.image_type, ImageType::Raw | ImageType::Ram | ImageType::Null);
+    let block = u64::from(offer.block_bytes);
+    Some(Properties {
+        sectors: live.image.size_bytes / block * (block / 512),
+        sector_size: offer.block_bytes,
+        physical_sector_size: physical.max(offer.block_bytes),
+        read_only,
+        cdrom: false,
+        removable: false,
+        flush: offer.flush,
+        barrier: offer.barrier,
+        discard: (offer.discard && !read_only).then_some(Discard {
+            granularity: physical.max(4096),
+            alignment: 0,
+            secure: overwrites,
+        }),
+    })
+}
+
+/// The layout of a protocol's rings.
+pub(super) fn abi(protocol: Protocol) -> Abi {
+    match protocol {
+        Protocol::X86_32 => Abi::X86_32,
+        Protocol::X86_64 | Protocol::Arm => Abi::X86_64,
+    }
+}
+
+/// Has a disk's shard let go of a guest. `find` is the disk, with the daemon, while it is attached.
+///
+/// The guest has let go of its rings, so nobody waits for what has not begun: after [`DRAIN_PATIENCE`], or when the disk holds requests
+/// and would never answer them, that is dropped.
+pub(super) async fn disconnect(find: impl Fn() -> Option<(Arc<Daemon>, Arc<Disk>)>, domid: u16, devid: u32) {
+    let patience = Instant::now() + DRAIN_PATIENCE;
+    while let Some((daemon, disk)) = find() {
+        let force = disk.state() != State::Running || Instant::now() >= patience;
+        let told = {
+            // Not over the answer, which takes as long as the store does: a move must be able to say so.
+            let _place = disk.place.read().await;
+            let command = |disk| Command::DisconnectGuest { disk, domid, devid, force };
+            disk.place().map(|(disk, shard)| daemon.fleet.start(shard, command(disk)))
+        };
+        let Some(Ok(mut call)) = told else {
+            if disk.standing() == Standing::Down {
+                break;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+            continue;
+        };
+        let answer = if force {
+            call.answer().await
+        } else {
+            match tokio::time::timeout_at(patience, call.answer()).await {
+                Ok(answer) => answer,
+                Err(_) => continue,
+            }
+        };
+        match answer {
+            Err(error) if matches!(error.kind, ShardErrorKind::WrongState | ShardErrorKind::Interrupted) => {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            Ok(_) | Err(_) => break,
+        }
+    }
+}
+
 /// The image of a toolstack's `params`: the grammar if it begins with a type, else a path.
 fn image_of(params: &str) -> Result<ImageSpec, Problem> {
     let typed = params.split_once(':').is_some_and(|(word, _)| word.parse::<ImageType>().is_ok());
@@ -262,34 +321,13 @@ impl Disks for GuestDisks {
 
     fn properties(&self, id: DeviceId) -> Option<Properties> {
         let offer = self.offer(id)?;
-        let (cdrom, removable, read_only, discard) = {
+        let (cdrom, removable) = {
             let devices = lock(&self.devices);
             let wanted = &devices.get(&id)?.wanted;
-            (wanted.cdrom, wanted.removable, wanted.read_only, wanted.discard)
+            (wanted.cdrom, wanted.removable)
         };
         let (_, disk) = self.disk(id).ok()?;
-        let inner = disk.inner();
-        let live = inner.live.as_ref()?;
-        let read_only = read_only || inner.attachment.request.read_only;
-        let physical = live.image.file().map_or(512, |file| file.offset_align.max(512));
-        let overwrites =
-            matches!(inner.attachment.image.image_type, ImageType::Raw | ImageType::Ram | ImageType::Null);
-        let block = u64::from(offer.block_bytes);
-        Some(Properties {
-            sectors: live.image.size_bytes / block * (block / 512),
-            sector_size: offer.block_bytes,
-            physical_sector_size: physical.max(offer.block_bytes),
-            read_only,
-            cdrom,
-            removable,
-            flush: offer.flush,
-            barrier: offer.barrier,
-            discard: (discard && !read_only).then_some(Discard {
-                granularity: physical.max(4096),
-                alignment: 0,
-                secure: overwrites,
-            }),
-        })
+        Some(Properties { cdrom, removable, ..properties(&disk, &offer)? })
     }
 
     async fn connect(&self, id: DeviceId, connect: Connect) -> Result<(), Problem> {
@@ -298,23 +336,21 @@ impl Disks for GuestDisks {
         let offer =
             self.offer(id).ok_or_else(|| Problem::failed(format!("disk {} is not open", disk.name)))?;
         let counters = self.counters(id).unwrap_or_default();
-        let queues = match self.make_tables(id, &connect, offer.indirect_segments_max).await {
+        let (device, segments) = (tables::device(id), offer.indirect_segments_max);
+        let queues = match tables::make_all(&self.run_dir, &device, &connect.queues, segments).await {
             Ok(queues) => queues,
             Err(problem) => {
                 self.remove_tables(id);
                 return Err(problem);
             }
         };
-        let abi = match connect.protocol {
-            Protocol::X86_32 => Abi::X86_32,
-            Protocol::X86_64 | Protocol::Arm => Abi::X86_64,
-        };
         let guest = Box::new(GuestConnect {
             domid: connect.domid,
             devid: connect.devid,
-            abi,
+            peer: None,
+            abi: abi(connect.protocol),
             transport: Transport::Xen,
-            numbered: connect.queues.iter().any(|queue| queue.grefs.len() > 1),
+            numbered: connect.numbered,
             queues,
             persistent: connect.persistent.then(|| self.budget.clone()),
             offer,
@@ -339,42 +375,7 @@ impl Disks for GuestDisks {
     }
 
     async fn disconnect(&self, id: DeviceId) {
-        let (domid, devid) = (id.domid, id.devid);
-        let patience = Instant::now() + DRAIN_PATIENCE;
-        while let Ok((daemon, disk)) = self.disk(id) {
-            // Its guest has let go of the rings, so nobody waits for what has not begun. A disk that holds requests would never end
-            // them.
-            let force = disk.state() != State::Running || Instant::now() >= patience;
-            let told = {
-                // Not over the answer, which takes as long as the store does: a move must be able to say so.
-                let _place = disk.place.read().await;
-                let command = |disk| Command::DisconnectGuest { disk, domid, devid, force };
-                disk.place().map(|(disk, shard)| daemon.fleet.start(shard, command(disk)))
-            };
-            let Some(Ok(mut call)) = told else {
-                if disk.standing() == Standing::Down {
-                    break;
-                }
-                tokio::time::sleep(LOOK_AGAIN).await;
-                continue;
-            };
-            let answer = if force {
-                call.answer().await
-            } else {
-                match tokio::time::timeout_at(patience, call.answer()).await {
-                    Ok(answer) => answer,
-                    Err(_) => continue,
-                }
-            };
-            match answer {
-                Err(error)
-                    if matches!(error.kind, ShardErrorKind::WrongState | ShardErrorKind::Interrupted) =>
-                {
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
-                Ok(_) | Err(_) => break,
-            }
-        }
+        disconnect(|| self.disk(id).ok(), id.domid, id.devid).await;
         if let Some(device) = lock(&self.devices).get_mut(&id) {
             device.in_use = None;
         }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! toolstack's nodes ─▶ xen::backend ─▶ GuestDisks ─▶ Daemon: attach, detach        ─▶ shard: ConnectGuest, DisconnectGuest
+//! clients without Xen ─▶ shared                                                      ─▶ the same
 //! ctl attach --domain ─▶ Daemon ─▶ xen::create (both ends) ─▶ xen::backend ─▶ GuestDisks (the disk is there already)
 //! ```
 //! Invariants: a guest's disk ends with its device, and its attachment with the boot of the host; a device that a dead daemon had
@@ -9,6 +10,7 @@
 
 pub mod counters;
 mod disks;
+pub mod shared;
 mod tables;
 
 use std::path::Path;

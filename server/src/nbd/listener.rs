@@ -5,6 +5,7 @@
 //! daemon (`rundir`), so that a socket found there is stale.
 
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
@@ -89,6 +90,30 @@ fn bind(run_dir: &Path, path: &Path, access: &SocketAccess) -> Result<ListenerHa
 
 /// Binds a Unix socket with its permissions; what is at `path` is replaced.
 pub fn bind_unix(run_dir: &Path, path: &Path, access: &SocketAccess) -> Result<StdUnixListener, Problem> {
+    bind_with(run_dir, path, access, |path| StdUnixListener::bind(path))
+}
+
+/// The same for a socket of type SOCK_SEQPACKET.
+pub fn bind_seqpacket(
+    run_dir: &Path,
+    path: &Path,
+    access: &SocketAccess,
+) -> Result<StdUnixListener, Problem> {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    bind_with(run_dir, path, access, |path| {
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        listen(&socket, Backlog::MAXCONN)?;
+        Ok(StdUnixListener::from(socket))
+    })
+}
+
+fn bind_with(
+    run_dir: &Path,
+    path: &Path,
+    access: &SocketAccess,
+    bind: impl Fn(&Path) -> std::io::Result<StdUnixListener>,
+) -> Result<StdUnixListener, Problem> {
     formats::spec::check_socket_path(path)?;
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         Problem::failed(format!("the socket {} cannot be {what}: {error}", path.display()))
@@ -110,7 +135,7 @@ pub fn bind_unix(run_dir: &Path, path: &Path, access: &SocketAccess) -> Result<S
     let number = NEXT_LISTENER.fetch_add(1, Ordering::Relaxed);
     let hidden = hidden_dir.path.join(format!("s{number}"));
     let _ = std::fs::remove_file(&hidden);
-    let listener = StdUnixListener::bind(&hidden).map_err(|error| failed("bound", &error))?;
+    let listener = bind(&hidden).map_err(|error| failed("bound", &error))?;
     let dressed = || -> std::io::Result<()> {
         listener.set_nonblocking(true)?;
         if let Some(gid) = gid {
@@ -175,8 +200,8 @@ pub fn listen_with(listener: AnyListener, tls: bool) -> ListenerHandle {
 }
 
 async fn run(listener: AnyListener, tls: bool, daemon: Arc<Daemon>, scope: Scope) {
-    let number = NEXT_LISTENER.fetch_add(1, Ordering::Relaxed);
-    let mut pause = ACCEPT_PAUSE.0;
+    let number = listener_number();
+    let mut pause = None;
     loop {
         let accepted = match &listener {
             AnyListener::Unix(listener) => match listener.accept().await {
@@ -200,20 +225,29 @@ async fn run(listener: AnyListener, tls: bool, daemon: Arc<Daemon>, scope: Scope
             },
         };
         match accepted {
-            Ok(()) => pause = ACCEPT_PAUSE.0,
-            // The client left while it waited: that is no lack of anything.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-            Err(error) => {
-                if pause == ACCEPT_PAUSE.0 || pause == ACCEPT_PAUSE.1 {
-                    tracing::warn!(
-                        "an NBD client cannot be accepted: {error}; raise LimitNOFILE if descriptors lack"
-                    );
-                }
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(ACCEPT_PAUSE.1);
-            }
+            Ok(()) => pause = None,
+            Err(error) => pause = pause_after_failed_accept(pause, &error).await,
         }
     }
+}
+
+/// A number that no other listener has, for [`super::places::Places`].
+pub fn listener_number() -> u64 {
+    NEXT_LISTENER.fetch_add(1, Ordering::Relaxed)
+}
+
+/// After an accept that failed, and the pause after the one before it, if that failed as well.
+pub async fn pause_after_failed_accept(last: Option<Duration>, error: &std::io::Error) -> Option<Duration> {
+    // The client left while it waited: that is no lack of anything.
+    if error.kind() == std::io::ErrorKind::ConnectionAborted {
+        return last;
+    }
+    let pause = last.map_or(ACCEPT_PAUSE.0, |last| (last * 2).min(ACCEPT_PAUSE.1));
+    if last.is_none() || pause == ACCEPT_PAUSE.1 {
+        tracing::warn!("a client cannot be accepted: {error}; raise LimitNOFILE if descriptors lack");
+    }
+    tokio::time::sleep(pause).await;
+    Some(pause)
 }
 
 /// Serves one client in a task of its own, bounded in time. Returns when the client has a place.

@@ -9,8 +9,8 @@
 mod exports;
 mod listener;
 mod negotiate;
-mod peer;
-mod places;
+pub(crate) mod peer;
+pub(crate) mod places;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -24,7 +24,8 @@ use crate::daemon::{Daemon, Disk, lock};
 use crate::problem::{Problem, ProblemKind};
 
 pub use listener::{
-    AnyListener, ListenerHandle, bind_all_socket, bind_disk_socket, bind_unix, listen_tcp, listen_with,
+    AnyListener, ListenerHandle, bind_all_socket, bind_disk_socket, bind_seqpacket, bind_unix, listen_tcp,
+    listen_with, listener_number, pause_after_failed_accept,
 };
 
 /// Which exports a listener has.
@@ -92,10 +93,10 @@ fn acceptor(files: &TlsFiles) -> Result<Option<Arc<TlsAcceptor>>, Problem> {
 }
 
 /// A connection counts for its disk from the agreement on, before the shard counts it.
-struct Connecting<'a>(&'a Disk);
+pub(crate) struct Connecting<'a>(&'a Disk);
 
 impl<'a> Connecting<'a> {
-    fn new(disk: &'a Disk) -> Connecting<'a> {
+    pub(crate) fn new(disk: &'a Disk) -> Connecting<'a> {
         disk.connecting.fetch_add(1, Ordering::Relaxed);
         Connecting(disk)
     }
@@ -129,7 +130,7 @@ impl Daemon {
     }
 
     /// Whether `more` clients may use the disk, besides those that are connected or counted in `connecting`.
-    fn may_connect(&self, disk: &Disk, more: u64) -> Result<(), Problem> {
+    pub(crate) fn may_connect(&self, disk: &Disk, more: u64) -> Result<(), Problem> {
         let refuse = |kind, why: String| Err(Problem::new(kind, format!("disk {} {why}", disk.name)));
         if self.is_stopping() {
             return refuse(ProblemKind::Unavailable, "goes down with the daemon".into());

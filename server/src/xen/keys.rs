@@ -66,6 +66,8 @@ pub struct Connect {
     pub protocol: Protocol,
     /// Its rings, at least one.
     pub queues: Vec<Queue>,
+    /// Pages of rings are named `ring-ref0` and so on, not `ring-ref`.
+    pub numbered: bool,
     /// The guest uses the same grants again and again, all of them writable.
     pub persistent: bool,
 }
@@ -92,6 +94,8 @@ pub struct Offer {
     pub ring_page_order: u32,
     /// The most queues.
     pub queues: u32,
+    /// The lowest number of an event channel: 1 on Xen, 0 of clients that share memory.
+    pub first_port: u32,
 }
 
 /// The nodes to read first.
@@ -118,6 +122,7 @@ pub struct Layout {
     protocol: Protocol,
     persistent: bool,
     queues: u32,
+    first_port: u32,
     pages: Pages,
 }
 
@@ -138,6 +143,7 @@ impl Layout {
             protocol,
             persistent: optional(nodes, "feature-persistent", 0..=1)? == Some(1),
             queues,
+            first_port: offer.first_port,
             pages: pages(nodes, offer.ring_page_order.min(RING_PAGE_ORDER_MAX))?,
         })
     }
@@ -187,11 +193,18 @@ impl Layout {
                 grefs.push(gref);
             }
             let key = format!("{prefix}event-channel");
-            let port = required(nodes, &key, 1..=PORTS_END - 1)?;
+            let port = required(nodes, &key, self.first_port..=PORTS_END - 1)?;
             once(&mut ports_seen, port, &key)?;
             queues.push(Queue { grefs, port });
         }
-        Ok(Connect { domid, devid, protocol: self.protocol, queues, persistent: self.persistent })
+        Ok(Connect {
+            domid,
+            devid,
+            protocol: self.protocol,
+            queues,
+            numbered: matches!(self.pages, Pages::Numbered(_)),
+            persistent: self.persistent,
+        })
     }
 }
 
@@ -260,7 +273,7 @@ mod tests {
 
     use super::*;
 
-    const OFFER: Offer = Offer { ring_page_order: 4, queues: 8 };
+    const OFFER: Offer = Offer { ring_page_order: 4, queues: 8, first_port: 1 };
 
     fn nodes(pairs: &[(&str, &str)]) -> Nodes {
         pairs.iter().map(|(key, text)| ((*key).to_owned(), Some(text.as_bytes().to_vec()))).collect()
@@ -392,12 +405,12 @@ mod tests {
     #[test]
     fn a_smaller_offer_binds() {
         let all = nodes(&[("multi-queue-num-queues", "2")]);
-        assert!(Layout::read(&all, Offer { ring_page_order: 4, queues: 1 }).is_err());
+        assert!(Layout::read(&all, Offer { queues: 1, ..OFFER }).is_err());
         let all = nodes(&[("ring-page-order", "1")]);
-        assert!(Layout::read(&all, Offer { ring_page_order: 0, queues: 8 }).is_err());
+        assert!(Layout::read(&all, Offer { ring_page_order: 0, ..OFFER }).is_err());
         // An offer beyond what the engine can do does not widen it.
         let all = nodes(&[("multi-queue-num-queues", "9")]);
-        assert!(Layout::read(&all, Offer { ring_page_order: 9, queues: 99 }).is_err());
+        assert!(Layout::read(&all, Offer { ring_page_order: 9, queues: 99, ..OFFER }).is_err());
     }
 
     #[test]

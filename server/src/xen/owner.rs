@@ -595,8 +595,9 @@ impl<'a, D: Disks> Task<'a, D> {
 
 /// Reads the frontend's nodes once, checks them, and has the shard connect.
 async fn connect<D: Disks>(context: Arc<Context<D>>, id: DeviceId) -> Result<(), String> {
-    let offer =
-        Offer { ring_page_order: context.features.max_ring_page_order, queues: context.features.max_queues };
+    let features = context.features;
+    let (ring_page_order, queues) = (features.max_ring_page_order, features.max_queues);
+    let offer = Offer { ring_page_order, queues, first_port: 1 };
     let connect = loop {
         match read_connect(&context.store, id, offer).await {
             Ok(checked) => break checked.map_err(|error| error.to_string())?,

@@ -112,6 +112,8 @@ pub struct GuestConnect {
     pub domid: Domid,
     /// The device's number in XenStore.
     pub devid: u32,
+    /// Who it is, for lists; `None`: its domain and device say it.
+    pub peer: Option<Arc<str>>,
     /// Layout of its rings.
     pub abi: Abi,
     /// How it is reached.

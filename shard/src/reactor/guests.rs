@@ -19,6 +19,7 @@ use crate::request::Client;
 pub(super) struct Guest {
     domid: Domid,
     devid: u32,
+    peer: Option<Arc<str>>,
     realm: Realm,
     pub offer: Offer,
     numbered: bool,
@@ -159,11 +160,12 @@ impl<K: Kernel> Shard<K> {
             self.rings.make_ready(ring);
         }
         let in_use = GuestInUse { limits, entries, persistent: connect.persistent.is_some(), begun_again };
-        let GuestConnect { offer, numbered, persistent, counters, .. } = connect;
+        let GuestConnect { peer, offer, numbered, persistent, counters, .. } = connect;
         let entry = &mut self.disks[slot as usize];
         entry.guests.push(Guest {
             domid,
             devid,
+            peer,
             realm,
             offer,
             numbered,
@@ -418,6 +420,7 @@ impl<K: Kernel> Shard<K> {
         let connect = GuestConnect {
             domid: guest.domid,
             devid: guest.devid,
+            peer: guest.peer,
             abi,
             transport,
             numbered: guest.numbered,
@@ -434,7 +437,7 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn unpark_guests(&mut self, disk: u32, guests: Vec<ParkedGuest>) {
         for ParkedGuest { connect, numbers, flush_held } in guests {
             let (domid, devid, realm) = (connect.domid, connect.devid, connect.transport.realm());
-            let (offer, numbered) = (connect.offer, connect.numbered);
+            let (offer, numbered, peer) = (connect.offer, connect.numbered, connect.peer.clone());
             let (persistent, counters) = (connect.persistent.clone(), connect.counters.clone());
             let added = if numbers.is_empty() {
                 Err("all of its rings are broken".to_owned())
@@ -456,6 +459,7 @@ impl<K: Kernel> Shard<K> {
                 entry.guests.push(Guest {
                     domid,
                     devid,
+                    peer,
                     realm,
                     offer,
                     numbered,
@@ -530,7 +534,10 @@ impl<K: Kernel> Shard<K> {
             let rings = guest.rings.iter().filter_map(|&ring| self.rings.slab.get(ring as usize));
             let kind = if guest.realm == Realm::Xen { "xen" } else { "shared memory" };
             ClientInfo {
-                peer: format!("{kind} domain {} device {}", guest.domid, guest.devid),
+                peer: match &guest.peer {
+                    Some(peer) => peer.to_string(),
+                    None => format!("{kind} domain {} device {}", guest.domid, guest.devid),
+                },
                 in_flight: rings.map(|ring| ring.in_flight()).sum(),
                 age_s: self.now.saturating_sub(guest.since) / SECOND,
             }

@@ -219,6 +219,7 @@ impl Guest {
         let table = SharedRegion::map(&table, bytes).expect("map");
         GuestConnect {
             domid: self.domid,
+            peer: None,
             devid: 768,
             abi: self.abi,
             transport: Transport::Shared { memory, channels: vec![self.end.clone()] },

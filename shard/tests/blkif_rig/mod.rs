@@ -383,6 +383,7 @@ impl Guest {
         GuestConnect {
             domid: self.domid,
             devid: self.devid,
+            peer: None,
             abi: self.kind.abi,
             transport: Transport::Shared { memory, channels: self.ends.clone() },
             numbered: self.kind.ring_pages > 1,
