@@ -142,7 +142,7 @@ impl Daemon {
     pub fn guests(&self) -> Result<&Guests, Problem> {
         self.guests.get().ok_or_else(|| {
             Problem::new(
-                ProblemKind::Unavailable,
+                ProblemKind::Invalid,
                 "this host has no XenStore (neither /run/xenstored/socket nor /dev/xen/xenbus): guests of Xen need the daemon in dom0 or \
                  a driver domain, after xenstored; other disks are served all the same",
             )
