@@ -7,9 +7,9 @@
 //!
 //! Invariants:
 //! * a client costs a task, a socket and at most [`CHANNELS_MAX`] event channels until its rings are connected, at most for the negotiation's
-//!   time; of those that negotiate there are at most [`NEGOTIATING`] (a quarter of them on one disk), and who was silent longest goes
+//!   time; of those that negotiate there are at most `NEGOTIATING` (a quarter of them on one disk), and who was silent longest goes
 //!   first;
-//! * a disk has at most [`CLIENTS_PER_DISK`] clients with [`DISK_BYTES_MAX`] of memory, besides the bounds that hold for clients of NBD too;
+//! * a disk has at most `CLIENTS_PER_DISK` clients with `DISK_BYTES_MAX` of memory, besides the bounds that hold for clients of NBD too;
 //! * the socket is the client: when it ends, the shard finishes what the client has begun, and lets go of its memory. When the disk
 //!   goes, or the client breaks a ring, the socket ends with the reason;
 //! * clients get numbers of domains that no domain of Xen has, and no two clients of this process have the same, whichever disk they use: a

@@ -231,7 +231,7 @@ async fn run(listener: AnyListener, tls: bool, daemon: Arc<Daemon>, scope: Scope
     }
 }
 
-/// A number that no other listener has, for [`super::places::Places`].
+/// A number that no other listener has, for `super::places::Places`.
 pub fn listener_number() -> u64 {
     NEXT_LISTENER.fetch_add(1, Ordering::Relaxed)
 }

@@ -13,7 +13,7 @@
 //! |---|---|
 //! | [`connect`] | what is handed over when a guest connects, and what travels in a move |
 //! | [`domains`] | the shard's access to guests' pages and ports |
-//! | [`ring`] | one ring: from its engine's requests to those of the disk, and back |
+//! | `ring` | one ring: from its engine's requests to those of the disk, and back |
 //! | [`counters`] | metrics of a device |
 //!
 //! The reactor's share (which ring is looked at when, commands) is in `reactor::guests` and `reactor::rings`.
