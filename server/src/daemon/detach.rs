@@ -22,6 +22,8 @@ use crate::model::{self, Level};
 use crate::problem::{Problem, ProblemKind};
 use crate::xen::device::DeviceId;
 
+/// How long a detach by force waits for the guest to let go by itself.
+const CONSENT_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a detach by force waits for XenStore.
 const XENSTORE_PATIENCE: Duration = Duration::from_secs(2);
 /// Clients that a message names.
@@ -77,12 +79,18 @@ impl Daemon {
         let ours = disk.inner().attachment.request.guest.is_some();
         let guests = self.guests()?;
         if force {
-            // A XenStore that does not answer must not keep the disk.
+            // A frontend whose rings go under its requests waits for their answers for ever, so it is asked first. One that does not
+            // answer, and a XenStore that does not, must not keep the disk.
+            let asked = ours
+                && guests
+                    .remove(device, false, deadline.min(Instant::now() + CONSENT_PATIENCE))
+                    .await
+                    .is_ok();
             let deadline = deadline.min(Instant::now() + XENSTORE_PATIENCE);
-            let gone = if ours {
-                guests.remove(device, true, deadline).await
-            } else {
-                guests.close(device, deadline).await
+            let gone = match (asked, ours) {
+                (true, _) => Ok(()),
+                (false, true) => guests.remove(device, true, deadline).await,
+                (false, false) => guests.close(device, deadline).await,
             };
             if let Err(problem) = gone {
                 let message =
