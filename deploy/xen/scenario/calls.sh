@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 180
-# pending: ctl attach --domain is not there yet
+# pending: the counting of system calls by tracefs does not work in this kernel
 # Goal: at 32 requests in flight at most 0.15 notifications, 0.15 ioctls and 0.5 system calls per request.
 # Method: 4 KiB random reads by fio; interrupts counted by blkfront's kernel, calls by a histogram of the kernel's tracing.
 # shellcheck source=deploy/xen/dom0.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: pv
 # limit: 300
-# pending: the daemon does not watch backend/vbd yet, and there is no block-blktapd
+# pending: not seen to pass yet
 # Goal: a guest that ends in the middle of its I/O leaves no grants, ports, nodes or open image, whatever attached its disk.
 # Method: a guest with a disk of xl and one of ctl writes without end; xl destroy; once more with a guest that crashes itself,
 # and once more with one that is paused, whose disk is then detached by force.

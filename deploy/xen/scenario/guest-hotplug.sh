@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: pv
 # limit: 360
-# pending: the daemon does not watch backend/vbd yet, and there is no block-blktapd
+# pending: not seen to pass yet
 # Goal: disks are plugged into a running guest and out of it, by xl with the script and by our own command, with nothing left.
 # Method: the guest writes and verifies each new disk, and waits until it is gone.
 # shellcheck source=deploy/xen/dom0.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: pv
 # limit: 300
-# pending: the daemon does not watch backend/vbd yet, and there is no block-blktapd
+# pending: not seen to pass yet
 # Goal: a live snapshot under a guest that verifies what it reads is not noticed by it.
 # Method: the guest writes numbered blocks and reads all of them back in rounds; overlays are put on its disk meanwhile.
 # shellcheck source=deploy/xen/dom0.sh

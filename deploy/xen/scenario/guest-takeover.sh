@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: pv
 # limit: 300
-# pending: the daemon does not watch backend/vbd yet, and there is no block-blktapd
+# pending: not seen to pass yet
 # Goal: with Linux's backend loaded the script takes a disk over from it, in the configuration and hot, while other disks stay
 # with Linux's backend.
 # Method: a guest with two processors (so that its frontend may have begun with several queues), one disk of each kind, and a

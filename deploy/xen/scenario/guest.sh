@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # tier: pv
 # limit: 360
-# pending: the daemon does not watch backend/vbd yet, and there is no block-blktapd
 # Goal: a PV guest whose disk is in its configuration makes a file system, mounts, writes, verifies, trims, sees its disk
 # grow, and shuts down without delay. Linux's backend is not loaded.
 # Method: xl create with the script; the guest says what it has done; the time from its last word to its end; what is left.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: pvh
 # limit: 400
-# pending: the daemon does not watch backend/vbd yet, and there is no block-blktapd
+# pending: not seen to pass yet
 # Goal: a PVH guest works with our disk.
 # Method: as guest does it: a file system, a trim, a shutdown.
 # shellcheck source=deploy/xen/dom0.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 240
-# pending: ctl attach --domain is not there yet
+# pending: not seen to pass yet
 # Goal: a frontend that goes and comes again (another driver, a boot loader before the kernel, kexec) finds its disk each time, and
 # a hundred connects leave nothing behind.
 # Method: blkfront is unbound from the device and bound to it again, under reading in every tenth round.

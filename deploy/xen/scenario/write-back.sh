@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 360
-# pending: ctl attach --domain is not there yet
+# pending: not seen to pass yet
 # Goal: domain 0's own write-back does not lock up against the daemon that it depends on.
 # Method: a file system on /dev/xvda, which is a qcow2 image on another one; more dirty pages than the kernel lets be are
 # written, with most of the memory in use; what was written is read back from the disk.
