@@ -70,10 +70,6 @@ impl GuestDisks {
         lock(&self.devices).get(&id).map(|device| device.disk.name.to_string())
     }
 
-    pub(super) fn find(&self, domid: u16, devid: u32) -> Option<DeviceId> {
-        lock(&self.devices).keys().copied().find(|id| id.domid == domid && id.devid == devid)
-    }
-
     pub(super) fn details(&self, id: DeviceId) -> (Option<String>, Option<GuestInUse>) {
         let devices = lock(&self.devices);
         devices

@@ -158,11 +158,6 @@ impl Guests {
         self.backend.report(id, report);
     }
 
-    /// The device of a domain and number, if it is served.
-    pub fn find(&self, domid: u16, devid: u32) -> Option<DeviceId> {
-        self.disks.find(domid, devid)
-    }
-
     /// Why guests are not served now.
     pub fn problem(&self) -> Option<String> {
         self.backend.problem()
