@@ -69,7 +69,14 @@ impl Disk {
             eprintln!("{}: seed {:#x}, round {number}", self.name, self.seed);
             model = self.round(model, end);
         }
-        assert!(self.cut_off > 0, "nothing was in flight when the daemon died");
+        // A fast disk may have answered everything each time: what was cut off is what this test is for.
+        for _ in 0..50 {
+            if self.cut_off > 0 {
+                return;
+            }
+            model = self.round(model, End::Kill);
+        }
+        panic!("nothing was in flight when the daemon died");
     }
 
     fn round(&mut self, model: Model, end: End) -> Model {
