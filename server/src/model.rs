@@ -385,6 +385,8 @@ pub struct Shard {
     pub reason: Option<String>,
     /// Ring set-up in use: deferred, cooperative or plain.
     pub ring: String,
+    /// It gets memory without waiting for write-back that may wait for it (`PR_SET_IO_FLUSHER`; needs CAP_SYS_RESOURCE).
+    pub io_flusher: bool,
     /// Disks served.
     pub disks: u64,
     /// Connections served.

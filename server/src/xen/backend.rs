@@ -145,6 +145,8 @@ pub(super) struct Context<D> {
     pub(super) own: OnceLock<Domid>,
     pub(super) entries: Mutex<BTreeMap<DeviceId, Arc<Entry>>>,
     tapback: tokio::sync::Mutex<Option<(Instant, Option<u32>)>>,
+    /// Memory is kept for disks of our own domain, or why it is not.
+    pub(super) kept: tokio::sync::OnceCell<Result<(), String>>,
     problems: Mutex<BTreeMap<&'static str, String>>,
 }
 
@@ -223,6 +225,7 @@ impl<D: Disks> Backend<D> {
             host,
             features,
             own: OnceLock::new(),
+            kept: tokio::sync::OnceCell::new(),
             entries: Mutex::default(),
             tapback: tokio::sync::Mutex::new(None),
             problems: Mutex::default(),

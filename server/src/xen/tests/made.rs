@@ -54,6 +54,11 @@ async fn a_device_is_made_served_and_removed_with_consent() {
         let _guest = rig.guest(id);
         rig.wait_states(id, "4", "4").await;
         assert_eq!(rig.disks.state().wanted[&id].disk.as_deref(), Some("web1"));
+        assert_eq!(
+            *rig.host.kept.lock().unwrap(),
+            u32::from(domid == 0),
+            "for disks of our own domain, once"
+        );
         // Every node is its owner's, and the other's to read; no stranger's.
         let (own, guest) =
             (vec!["n0".to_owned(), format!("r{domid}")], vec![format!("n{domid}"), "r0".to_owned()]);
