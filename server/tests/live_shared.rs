@@ -86,6 +86,13 @@ fn data_is_verified_on_every_kind_of_ring_and_disk() {
         let peer = shown["connections"][0]["peer"].as_str().unwrap().to_owned();
         assert!(peer.starts_with(&format!("blkif unix pid {}", std::process::id())), "{peer}");
         assert_eq!(tables(&rig), shape.queues);
+        let guest = rig.ctl_json(&["guests"])[0].clone();
+        assert!(guest["device"].as_str().is_some_and(|name| name.starts_with("blkif/file/")), "{guest}");
+        assert_eq!(
+            (&guest["link"], &guest["queues"]),
+            (&"connected".into(), &shape.queues.into()),
+            "{guest}"
+        );
         let expected = verified(one, 8 * MIB, 120);
         wait_until("the client is gone", || clients(&rig, "file") == 0);
         rig.ctl_ok(&["detach", "file"]);
@@ -98,6 +105,7 @@ fn data_is_verified_on_every_kind_of_ring_and_disk() {
         wait_until("the client is gone", || clients(&rig, "memory") == 0);
         rig.ctl_ok(&["detach", "memory"]);
         wait_until("tables go with their clients", || tables(&rig) == 0);
+        assert_eq!(rig.ctl_json(&["guests"]), serde_json::json!([]));
     }
     wait_until("all descriptors are back", || descriptors(rig.pid()) <= before + 4);
 }

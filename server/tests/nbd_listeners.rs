@@ -9,8 +9,10 @@ mod daemon_rig;
 use std::path::Path;
 use std::sync::Arc;
 
+use blktapd::model::{AttachRequest, State};
 use blktapd::nbd::{Scope, bind_all_socket};
-use daemon_rig::{FakeShard, Rig, patient, soon, until};
+use blktapd::xen::device::{DeviceId, Kind};
+use daemon_rig::{FakeShard, Rig, patient, request, soon, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -169,6 +171,35 @@ async fn the_bound_on_clients_is_told_to_the_one_too_many() {
     let (_, message) = option(&mut client, GO, &go("")).await.unwrap().remove(0);
     assert!(String::from_utf8(message).unwrap().contains("is being detached"));
     assert!(detach.await.unwrap().is_err());
+    assert_eq!(option(&mut client, GO, &go("")).await.unwrap().last().unwrap().0, ACK);
+}
+
+// Goal: what a guest had put into its rings when the daemon died is not overtaken by somebody else's writes. Method: a guest's disk is restored by
+// a daemon that has no XenStore to look into; clients ask for it, and for one that nobody can write.
+#[tokio::test]
+async fn a_disk_that_awaits_its_guests_recovery_takes_no_writer() {
+    let rig = Rig::new();
+    for (number, name) in [(1, "written"), (2, "read")] {
+        let device = DeviceId { kind: Kind::Vbd3, domid: number, devid: 51712 };
+        let request = AttachRequest { read_only: name == "read", ..request("null:?size=1M") };
+        rig.daemon.attach_device(name, request, device, patient()).await.unwrap();
+        let mut client = greet(&rig.socket(name)).await.unwrap();
+        assert_eq!(
+            option(&mut client, GO, &go("")).await.unwrap().last().unwrap().0,
+            ACK,
+            "{name}, at first"
+        );
+    }
+    let rig = rig.crash("").await;
+    rig.daemon.restore(patient()).await;
+    for (name, state) in [("written", State::AwaitingRecovery), ("read", State::AwaitingRecovery)] {
+        assert_eq!(rig.daemon.find(name).unwrap().state(), state, "{name}");
+    }
+    let mut client = greet(&rig.socket("written")).await.unwrap();
+    let (kind, message) = option(&mut client, GO, &go("")).await.unwrap().remove(0);
+    let message = String::from_utf8(message).unwrap();
+    assert!(kind & 0x8000_0000 != 0 && message.contains("awaits the recovery"), "{message}");
+    let mut client = greet(&rig.socket("read")).await.unwrap();
     assert_eq!(option(&mut client, GO, &go("")).await.unwrap().last().unwrap().0, ACK);
 }
 

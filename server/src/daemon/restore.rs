@@ -32,6 +32,11 @@ impl Daemon {
         let mut first_tries = JoinSet::new();
         for (name, attachment) in kept {
             let disk = Disk::new(&name, attachment, "its image is being opened");
+            {
+                // Until XenStore has told otherwise, its guest may have requests in rings of the daemon that is gone.
+                let mut inner = disk.inner();
+                inner.awaiting = inner.attachment.device.is_some();
+            }
             self.insert(&disk);
             let (daemon, slots) = (self.clone(), slots.clone());
             first_tries.spawn(async move {

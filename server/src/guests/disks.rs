@@ -387,12 +387,16 @@ impl Disks for GuestDisks {
         }
     }
 
-    fn awaiting(&self, id: DeviceId) {
+    fn awaiting(&self, id: DeviceId, awaits: bool) {
         let Ok(daemon) = self.daemon() else { return };
         let device = id.to_string();
         let disks = daemon.all_disks();
         let disk = disks.iter().find(|disk| disk.inner().attachment.device.as_ref() == Some(&device));
         let Some(disk) = disk else { return };
+        if !awaits {
+            disk.inner().awaiting = false;
+            return;
+        }
         {
             let mut inner = disk.inner();
             inner.awaiting = true;

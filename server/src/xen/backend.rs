@@ -51,9 +51,9 @@ pub trait Disks: Send + Sync + 'static {
     /// The device is gone: its disk is not used any more.
     fn removed(&self, id: DeviceId) -> impl Future<Output = ()> + Send;
 
-    /// The device was found connected, by a daemon that is dead: its guest waits, and its image must not be written by others. Called
-    /// before [`Disks::open`]; over with the next [`Disks::connect`] or [`Disks::removed`].
-    fn awaiting(&self, id: DeviceId);
+    /// How the device was found. `awaits`: connected, by a daemon that is dead: its guest waits, and its image must not be written by others,
+    /// until the next [`Disks::connect`] or [`Disks::removed`]. Called before [`Disks::open`].
+    fn awaiting(&self, id: DeviceId, awaits: bool);
 }
 
 /// What a shard says by itself.

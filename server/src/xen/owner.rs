@@ -250,9 +250,7 @@ impl<'a, D: Disks> Task<'a, D> {
     ) -> Task<'a, D> {
         // Rings that somebody served before this daemon started; `Closing` may mean that, too.
         let awaits = matches!(own, XenbusState::Connected | XenbusState::Closing);
-        if awaits {
-            context.disks.awaiting(id);
-        }
+        context.disks.awaiting(id, awaits);
         let now = Instant::now();
         let mut task = Task {
             context,

@@ -221,8 +221,10 @@ impl Disks for FakeDisks {
         self.change(id, "removed", &[None, Some(Use::Open)], None);
     }
 
-    fn awaiting(&self, id: DeviceId) {
-        self.state().awaiting.push(id);
+    fn awaiting(&self, id: DeviceId, awaits: bool) {
+        if awaits {
+            self.state().awaiting.push(id);
+        }
     }
 }
 
