@@ -4,6 +4,7 @@
 //! disk; whoever brings it up holds `attempt` instead, and looks under the name whether the disk is still wanted.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -37,6 +38,7 @@ impl Daemon {
                 let mut inner = disk.inner();
                 inner.awaiting = inner.attachment.device.is_some();
             }
+            disk.device_to_come.store(false, Ordering::Relaxed);
             self.insert(&disk);
             let (daemon, slots) = (self.clone(), slots.clone());
             first_tries.spawn(async move {
