@@ -140,14 +140,15 @@ fn unzstd(encoded: &[u8], len: usize) -> Result<Vec<u8>, Damaged> {
 /// Encodes a unit into at most `room` bytes; `None` when that does not do.
 pub fn encode(method: Method, bytes: &[u8], room: usize) -> Option<Vec<u8>> {
     match method {
-        Method::Deflate => DEFLATE.with_borrow_mut(|state| {
+        Method::Deflate => {
             let window = DEFLATE_WINDOW_BITS;
             let new = || Compress::new_with_window_bits(Compression::default(), false, window);
-            deflate(state.get_or_insert_with(new), bytes, room)
-        }),
-        Method::Zlib => ZLIB.with_borrow_mut(|state| {
-            deflate(state.get_or_insert_with(|| Compress::new(Compression::default(), true)), bytes, room)
-        }),
+            DEFLATE.with_borrow_mut(|state| deflate(state, new, bytes, room))
+        }
+        Method::Zlib => {
+            let new = || Compress::new(Compression::default(), true);
+            ZLIB.with_borrow_mut(|state| deflate(state, new, bytes, room))
+        }
         Method::Zstd => ZSTD.with_borrow_mut(|state| {
             let state = match state {
                 Some(state) => state,
@@ -161,17 +162,28 @@ pub fn encode(method: Method, bytes: &[u8], room: usize) -> Option<Vec<u8>> {
     }
 }
 
-fn deflate(state: &mut Compress, bytes: &[u8], room: usize) -> Option<Vec<u8>> {
+fn deflate(
+    kept: &mut Option<Compress>,
+    new: impl FnOnce() -> Compress,
+    bytes: &[u8],
+    room: usize,
+) -> Option<Vec<u8>> {
+    let state = kept.get_or_insert_with(new);
     state.reset();
     let mut out = Vec::with_capacity(room);
     let status = state.compress_vec(bytes, &mut out, FlushCompress::Finish);
-    (matches!(status, Ok(Status::StreamEnd)) && out.len() <= room).then_some(out)
+    if !matches!(status, Ok(Status::StreamEnd)) {
+        // The library (zlib-rs 0.6) does not reset a stream that was left in the middle rightly: the next one would fail.
+        *kept = None;
+        return None;
+    }
+    (out.len() <= room).then_some(out)
 }
 
 /// Bytes that the encoded form of `len` bytes has at most, whatever they are and whatever the method.
 pub fn encoded_max(len: usize) -> usize {
-    // Stored blocks of deflate cost five bytes for each 8 KiB at worst (zlib's bound), zstd's blocks less.
-    len + len / 1024 + 128
+    // Deflate with a small window is the longest: it cannot always store what it cannot compress (zlib's `deflateBound`).
+    len + len / 8 + len / 128 + 128
 }
 
 #[cfg(test)]
