@@ -186,36 +186,6 @@ fn backing_files() {
 }
 
 #[test]
-fn compressed_ranges_are_refused_and_others_served() {
-    if !have_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path();
-    must_run(path, &["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "4M"]);
-    must_run(
-        path,
-        &["qemu-io", "-f", "qcow2", "-c", "write -c -P 7 1M 128k", "-c", "write -P 8 0 64k", "a.qcow2"],
-    );
-    let layers = [("qcow2", files(&folder, ""))];
-    let volume = open(&layers, true);
-    assert!(read(&volume, 0, 65536).iter().all(|byte| *byte == 8));
-    let memory = crate::volume::Memory::new(4096);
-    let window = crate::volume::Window { memory: &memory, volume: &volume, at: 0 };
-    let error = block_on(volume.read(1 << 20, 4096, &window)).unwrap_err();
-    assert_eq!(error.kind, crate::error::ErrorKind::Unsupported);
-    assert!(error.message.contains("compressed") && error.message.contains("a.qcow2"), "{error}");
-    assert_eq!(
-        block_on(volume.write(1 << 20, 4096, &window)).unwrap_err().kind,
-        crate::error::ErrorKind::Unsupported
-    );
-    write(&volume, 2 << 20, &[5; 4096]);
-    block_on(volume.close()).unwrap();
-    qemu_finds_nothing(path, "a.qcow2");
-    assert_eq!(check(&[&layers[0].1[0]], None).corruptions, Vec::<String>::new());
-}
-
-#[test]
 fn a_disk_grows() {
     if !have_qemu() {
         return;
