@@ -7,6 +7,7 @@
 
 pub mod allocation_log;
 pub mod blocking;
+pub mod crypt;
 pub mod driver;
 pub mod error;
 pub mod file;

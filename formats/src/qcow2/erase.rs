@@ -191,7 +191,11 @@ impl Image {
         let taken = self.allocate(1).await?;
         let Some(cluster) = taken.first().map(|range| range.start) else { return Ok(()) };
         let host = Some(cluster << self.geometry.cluster_bits);
-        let entry = Entry { host, copied: true, data: subclusters, zero: 0, compressed: None };
+        let entry = match &self.cipher {
+            None => Entry { host, copied: true, data: subclusters, zero: 0, compressed: None },
+            // The place reads as zero only if nobody decrypts it.
+            Some(_) => Entry { host, copied: true, data: 0, zero: subclusters, compressed: None },
+        };
         match self.change_l2_entry(table, guest, Order::Anytime, |_| Some(entry)).await {
             Ok(old) => {
                 if let Some(host) = old.host {

@@ -7,6 +7,7 @@
 //! | cluster shared with a snapshot | new cluster, `Copied` | after data |
 //! | own cluster that is called zero, or subclusters without data | same place, `Zeroes` or `Below` | after data: old bytes are in it |
 //! | external data file | its own place there, as the line above | after data |
+//! | encrypted, and the first line | new cluster, `Zeroes`: what reads as zero there does not when it is decrypted | after data |
 //!
 //! With subclusters several plans can be out for one cluster: they share its new place through [`Joined`]. A shared cluster with
 //! subclusters is copied by the driver first, as a whole, since a plan covers a part of it only.
@@ -16,6 +17,7 @@ use std::ops::Range;
 use super::image::Image;
 use super::l1::L1Entry;
 use super::l2::{Entry, State, mask};
+use crate::crypt::Spot;
 use crate::driver::{Fill, Order, Plan, Under};
 use crate::error::Error;
 use crate::file::Buf;
@@ -161,10 +163,10 @@ impl Image {
                 if !fresh {
                     // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it
                     // leaves behind when it goes away lands in its own range only.
-                    self.late.finish(self.payload().1.zero(place..place + granule)).await?;
-                }
-                if under == Under::Zeroes {
-                    under = Under::Kept;
+                    self.clear_place(Spot { disk: start, file: place }, granule).await?;
+                    if under == Under::Zeroes {
+                        under = Under::Kept;
+                    }
                 }
             }
             push_fill(
@@ -187,7 +189,7 @@ impl Image {
             (State::Data, Some(old)) if fresh => Under::Copied { file: self.payload().0, offset: old },
             (State::Data, _) => Under::Kept,
             (State::Absent, _) if self.below_has(start) => Under::Below,
-            _ if fresh => Under::Kept,
+            _ if fresh && self.cipher.is_none() => Under::Kept,
             _ => Under::Zeroes,
         }
     }
@@ -324,7 +326,8 @@ impl Image {
         let bytes = self.file.read(old, copy.len()).await?;
         for sub in (0..self.geometry.subclusters()).filter(|sub| entry.state(*sub) == State::Data) {
             let at = (u64::from(sub) * granule) as usize..(u64::from(sub + 1) * granule) as usize;
-            copy[at.clone()].copy_from_slice(&bytes[at]);
+            copy[at.clone()].copy_from_slice(&bytes[at.clone()]);
+            self.move_payload(guest, old, host, &mut copy, at);
         }
         // Written to from now on: it must not go back as clean.
         let taken = draft.pool.remove(0);

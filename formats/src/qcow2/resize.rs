@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::header::{L1_MAX_BYTES, TablePlace};
 use super::image::Image;
 use super::l2::State;
+use crate::crypt::Spot;
 use crate::driver::{Erase, Open};
 use crate::error::Error;
 use crate::file::Buf;
@@ -128,9 +129,8 @@ impl Image {
         match (entry.state(sub), entry.host) {
             (State::Data, Some(host)) if entry.copied || self.geometry.data_file => {
                 let at = host + (old - cluster_start);
-                let file = self.payload().1;
-                file.write(at, Buf::zeroed((whole - old) as usize)).await?;
-                file.flush().await
+                self.clear_place(Spot { disk: old, file: at }, whole - old).await?;
+                self.payload().1.flush().await
             }
             (State::Data, Some(host)) => {
                 // Shared: the bytes before the end get a place of their own, with zeroes behind them.
@@ -138,8 +138,15 @@ impl Image {
                 let plan = self.plan_write(old & !(granule - 1), granule).await?;
                 let start = old & !(granule - 1);
                 let mut bytes = self.file.read(host + (start - cluster_start), granule as usize).await?;
-                bytes[(old - start) as usize..].fill(0);
                 let place = plan.fills.first().map(|fill| fill.offset);
+                let from = Spot { disk: start, file: host + (start - cluster_start) };
+                if let Some(cipher) = &self.cipher {
+                    cipher.decrypt(from, &mut bytes);
+                }
+                bytes[(old - start) as usize..].fill(0);
+                if let Some((cipher, place)) = self.cipher.as_ref().zip(place) {
+                    cipher.encrypt(Spot { file: place, ..from }, &mut bytes);
+                }
                 let written = match place {
                     Some(place) => self.file.write(place, bytes).await,
                     None => Ok(()),

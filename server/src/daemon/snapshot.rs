@@ -459,6 +459,7 @@ fn stack(overlay: &Backend, old: &Backend, old_spec: &ImageSpec) -> Result<Backe
                 writable: false,
                 flush: true,
                 snapshot: None,
+                key: None,
                 log: None,
             });
         }

@@ -143,6 +143,7 @@ pub fn try_open(
             budget: budget.clone(),
             log: None,
             snapshot: snapshot.filter(|_| number == 0).map(str::to_owned),
+            key: None,
         };
         let driver = block_on(registry::format(kind).unwrap().open(open))?;
         opened.insert(0, Layer { driver, files });
@@ -164,6 +165,7 @@ pub fn open_of(paths: &[&Path], writable: bool) -> Open {
         budget: Budget::new(64 << 10),
         log: None,
         snapshot: None,
+        key: None,
     }
 }
 
@@ -187,7 +189,7 @@ pub fn create(
         (Link { paths, format: Some(format.to_owned()), identity: None }, size)
     });
     let options = options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-    let wanted = Create { size: Some(size), backing: link, options };
+    let wanted = Create { size: Some(size), backing: link, options, key: None };
     block_on(Qcow2.create(DiskFile::open(path, true), data_files, &wanted))
 }
 

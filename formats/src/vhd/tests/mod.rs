@@ -30,6 +30,7 @@ pub fn open_of(file: &Rc<dyn ImageFile>, writable: bool, below_size: Option<u64>
         budget: Budget::new(1 << 20),
         log: None,
         snapshot: None,
+        key: None,
     }
 }
 
@@ -51,7 +52,7 @@ pub fn try_create(
     options: &[(&str, &str)],
 ) -> Result<(), Error> {
     let options = options.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-    block_on(Vhd.create(file.clone(), Vec::new(), &Create { size, backing, options }))
+    block_on(Vhd.create(file.clone(), Vec::new(), &Create { size, backing, options, key: None }))
 }
 
 /// A layer of a VHD.

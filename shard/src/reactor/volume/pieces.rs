@@ -349,6 +349,7 @@ mod tests {
             budget: Budget::new(1 << 20),
             log: None,
             snapshot: None,
+            key: None,
         };
         let raw = formats::registry::format("raw").expect("raw is known");
         let driver = formats::blocking::wait(raw.open(open)).expect("it opens");
