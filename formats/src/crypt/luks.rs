@@ -296,8 +296,14 @@ impl Driver for LuksDriver {
             if size < old {
                 self.file.truncate(self.payload + size).await?;
             } else {
-                self.file.extend(self.payload + size).await?;
-                wipe_range(&self.file, &self.cipher, self.payload, old..size).await?;
+                // The file gets longer by encrypted zeroes that are durable: after a crash there may be some of them, and no noise.
+                let mut at = old;
+                while at < size {
+                    let end = size.min(at + WIPE_STEP);
+                    wipe_range(&self.file, &self.cipher, self.payload, at..end).await?;
+                    self.file.flush().await?;
+                    at = end;
+                }
             }
             self.size.set(size);
             Ok(())

@@ -100,7 +100,9 @@ impl Image {
                                 _ => unused.push(cluster..cluster + 1),
                             }
                         }
-                        if old.copied {
+                        // Zeroes in a place do not read as zero when they are decrypted, and after a crash its entry may be the old one:
+                        // an encrypted place goes back to the store when the removal of its entry is durable.
+                        if old.copied && self.cipher.is_none() {
                             let bytes = host + (part.start - guest)..host + (part.end - guest);
                             self.punch(&mut punched, Some(bytes)).await?;
                         }

@@ -76,7 +76,6 @@ cases! {
     luks_alone: [luks(MIB)];
     luks_of_old: [LayerCase { options: vec![("cipher".into(), "aes-cbc-essiv:sha256".into()), ("key-bits".into(), "256".into()),
         ("iter-time".into(), "1".into())], ..luks(MIB) }];
-    luks_on_device: [LayerCase { device_bytes: Some(8 * MIB), ..luks(MIB) }];
     qcow2_luks: [encrypted(2 * MIB + 512, &[])];
     qcow2_luks_log: [encrypted(2 * MIB, &[])], |case| case.logged(1000);
     qcow2_luks_512: [encrypted(600 * KIB, &[("cluster_size", "512")])];
