@@ -44,12 +44,9 @@ pub struct KeySources {
     of_layer: BTreeMap<usize, KeySource>,
 }
 
-/// The kinds of options, without the number.
-const KINDS: [&str; 3] = ["key-file", "key-credential", "key-fd"];
-
 /// The kind of an option and the image it is for.
 fn kind_of(option: &str) -> Option<(&'static str, Option<usize>)> {
-    KINDS.iter().find_map(|kind| {
+    KeySources::KINDS.iter().find_map(|kind| {
         let rest = option.strip_prefix(kind)?;
         match rest.strip_prefix('-') {
             None if rest.is_empty() => Some((*kind, None)),
@@ -64,6 +61,23 @@ fn kind_of(option: &str) -> Option<(&'static str, Option<usize>)> {
 }
 
 impl KeySources {
+    /// The kinds of options, without a number.
+    pub const KINDS: [&str; 3] = ["key-file", "key-credential", "key-fd"];
+
+    /// The options that name the same keys when one more image is on top. `encrypted` says of each image of the chain as it is whether it
+    /// is.
+    pub fn carried(&self, encrypted: &[bool]) -> Vec<(String, String)> {
+        let layers = encrypted.iter().enumerate().filter(|(_, is)| **is);
+        let named = layers.filter_map(|(layer, _)| Some((layer + 1, self.of(layer)?)));
+        named
+            .map(|(layer, source)| match source {
+                KeySource::File(path) => (format!("key-file-{layer}"), path.display().to_string()),
+                KeySource::Credential(name) => (format!("key-credential-{layer}"), name.clone()),
+                KeySource::Descriptor(number) => (format!("key-fd-{layer}"), number.to_string()),
+            })
+            .collect()
+    }
+
     /// Whether an option of a specification names a key.
     pub fn is_option(option: &str) -> bool {
         kind_of(option).is_some()
@@ -121,15 +135,6 @@ impl KeySources {
         self.of_layer.get(&layer).or(self.all.as_ref())
     }
 
-    /// The first key that is read from a descriptor.
-    pub fn descriptor(&self) -> Option<i32> {
-        let number = |source: &KeySource| match source {
-            KeySource::Descriptor(number) => Some(*number),
-            _ => None,
-        };
-        self.all.iter().chain(self.of_layer.values()).find_map(number)
-    }
-
     /// Checks that every key has an image to open: `encrypted` says of each image of the chain whether it is.
     ///
     /// # Errors
@@ -167,7 +172,8 @@ mod tests {
         assert_eq!(keys.of(0), Some(&KeySource::Descriptor(3)));
         assert_eq!(keys.of(1), Some(&KeySource::File("/k".into())));
         assert_eq!(keys.of(2), Some(&KeySource::Credential("disk.key".into())));
-        assert_eq!(keys.descriptor(), Some(3));
+        let carried = [("key-fd-1", "3"), ("key-credential-3", "disk.key")];
+        assert_eq!(keys.carried(&[true, false, true]), carried.map(|(a, b)| (a.to_owned(), b.to_owned())));
         assert_eq!(keys.take("snapshot", "a"), Ok(false));
         for (option, value) in [
             ("key-file", "/other"),

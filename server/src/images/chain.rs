@@ -212,6 +212,22 @@ impl Images {
         Ok((image, description))
     }
 
+    /// The key at a place that an operator named.
+    pub async fn read_key(&self, source: &KeySource, deadline: Instant) -> Result<Secret, Problem> {
+        match source {
+            KeySource::File(path) => self.files.read_key(path, deadline).await.map_err(problem),
+            KeySource::Credential(name) => {
+                let path = keys::credential_path(name).map_err(image_problem)?;
+                let what = source.to_string();
+                let read = tokio::task::spawn_blocking(move || keys::read_file(&path, &what));
+                read.await.unwrap_or_else(|error| Err(error.to_string())).map_err(image_problem)
+            }
+            KeySource::Descriptor(number) => Err(Problem::invalid(format!(
+                "key-fd={number}: a descriptor is of one process, and the daemon is another: use key-file= or key-credential="
+            ))),
+        }
+    }
+
     /// The key of the next image of a chain, if it is encrypted.
     async fn unlock(
         &self,
@@ -231,20 +247,7 @@ impl Images {
                 encryption.words
             )));
         };
-        let secret = match source {
-            KeySource::File(path) => self.files.read_key(path, wanted.deadline).await.map_err(problem)?,
-            KeySource::Credential(name) => {
-                let path = keys::credential_path(name).map_err(image_problem)?;
-                let what = source.to_string();
-                let read = tokio::task::spawn_blocking(move || keys::read_file(&path, &what));
-                read.await.unwrap_or_else(|error| Err(error.to_string())).map_err(image_problem)?
-            }
-            KeySource::Descriptor(number) => {
-                return Err(Problem::invalid(format!(
-                    "key-fd={number}: a descriptor is of one process, and the daemon is another: use key-file= or key-credential="
-                )));
-            }
-        };
+        let secret = self.read_key(source, wanted.deadline).await?;
         if let Some(warning) = encryption.warning {
             chain.notes.push(format!("{}: {warning}", path.display()));
         }
