@@ -8,6 +8,7 @@
 pub mod allocation_log;
 pub mod blocking;
 pub mod codec;
+pub mod crypt;
 pub mod driver;
 pub mod error;
 pub mod file;

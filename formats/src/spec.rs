@@ -26,6 +26,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::crypt::source::KeySources;
 use crate::raw::{SECTOR_BYTES, SIZE_MAX_BYTES};
 use crate::size::{format_size, parse_size};
 
@@ -112,6 +113,8 @@ pub enum ImageType {
     Vhd,
     /// A qcow2 image.
     Qcow2,
+    /// A raw disk behind a LUKS header.
+    Luks,
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
@@ -123,13 +126,15 @@ const TYPES: &[(&str, ImageType)] = &[
     ("raw", ImageType::Raw),
     ("vhd", ImageType::Vhd),
     ("qcow2", ImageType::Qcow2),
+    ("luks", ImageType::Luks),
     ("ram", ImageType::Ram),
     ("null", ImageType::Null),
     ("aio", ImageType::Raw),
 ];
 /// Formats of which the name is known, to be refused by name. `vhdx` and `qed` are not on the list: nobody promised them.
 const NOT_BUILT: &[&str] = &["qcow", "vmdk"];
-const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, ram and null; this version has no decorators";
+const KNOWN: &str =
+    "the types are raw (or aio), vhd, qcow2, luks, ram and null; this version has no decorators";
 
 impl ImageType {
     /// The canonical name.
@@ -138,6 +143,7 @@ impl ImageType {
             ImageType::Raw => "raw",
             ImageType::Vhd => "vhd",
             ImageType::Qcow2 => "qcow2",
+            ImageType::Luks => "luks",
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -189,7 +195,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw, vhd, qcow2: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw, vhd, qcow2, luks: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -219,13 +225,15 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
-/// Options of an image of a format: `vhd:`, `qcow2:`.
+/// Options of an image of a format: `vhd:`, `qcow2:`, `luks:`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FormatOptions {
     /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
     pub cache: CacheMode,
     /// `snapshot=NAME`: a snapshot inside the image (qcow2), served read-only.
     pub snapshot: Option<String>,
+    /// `key-file=`, `key-credential=`: where the keys of encrypted images of the chain are.
+    pub keys: KeySources,
 }
 
 /// Options of `ram:`.
@@ -258,7 +266,7 @@ pub enum Target {
     },
     /// An image of a format, with what is below it.
     Image {
-        /// `vhd` or `qcow2`: its name in [`crate::registry`].
+        /// `vhd`, `qcow2` or `luks`: its name in [`crate::registry`].
         format: ImageType,
         /// Absolute.
         path: PathBuf,
@@ -312,7 +320,7 @@ impl ImageSpec {
     /// Parses and checks what was typed in the directory `base` (absolute): relative paths of files are joined to it.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<ImageSpec, SpecError> {
         let (mut spec, offsets) = parse(text)?;
-        let is_file = matches!(spec.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2);
+        let is_file = !matches!(spec.image_type, ImageType::Ram | ImageType::Null);
         if is_file && !spec.path.is_empty() {
             spec.path = joined(base, &spec.path)?;
         }
@@ -320,6 +328,11 @@ impl ImageSpec {
             && let Some(init) = spec.options.get_mut("init").filter(|init| !init.is_empty())
         {
             *init = joined(base, init)?;
+        }
+        for (key, file) in &mut spec.options {
+            if KeySources::is_file_option(key) && !file.is_empty() {
+                *file = joined(base, file)?;
+            }
         }
         spec.check(&offsets)?;
         Ok(spec)
@@ -337,7 +350,7 @@ impl ImageSpec {
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
             }
-            ImageType::Vhd | ImageType::Qcow2 => {
+            ImageType::Vhd | ImageType::Qcow2 | ImageType::Luks => {
                 let keys: &[&str] =
                     if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
                 self.check_keys(keys, offsets)?;
@@ -348,7 +361,8 @@ impl ImageSpec {
                     let message = "snapshot= is empty: give the name or number of a snapshot of the image";
                     return Err(error(SpecErrorKind::OptionValue, offsets.value("snapshot"), message));
                 }
-                let options = FormatOptions { cache: self.cache_option(offsets)?, snapshot };
+                let keys = self.key_options(offsets)?;
+                let options = FormatOptions { cache: self.cache_option(offsets)?, snapshot, keys };
                 Ok(Target::Image { format: self.image_type, path, options })
             }
             ImageType::Ram => {
@@ -376,12 +390,21 @@ impl ImageSpec {
     }
 
     fn check_keys(&self, allowed: &[&str], offsets: &Offsets) -> Result<(), SpecError> {
-        match self.options.keys().find(|key| !allowed.contains(&key.as_str())) {
+        let takes_keys = matches!(self.image_type, ImageType::Vhd | ImageType::Qcow2 | ImageType::Luks);
+        let is_allowed =
+            |key: &String| allowed.contains(&key.as_str()) || (takes_keys && KeySources::is_option(key));
+        match self.options.keys().find(|key| !is_allowed(key)) {
             None => Ok(()),
             Some(key) => Err(error(
                 SpecErrorKind::UnknownOption,
                 offsets.key(key),
-                format!("{} has no option {}: it has {}", self.image_type, quoted(key), allowed.join(", ")),
+                format!(
+                    "{} has no option {}: it has {}{}",
+                    self.image_type,
+                    quoted(key),
+                    allowed.join(", "),
+                    if takes_keys { ", key-file and key-credential" } else { "" }
+                ),
             )),
         }
     }
@@ -393,6 +416,15 @@ impl ImageSpec {
             Some("writethrough") => CacheMode::Writethrough,
             Some(_) => return Err(self.bad_value("cache", "none, writeback or writethrough", offsets)),
         })
+    }
+
+    fn key_options(&self, offsets: &Offsets) -> Result<KeySources, SpecError> {
+        let mut keys = KeySources::default();
+        for (key, value) in &self.options {
+            keys.take(key, value)
+                .map_err(|message| error(SpecErrorKind::OptionValue, offsets.value(key), message))?;
+        }
+        Ok(keys)
     }
 
     fn raw_options(&self, offsets: &Offsets) -> Result<RawOptions, SpecError> {

@@ -105,6 +105,14 @@ impl OpenImage {
         Link { paths: vec![spec.path.clone()], format, identity: self.identity }
     }
 
+    /// Which images of its chain are encrypted.
+    pub fn encrypted(&self) -> Vec<bool> {
+        match &self.backend {
+            Backend::Image(chain) => chain.layers.iter().map(|layer| layer.key.is_some()).collect(),
+            Backend::File(_) | Backend::Ram(_) | Backend::Null => vec![false],
+        }
+    }
+
     /// The image's own file.
     pub fn file(&self) -> Option<Arc<ImageFile>> {
         match &self.backend {

@@ -111,6 +111,8 @@ pub enum Via {
         req: ReqKey,
         /// Byte of its payload.
         at: u32,
+        /// What the file has is encrypted.
+        sealed: Sealed,
     },
     /// Something that a future asked for.
     Future {
@@ -121,6 +123,17 @@ pub enum Via {
         /// Its memory is the payload of this request from a byte on; else it has its own.
         payload: Option<(ReqKey, u32)>,
     },
+}
+
+/// Whether the bytes of a piece are encrypted in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sealed {
+    /// They are not.
+    No,
+    /// What is read is decrypted where it arrived, with the cipher of this layer.
+    Read(u16),
+    /// What is written is encrypted, in memory of its own.
+    Written,
 }
 
 impl Via {
@@ -134,6 +147,7 @@ impl Via {
     /// The request whose payload is used, and from which byte on.
     pub fn payload(self) -> Option<(ReqKey, u32)> {
         match self {
+            Via::Piece { sealed: Sealed::Written, .. } => None,
             Via::Piece { req, at, .. } => Some((req, at)),
             Via::Future { payload, .. } => payload,
         }

@@ -318,6 +318,7 @@ impl Format for Toy {
                 data_files: Vec::new(),
                 identity: None,
                 writable: Ok(()),
+                encryption: None,
                 properties: Vec::new(),
             })
         })

@@ -243,6 +243,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         data_files: Vec::new(),
         identity: Some(Identity { uuid: footer.uuid, modified: None }),
         writable: Ok(()),
+        encryption: None,
         properties,
     })
 }

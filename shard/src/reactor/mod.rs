@@ -175,6 +175,8 @@ pub struct Shard<K: Kernel> {
     /// Memory for tables of images.
     budget: std::rc::Rc<formats::metadata::Budget>,
     pieces: Vec<formats::volume::Piece>,
+    /// Where a piece is encrypted before it has its buffer.
+    sealing: formats::file::Buf,
     scratch: Vec<Action>,
     new_requests: Vec<Request>,
     timers: BinaryHeap<Reverse<(Nanos, u32)>>,
@@ -255,6 +257,7 @@ impl<K: Kernel> Shard<K> {
             awake_next: Vec::new(),
             budget: formats::metadata::Budget::new(parts.table_budget_bytes),
             pieces: Vec::new(),
+            sealing: formats::file::Buf::zeroed(0),
             scratch: Vec::new(),
             new_requests: Vec::new(),
             timers: BinaryHeap::new(),

@@ -154,6 +154,7 @@ impl Sim {
                 writable: false,
                 flush: false,
                 snapshot: None,
+                key: None,
                 log: None,
             }],
             Backend::Ram(_) | Backend::Null => return None,
@@ -218,6 +219,7 @@ pub fn contents(world: &World, chain: &ImageChain, durable: bool, ranges: &[Rang
             budget: Budget::new(1 << 20),
             log: None,
             snapshot: None,
+            key: None,
         };
         let driver = wait(layer.format.open(open)).expect("the image opens");
         layers.push(Layer { driver, files });
