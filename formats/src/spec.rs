@@ -112,6 +112,8 @@ pub enum ImageType {
     Vhd,
     /// A qcow2 image.
     Qcow2,
+    /// A qcow image, version 1.
+    Qcow,
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
@@ -123,13 +125,15 @@ const TYPES: &[(&str, ImageType)] = &[
     ("raw", ImageType::Raw),
     ("vhd", ImageType::Vhd),
     ("qcow2", ImageType::Qcow2),
+    ("qcow", ImageType::Qcow),
     ("ram", ImageType::Ram),
     ("null", ImageType::Null),
     ("aio", ImageType::Raw),
 ];
-/// Formats of which the name is known, to be refused by name. `vhdx` and `qed` are not on the list: nobody promised them.
-const NOT_BUILT: &[&str] = &["qcow", "vmdk"];
-const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, ram and null; this version has no decorators";
+/// Formats of which the name is known, to be refused by name.
+const NOT_BUILT: &[&str] = &["vmdk", "vhdx", "vdi", "qed", "parallels"];
+const KNOWN: &str =
+    "the types are raw (or aio), vhd, qcow2, qcow, ram and null; this version has no decorators";
 
 impl ImageType {
     /// The canonical name.
@@ -138,6 +142,7 @@ impl ImageType {
             ImageType::Raw => "raw",
             ImageType::Vhd => "vhd",
             ImageType::Qcow2 => "qcow2",
+            ImageType::Qcow => "qcow",
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -189,7 +194,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw, vhd, qcow2: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw, vhd, qcow2, qcow: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -219,7 +224,7 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
-/// Options of an image of a format: `vhd:`, `qcow2:`.
+/// Options of an image of a format: `vhd:`, `qcow2:`, `qcow:`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FormatOptions {
     /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
@@ -312,7 +317,7 @@ impl ImageSpec {
     /// Parses and checks what was typed in the directory `base` (absolute): relative paths of files are joined to it.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<ImageSpec, SpecError> {
         let (mut spec, offsets) = parse(text)?;
-        let is_file = matches!(spec.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2);
+        let is_file = !matches!(spec.image_type, ImageType::Ram | ImageType::Null);
         if is_file && !spec.path.is_empty() {
             spec.path = joined(base, &spec.path)?;
         }
@@ -337,7 +342,7 @@ impl ImageSpec {
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
             }
-            ImageType::Vhd | ImageType::Qcow2 => {
+            ImageType::Vhd | ImageType::Qcow2 | ImageType::Qcow => {
                 let keys: &[&str] =
                     if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
                 self.check_keys(keys, offsets)?;

@@ -345,6 +345,10 @@ mod tests {
     #[ignore = "run by `hostile_images` in a process of its own"]
     fn inner() {
         let qcow2 = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB));
+        let compressed = |options: &[(&str, &str)]| {
+            image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB).encoded())
+        };
+        let qcow = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow::Qcow, options, 3 * MIB));
         let vhd = |options: &[(&str, &str)]| image(LayerCase::new(&crate::vhd::Vhd, options, 3 * MIB));
         match std::env::var("FUZZ_FORMAT").as_deref() {
             Ok("qcow2") => seeds(
@@ -354,6 +358,20 @@ mod tests {
                     qcow2(&[("cluster_size", "512"), ("refcount_bits", "1")]),
                     qcow2(&[("cluster_size", "4k"), ("compat", "0.10")]),
                     qcow2(&[("cluster_size", "16k"), ("extended_l2", "on"), ("lazy_refcounts", "on")]),
+                    compressed(&[("cluster_size", "4k")]),
+                    compressed(&[
+                        ("compression_type", "zstd"),
+                        ("cluster_size", "16k"),
+                        ("extended_l2", "on"),
+                    ]),
+                ],
+            ),
+            Ok("qcow") => seeds(
+                &crate::qcow::Qcow,
+                &[
+                    qcow(&[]),
+                    qcow(&[("cluster_size", "512"), ("extended", "off")]),
+                    image(LayerCase::new(&crate::qcow::Qcow, &[("cluster_size", "16k")], 3 * MIB).encoded()),
                 ],
             ),
             _ => seeds(
@@ -385,6 +403,11 @@ mod tests {
     #[test]
     fn hostile_qcow2_images() {
         hostile_images("qcow2");
+    }
+
+    #[test]
+    fn hostile_qcow_images() {
+        hostile_images("qcow");
     }
 
     #[test]
