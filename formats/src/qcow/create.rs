@@ -25,8 +25,11 @@ struct Options {
 }
 
 fn parse_options(create: &Create) -> Result<Options, Error> {
+    // Over a backing file QEMU and blktap allocate clusters without copying what is around a write: with clusters of one sector
+    // there is nothing around it.
+    let (cluster_bits, l2_bits) = if create.backing.is_some() { (9, 12) } else { (12, 9) };
     let mut options =
-        Options { geometry: Geometry { cluster_bits: 12, l2_bits: 9 }, extended: true, preallocated: false };
+        Options { geometry: Geometry { cluster_bits, l2_bits }, extended: true, preallocated: false };
     for (name, value) in &create.options {
         let bad = |expected: &str| Error::invalid(format!("option {name} is {value:?}: expected {expected}"));
         match (name.as_str(), value.as_str()) {

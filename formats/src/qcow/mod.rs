@@ -16,6 +16,9 @@
 //! it is converted, and no look-up can see that two entries have one place, or that an entry of a crashed writer points to where
 //! the file was to grow: a check does, and every image should have one that another program has not closed.
 //!
+//! Over a backing file QEMU and blktap do not copy what is around a write into a new cluster. We do; but an overlay that they shall
+//! write to, too, must have clusters of 512 bytes, which is what `create` makes.
+//!
 //! Refused by name: encryption; writing on a block device, which has no end to grow at; a smaller size.
 
 use std::rc::Rc;

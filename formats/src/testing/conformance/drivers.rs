@@ -81,7 +81,8 @@ cases! {
     qcow_plain_64k: [qcow(3 * MIB, &[("cluster_size", "64k"), ("extended", "off")])];
     qcow_compressed: [qcow(MIB + 512, &[]).encoded()];
     qcow_compressed_on_raw_log: [qcow(MIB, &[("cluster_size", "16k")]).encoded(), raw(900 * KIB)], |case| case.logged(1000);
-    qcow_on_raw: [qcow(2 * MIB, &[]), raw(2 * MIB)];
+    qcow_on_raw: [qcow(MIB, &[]), raw(MIB)];
+    qcow_8k_on_raw_log: [qcow(2 * MIB, &[("cluster_size", "8k")]), raw(2 * MIB)], |case| case.logged(1000);
     qcow_on_qcow_on_qcow2:
         [qcow(MIB, &[("cluster_size", "512")]), qcow(MIB, &[("extended", "off")]).encoded(), qcow2(900 * KIB, &[])],
         |case| case.logged(1000);
