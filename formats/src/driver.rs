@@ -110,6 +110,27 @@ pub enum Place {
     Encoded,
 }
 
+/// Appends an extent to what a map answers, or lengthens the last one behind index `own` if that continues in the new one.
+#[inline]
+pub(crate) fn push_extent(out: &mut Vec<Extent>, own: usize, start: u64, len: u64, place: Place) {
+    if out.len() > own
+        && let Some(last) = out.last_mut()
+    {
+        let continues = match (last.place, place) {
+            (
+                Place::Data { file, offset, in_place },
+                Place::Data { file: next_file, offset: next, in_place: next_in_place },
+            ) => file == next_file && offset + last.len == next && in_place == next_in_place,
+            (before, after) => before == after,
+        };
+        if continues {
+            last.len += len;
+            return;
+        }
+    }
+    out.push(Extent { start, len, place });
+}
+
 /// What is to be done so that a range can be written.
 #[derive(Debug)]
 pub struct Plan {

@@ -52,7 +52,7 @@ mod resize;
 mod snapshot;
 mod snapshots;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use resize::shrink;
 pub use snapshot::Snapshot;
@@ -193,7 +193,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
 }
 
 /// A path as it is. Names that QEMU gives another meaning (`json:`, `nbd://`, anything with a protocol) are refused.
-fn plain_path(name: &str, what: &str, path: &str) -> Result<String, Error> {
+pub(crate) fn plain_path(name: &str, what: &str, path: &str) -> Result<String, Error> {
     let protocol =
         path.split('/').next().and_then(|first| first.split_once(':')).map(|(protocol, _)| protocol);
     match protocol {

@@ -173,7 +173,7 @@ impl Image {
                 Fill { range: start..start + granule, file: self.payload().0, offset: place, under },
             );
         }
-        if new_data == 0 && !fresh && !self.is_unsettled(guest) {
+        if new_data == 0 && !fresh && !self.unsettled.has(guest) {
             draft.pieces.truncate(number);
         } else {
             draft.pieces[number].subclusters = new_data;
@@ -237,7 +237,7 @@ impl Image {
         let Some(pieces) = self.plans.borrow_mut().remove(&plan.id) else {
             return Err(Error::invalid(format!("{}: there is no plan {}", self.name(), plan.id)));
         };
-        let unsettled = self.unsettle(pieces.iter().map(|piece| piece.guest).collect());
+        let unsettled = self.unsettled.begin(pieces.iter().map(|piece| piece.guest).collect());
         let mut left = Draft { image: self, pieces, pool: Vec::new() };
         while let Some(piece) = left.pieces.first() {
             let with_piece = |old: &Entry| {
@@ -343,7 +343,7 @@ impl Image {
         // Written to from now on: it must not go back as clean.
         let taken = draft.pool.remove(0);
         let written = self.file.write(host, copy).await;
-        let unsettled = self.unsettle(vec![guest]);
+        let unsettled = self.unsettled.begin(vec![guest]);
         let mut moved = false;
         let set = match written {
             // Other subclusters may have been erased meanwhile: what the entry says of them now counts.

@@ -33,7 +33,7 @@ const MATRIX: &[(u64, &str)] = &[
 ];
 
 /// What a file system might hold: text, noise, zeroes, in stretches of some kilobytes.
-fn contents(size: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn contents(size: usize, seed: u64) -> Vec<u8> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut bytes = Vec::with_capacity(size + (1 << 16));
     while bytes.len() < size {
