@@ -142,7 +142,7 @@ fn keys_that_do_not_fit_are_told() {
         (format!("{open}?key-file={}", right.display()), &["opens nothing"]),
         (format!("raw:{}?key-file={}", plain.display(), right.display()), &["no option"]),
     ] {
-        let said = rig.ctl(&["attach", "disk", &spec]).expect_failure();
+        let said = rig.ctl(&["attach", "disk", &spec, "--nbd"]).expect_failure();
         assert!(words.iter().all(|word| said.contains(word)), "{spec}: {said}");
         assert!(!said.contains(PASSPHRASE) && !said.contains("something else"));
     }
