@@ -40,9 +40,12 @@ note() { echo "$*" >>"$notes"; }
 
 # wait_until WHAT COMMAND...: until the command succeeds; a daemon that is gone fails it
 wait_until() {
+    local looks=0
     waiting_for=$1
     until "${@:2}" >/dev/null 2>&1; do
         [ -z "$daemon" ] || kill -0 "$daemon" || fail "the daemon is gone, and still not: $1"
+        looks=$((looks + 1))
+        [ "$looks" != 100 ] || step "waits: $1"
         sleep 0.1
     done
     waiting_for=
@@ -198,13 +201,19 @@ disk_nodes() {
 
 footprint() { echo "$(used_grants) grants in use, $(bound_ports) bound ports, $(disk_nodes) nodes"; }
 
-footprint_is() { [ "$(footprint)" = "$1" ]; }
+# Sets now.
+footprint_is() {
+    now=$(footprint)
+    [ "$now" = "$1" ]
+}
 
 # wait_footprint BEFORE: nothing was left behind since
 wait_footprint() {
-    local now
-    until now=$(footprint) && [ "$now" = "$1" ]; do
+    local looks=0
+    until footprint_is "$1"; do
         waiting_for="the end of what was left behind: $now; before: $1"
+        looks=$((looks + 1))
+        [ "$looks" != 10 ] || step "waits: $waiting_for"
         sleep 0.5
     done
     waiting_for=
