@@ -550,6 +550,11 @@ pub trait Format: Sync {
         })
     }
 
+    /// Images may keep snapshots inside; one of them can be served instead of the active state.
+    fn has_snapshots(&self) -> bool {
+        false
+    }
+
     /// The snapshots inside an image, oldest first. Changes nothing.
     fn snapshots(&self, _file: Rc<dyn ImageFile>) -> Pending<'_, Vec<Snapshot>> {
         Box::pin(std::future::ready(Err(refused(self.name(), "has no snapshots inside the image"))))

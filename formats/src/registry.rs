@@ -5,8 +5,8 @@ use crate::driver::Format;
 /// All formats with a driver.
 pub static ALL: &[&dyn Format] = &[
     &crate::raw_driver::Raw,
-    &crate::qcow2::Qcow2,
     &crate::vhd::Vhd,
+    &crate::qcow2::Qcow2,
     &crate::qcow::Qcow,
     &crate::crypt::luks::Luks,
 ];

@@ -27,7 +27,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::crypt::source::KeySources;
+use crate::driver::Format;
 use crate::raw::{SECTOR_BYTES, SIZE_MAX_BYTES};
+use crate::registry;
 use crate::size::{format_size, parse_size};
 
 /// Longest specification that is read, in bytes: a path of PATH_MAX with every byte encoded, and options.
@@ -104,50 +106,40 @@ fn quoted(text: &str) -> String {
 }
 
 /// Types of images that this version serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(into = "String")]
 pub enum ImageType {
     /// A file or block device that holds the disk's bytes; `aio` is another name for it.
     Raw,
-    /// A VHD image: fixed, dynamic or differencing.
-    Vhd,
-    /// A qcow2 image.
-    Qcow2,
-    /// A raw disk behind a LUKS header.
-    Luks,
-    /// A qcow image, version 1.
-    Qcow,
+    /// An image of a format with a driver, by its name in [`crate::registry`]: `vhd`, `qcow2`.
+    Image(&'static str),
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
     Null,
 }
 
-/// Names in the grammar, canonical ones first.
-const TYPES: &[(&str, ImageType)] = &[
-    ("raw", ImageType::Raw),
-    ("vhd", ImageType::Vhd),
-    ("qcow2", ImageType::Qcow2),
-    ("luks", ImageType::Luks),
-    ("qcow", ImageType::Qcow),
-    ("ram", ImageType::Ram),
-    ("null", ImageType::Null),
-    ("aio", ImageType::Raw),
-];
 /// Formats of which the name is known, to be refused by name.
 const NOT_BUILT: &[&str] = &["vmdk", "vhdx", "vdi", "qed", "parallels"];
-const KNOWN: &str =
-    "the types are raw (or aio), vhd, qcow2, qcow, luks, ram and null; this version has no decorators";
+
+/// What there is, for messages.
+fn known() -> String {
+    let images: Vec<_> =
+        registry::ALL.iter().map(|format| format.name()).filter(|name| *name != "raw").collect();
+    format!("the types are raw (or aio), {}, ram and null; this version has no decorators", images.join(", "))
+}
 
 impl ImageType {
+    /// It lies in files, not only in memory.
+    pub fn is_file(self) -> bool {
+        matches!(self, ImageType::Raw | ImageType::Image(_))
+    }
+
     /// The canonical name.
     pub fn name(self) -> &'static str {
         match self {
             ImageType::Raw => "raw",
-            ImageType::Vhd => "vhd",
-            ImageType::Qcow2 => "qcow2",
-            ImageType::Luks => "luks",
-            ImageType::Qcow => "qcow",
+            ImageType::Image(format) => format,
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -164,23 +156,28 @@ impl FromStr for ImageType {
     type Err = SpecError;
 
     fn from_str(name: &str) -> Result<ImageType, SpecError> {
-        if let Some((_, image_type)) = TYPES.iter().find(|(known, _)| *known == name) {
-            return Ok(*image_type);
+        match name {
+            "raw" | "aio" => return Ok(ImageType::Raw),
+            "ram" => return Ok(ImageType::Ram),
+            "null" => return Ok(ImageType::Null),
+            _ => {}
         }
+        if let Some(format) = registry::format(name) {
+            return Ok(ImageType::Image(format.name()));
+        }
+        let known = known();
         if NOT_BUILT.contains(&name) {
-            let message = format!("the format {} is not built into this version: {KNOWN}", quoted(name));
+            let message = format!("the format {} is not built into this version: {known}", quoted(name));
             return Err(error(SpecErrorKind::NotBuilt, None, message));
         }
-        let message = format!("{} is neither a type nor a decorator: {KNOWN}", quoted(name));
+        let message = format!("{} is neither a type nor a decorator: {known}", quoted(name));
         Err(error(SpecErrorKind::UnknownType, None, message))
     }
 }
 
-impl TryFrom<String> for ImageType {
-    type Error = SpecError;
-
-    fn try_from(name: String) -> Result<ImageType, SpecError> {
-        name.parse()
+impl<'de> Deserialize<'de> for ImageType {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<ImageType, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -199,7 +196,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw, vhd, qcow2, qcow, luks: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw and images: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -229,7 +226,7 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
-/// Options of an image of a format: `vhd:`, `qcow2:`, `qcow:`, `luks:`.
+/// Options of an image of a format.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FormatOptions {
     /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
@@ -270,8 +267,8 @@ pub enum Target {
     },
     /// An image of a format, with what is below it.
     Image {
-        /// `vhd`, `qcow2` or `luks`: its name in [`crate::registry`].
-        format: ImageType,
+        /// Its name in [`crate::registry`].
+        format: &'static str,
         /// Absolute.
         path: PathBuf,
         /// Options.
@@ -324,8 +321,7 @@ impl ImageSpec {
     /// Parses and checks what was typed in the directory `base` (absolute): relative paths of files are joined to it.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<ImageSpec, SpecError> {
         let (mut spec, offsets) = parse(text)?;
-        let is_file = !matches!(spec.image_type, ImageType::Ram | ImageType::Null);
-        if is_file && !spec.path.is_empty() {
+        if spec.image_type.is_file() && !spec.path.is_empty() {
             spec.path = joined(base, &spec.path)?;
         }
         if spec.image_type == ImageType::Ram
@@ -354,9 +350,9 @@ impl ImageSpec {
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
             }
-            ImageType::Vhd | ImageType::Qcow2 | ImageType::Qcow | ImageType::Luks => {
-                let keys: &[&str] =
-                    if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
+            ImageType::Image(format) => {
+                let has_snapshots = registry::format(format).is_some_and(Format::has_snapshots);
+                let keys: &[&str] = if has_snapshots { &["cache", "snapshot"] } else { &["cache"] };
                 self.check_keys(keys, offsets)?;
                 let what = format!("the path of {}", self.image_type);
                 let path = checked_path(&what, &self.path, offsets.path)?;
@@ -367,7 +363,7 @@ impl ImageSpec {
                 }
                 let keys = self.key_options(offsets)?;
                 let options = FormatOptions { cache: self.cache_option(offsets)?, snapshot, keys };
-                Ok(Target::Image { format: self.image_type, path, options })
+                Ok(Target::Image { format, path, options })
             }
             ImageType::Ram => {
                 self.check_keys(&["huge", "init", "size"], offsets)?;
@@ -394,7 +390,7 @@ impl ImageSpec {
     }
 
     fn check_keys(&self, allowed: &[&str], offsets: &Offsets) -> Result<(), SpecError> {
-        let takes_keys = matches!(self.image_type, ImageType::Vhd | ImageType::Qcow2 | ImageType::Luks);
+        let takes_keys = matches!(self.image_type, ImageType::Image(_));
         let is_allowed =
             |key: &String| allowed.contains(&key.as_str()) || (takes_keys && KeySources::is_option(key));
         match self.options.keys().find(|key| !is_allowed(key)) {

@@ -210,7 +210,7 @@ impl Images {
                 released: false,
             }),
             Target::Image { format, path, options } => {
-                let wanted = Wanted { format: format.name(), path, options, read_only, disk, deadline };
+                let wanted = Wanted { format, path, options, read_only, disk, deadline };
                 self.open_chain(wanted).await
             }
             Target::Raw { path, options } => self.open_file(path, options, read_only, disk, deadline).await,

@@ -69,6 +69,10 @@ impl Format for Qcow2 {
         "qcow2"
     }
 
+    fn has_snapshots(&self) -> bool {
+        true
+    }
+
     fn recognises(&self, head: &[u8], _tail: &[u8]) -> bool {
         // Version 1 has the same magic number and is another format.
         head.starts_with(&header::MAGIC.to_be_bytes()) && matches!(head.get(4..8), Some([0, 0, 0, 2 | 3]))

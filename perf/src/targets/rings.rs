@@ -59,7 +59,8 @@ impl Judge<'_> {
         if late > 0.0 {
             // An open loop that the machine does not keep up with: both rows are another load than was asked for.
             result.verdict = Verdict::NotMeasured;
-            result.note = format!("{late} requests were not answered in time: this machine cannot carry the load");
+            result.note =
+                format!("{late} requests were not answered in time: this machine cannot carry the load");
         }
         results.push(result);
     }

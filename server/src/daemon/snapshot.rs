@@ -105,7 +105,7 @@ impl Daemon {
         if read_only {
             return refuse("is read-only, so there is nothing that a snapshot could keep".into());
         }
-        if matches!(image.image_type, ImageType::Ram | ImageType::Null) {
+        if !image.image_type.is_file() {
             return refuse(format!("is of type {}: only files and devices have snapshots", image.image_type));
         }
         Ok(Taking { disk, spec, paused, made: false, next: None, swapped: false })
@@ -190,7 +190,7 @@ impl Daemon {
                 one.spec
             ))),
             None => Ok((Vec::new(), None)),
-            Some(_) if one.spec.image_type != ImageType::Qcow2 => Err(Problem::invalid(format!(
+            Some(_) if one.spec.image_type != ImageType::Image("qcow2") => Err(Problem::invalid(format!(
                 "a key is named for {}, and only a qcow2 overlay can be encrypted",
                 one.spec
             ))),
@@ -425,7 +425,7 @@ impl Daemon {
     ) -> Result<(), Problem> {
         let (id, shard) = live(disk)?;
         let image = disk.inner().attachment.image.clone();
-        if matches!(image.image_type, ImageType::Ram | ImageType::Null) {
+        if !image.image_type.is_file() {
             return Err(Problem::invalid(format!(
                 "disk {} is paused; {image} has no file to release",
                 disk.name

@@ -419,7 +419,7 @@ impl Images {
         let Target::Image { format, path, options } = spec.target()? else {
             return Err(image_problem(format!("{spec} is no overlay")));
         };
-        let wanted = Wanted { format: format.name(), path, options, read_only: false, disk, deadline };
+        let wanted = Wanted { format, path, options, read_only: false, disk, deadline };
         let mut chain = Chain::default();
         let format = built_in(wanted.format)?;
         let opened = self.open_layer(&wanted, &mut chain, format, wanted.path.clone(), false, None).await;
