@@ -65,7 +65,7 @@ end_scenario() {
     done
     if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then
         ctl --json list 2>/dev/null | grep -o '"name": *"[^"]*"' | cut -d '"' -f 4 |
-            while read -r disk; do ctl --timeout 5 detach "$disk" --force; done
+            while read -r disk; do blktapd ctl --timeout 5 detach "$disk" --force; done
         kill "$daemon"
     fi
     remove_all_nodes
@@ -89,7 +89,8 @@ start_daemon() {
     wait_until "the daemon answers" ctl list
 }
 
-ctl() { blktapd ctl "$@"; }
+# Its commands have 30 s on an idle machine; ctl takes at most 600.
+ctl() { blktapd ctl --timeout $((patience < 20 ? 30 * patience : 600)) "$@"; }
 
 metrics() { wget -q -O - http://127.0.0.1:9680/metrics; }
 

@@ -13,7 +13,7 @@ for kind in '' --force; do
     step "under load $kind"
     attach_self d1 "raw:$raw_disk" xvda
     fio --name=load --filename=/dev/xvda --ioengine=libaio --direct=1 --iodepth=32 --rw=randrw --bs=16k --size=64M \
-        --time_based --runtime=30 >/dev/null 2>&1 &
+        --time_based --runtime=15 >/dev/null 2>&1 &
     load=$!
     sleep 3
     # shellcheck disable=SC2086  # no word at all when it is empty
