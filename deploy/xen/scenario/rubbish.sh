@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 180
-# pending: it passes and takes minutes
 # Goal: a frontend that writes rubbish into XenStore loses its own disk, with the reason in its nodes, and nothing else.
 # Method: no blkfront; the frontend's nodes by hand, one wrong in each round; another disk is read over NBD all the time.
 # shellcheck source=deploy/xen/dom0.sh
