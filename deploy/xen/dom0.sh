@@ -45,7 +45,7 @@ wait_until() {
     until "${@:2}" >/dev/null 2>&1; do
         [ -z "$daemon" ] || kill -0 "$daemon" || fail "the daemon is gone, and still not: $1"
         looks=$((looks + 1))
-        [ "$looks" != 100 ] || step "waits: $1"
+        [ "$looks" != 100 ] || { step "waits: $1"; show_states; }
         sleep 0.1
     done
     waiting_for=
@@ -53,6 +53,9 @@ wait_until() {
 
 # Fails when the command succeeds; its output goes to the log.
 refused() { if "$@"; then fail "was not refused: $*"; fi; }
+
+# The states of both ends of all disks.
+show_states() { { xenstore-ls -f /local/domain/0/backend; xenstore-ls -f /local/domain; } 2>/dev/null | grep -E '/(vbd3?)/.*/(state|online) = ' | sort -u; }
 
 end_scenario() {
     local status=$? guest loop_device
@@ -105,6 +108,7 @@ mount_images() {
 
 # load_frontend [OPTION=VALUE...]: domain 0's own blkfront, with options of the module
 load_frontend() {
+    echo 1 >/sys/bus/xen/drivers_autoprobe
     modprobe -r xen-blkfront 2>/dev/null || true
     modprobe xen-blkfront "$@"
 }

@@ -26,10 +26,12 @@ for image in 'ram:calls?size=64M' "raw:$raw_disk"; do
     requests=$(($(completed_requests xvda) - requests)) interrupts=$(($(frontend_interrupts) - interrupts))
     step "$kind: system call's number, count"
     sort -k 2,2nr /tmp/counts
-    calls=$(awk '{ sum += $2 } END { print sum + 0 }' /tmp/counts)
-    # ioctl is number 16 on x86-64.
+    # Numbers of x86-64: 16 is ioctl, 228 clock_gettime. The emulated processor has no steady counter, so that Linux must be called for
+    # the time; elsewhere it is read without a call.
+    calls=$(awk '$1 != 228 { sum += $2 } END { print sum + 0 }' /tmp/counts)
     ioctls=$(awk '$1 == 16 { sum += $2 } END { print sum + 0 }' /tmp/counts)
-    note "$kind: $requests requests: $interrupts notifications, $calls system calls, $ioctls ioctls"
+    clocks=$(awk '$1 == 228 { sum += $2 } END { print sum + 0 }' /tmp/counts)
+    note "$kind: $requests requests: $interrupts notifications, $calls system calls ($ioctls of them ioctls), $clocks readings of the clock"
     [ "$requests" -gt 500 ] || fail "$kind: only $requests requests: too few to count"
     [ $((interrupts * 100)) -le $((requests * 15)) ] || fail "$kind: $interrupts notifications for $requests requests"
     [ $((ioctls * 100)) -le $((requests * 15)) ] || fail "$kind: $ioctls ioctls for $requests requests"
