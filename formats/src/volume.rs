@@ -24,7 +24,7 @@ use futures_lite::future::yield_now;
 use crate::crypt::{PayloadCipher, Spot};
 use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Fill, Place, Plan, Under, Usage};
 use crate::error::{Error, ErrorKind};
-use crate::file::{Buf, ImageFile, Pending};
+use crate::file::{Buf, ImageFile, Pending, is_zero};
 use crate::locks::{RangeGuard, RangeLocks, Use};
 
 /// Layers of a chain, at most.
@@ -609,7 +609,10 @@ impl Volume {
         let _room = self.copy_room(len).await;
         let around = Memory::new(len);
         let edges = [fill.range.start..part.start, part.end..fill.range.end];
-        for edge in edges.iter().filter(|edge| !edge.is_empty()) {
+        // One read of all costs less than one of each side, if what lies between is no more than they are.
+        let together = part_len <= len / 2 && edges.iter().all(|edge| !edge.is_empty());
+        let reads = if together { vec![fill.range.clone()] } else { edges.to_vec() };
+        for edge in reads.iter().filter(|edge| !edge.is_empty()) {
             let at = (edge.start - fill.range.start) as usize;
             let edge_len = edge.end - edge.start;
             match fill.under {
@@ -633,7 +636,10 @@ impl Volume {
                 }
             }
         }
-        if fill.under == Under::Below && cipher.is_none() && around.is_zero() {
+        let inside = |edge: &Range<u64>| {
+            (edge.start - fill.range.start) as usize..(edge.end - fill.range.start) as usize
+        };
+        if fill.under == Under::Below && cipher.is_none() && edges.iter().all(|edge| around.is_zero(inside(edge))) {
             // The place reads as zero already.
             return self.write_at(id, part_spot, part_at, part_len, payload).await;
         }
@@ -879,8 +885,8 @@ impl Memory {
         self.bytes.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn is_zero(&self) -> bool {
-        self.bytes.borrow().iter().all(|byte| *byte == 0)
+    fn is_zero(&self, range: Range<usize>) -> bool {
+        is_zero(&self.bytes.borrow()[range])
     }
 }
 

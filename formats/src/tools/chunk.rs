@@ -115,13 +115,6 @@ pub(super) async fn write(volume: &Volume, offset: u64, bytes: Buf) -> Result<()
     volume.write(offset, len, &Chunk::of(volume, bytes)).await
 }
 
-/// Whether all bytes are zero.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    // Comparing slices is the fastest that safe code can do.
-    static ZEROES: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
-}
-
 /// Cuts `len` bytes at `offset` of a disk into runs of aligned units that are alike: the bytes of each run, and what it is.
 pub(super) fn runs(
     offset: u64,

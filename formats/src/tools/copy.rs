@@ -10,7 +10,7 @@ use super::walk::{Depth, Span, State, Walk};
 use super::{CHUNK, IN_FLIGHT, Progress};
 use crate::driver::Erase;
 use crate::error::Error;
-use crate::file::Buf;
+use crate::file::{Buf, is_zero};
 use crate::volume::{Source, Volume};
 
 /// Bytes of zeroes in one step, at most.
@@ -202,7 +202,7 @@ pub async fn copy(
 /// Writes bytes except zeroes; returns how many were written as data. Bytes of the target before `room` may have space already.
 async fn write(target: (&Volume, Target), at: u64, bytes: Buf, room: u64) -> Result<u64, Error> {
     let unit = chunk::unit_of(target.0);
-    let runs = chunk::runs(at, bytes.len(), unit, |run| chunk::is_zero(&bytes[run]));
+    let runs = chunk::runs(at, bytes.len(), unit, |run| is_zero(&bytes[run]));
     if let [(run, false)] = &runs[..] {
         let len = run.len() as u64;
         chunk::write(target.0, at, bytes).await?;
