@@ -115,6 +115,8 @@ pub enum ImageType {
     Qcow2,
     /// A raw disk behind a LUKS header.
     Luks,
+    /// A qcow image, version 1.
+    Qcow,
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
@@ -127,14 +129,15 @@ const TYPES: &[(&str, ImageType)] = &[
     ("vhd", ImageType::Vhd),
     ("qcow2", ImageType::Qcow2),
     ("luks", ImageType::Luks),
+    ("qcow", ImageType::Qcow),
     ("ram", ImageType::Ram),
     ("null", ImageType::Null),
     ("aio", ImageType::Raw),
 ];
-/// Formats of which the name is known, to be refused by name. `vhdx` and `qed` are not on the list: nobody promised them.
-const NOT_BUILT: &[&str] = &["qcow", "vmdk"];
+/// Formats of which the name is known, to be refused by name.
+const NOT_BUILT: &[&str] = &["vmdk", "vhdx", "vdi", "qed", "parallels"];
 const KNOWN: &str =
-    "the types are raw (or aio), vhd, qcow2, luks, ram and null; this version has no decorators";
+    "the types are raw (or aio), vhd, qcow2, qcow, luks, ram and null; this version has no decorators";
 
 impl ImageType {
     /// The canonical name.
@@ -144,6 +147,7 @@ impl ImageType {
             ImageType::Vhd => "vhd",
             ImageType::Qcow2 => "qcow2",
             ImageType::Luks => "luks",
+            ImageType::Qcow => "qcow",
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -195,7 +199,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw, vhd, qcow2, luks: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw, vhd, qcow2, qcow, luks: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -225,7 +229,7 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
-/// Options of an image of a format: `vhd:`, `qcow2:`, `luks:`.
+/// Options of an image of a format: `vhd:`, `qcow2:`, `qcow:`, `luks:`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FormatOptions {
     /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
@@ -350,7 +354,7 @@ impl ImageSpec {
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
             }
-            ImageType::Vhd | ImageType::Qcow2 | ImageType::Luks => {
+            ImageType::Vhd | ImageType::Qcow2 | ImageType::Qcow | ImageType::Luks => {
                 let keys: &[&str] =
                     if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
                 self.check_keys(keys, offsets)?;

@@ -122,6 +122,8 @@ pub enum Via {
         reply: usize,
         /// Its memory is the payload of this request from a byte on; else it has its own.
         payload: Option<(ReqKey, u32)>,
+        /// What was read may stay in the buffer that it was read to.
+        lend: bool,
     },
 }
 

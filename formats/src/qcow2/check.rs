@@ -15,10 +15,8 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-mod counts;
 mod places;
 
-use counts::{ACTIVE, COUNT, Counts, DATA, L2, PAGE, TABLE};
 use places::{Fixed, Holds};
 
 use super::bitmap;
@@ -27,6 +25,7 @@ use super::l1::L1Entry;
 use super::l2::Entry;
 use super::refcount::{self, TABLE_OFFSET_MASK};
 use super::snapshot::SnapshotTable;
+use crate::counts::{ACTIVE, COUNT, Counts, DATA, L2, PAGE, TABLE};
 use crate::driver::Findings;
 use crate::error::Error;
 use crate::file::{Buf, ImageFile, Pending};
@@ -399,8 +398,8 @@ impl<'a> Survey<'a> {
                 self.findings.allocated_bytes +=
                     if entry.compressed.is_some() { geometry.cluster() } else { data };
             }
-            if let Some((start, len)) = entry.compressed {
-                for cluster in start >> bits..=(start + len - 1) >> bits {
+            if let Some(encoded) = entry.compressed {
+                for cluster in encoded.clusters(geometry) {
                     let before = counts.add(cluster, DATA, uses.references).unwrap_or(0);
                     if before & (TABLE | L2 | ACTIVE) != 0 {
                         self.damage(format!(

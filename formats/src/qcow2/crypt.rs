@@ -8,10 +8,9 @@
 //!
 //! Clusters that are compressed are not encrypted, whatever the method.
 
-use std::ops::Range;
 use std::rc::Rc;
 
-use super::header::{Header, Method};
+use super::header::{CryptMethod, Header};
 use super::image::Image;
 use crate::crypt::luks1::{self, HEADER_BYTES};
 use crate::crypt::{CountsFrom, PayloadCipher, Secret, Spot, legacy, options};
@@ -31,7 +30,7 @@ pub(super) async fn describe(
     file: &Rc<dyn ImageFile>,
     header: &Header,
 ) -> Result<(Option<Encryption>, Vec<(&'static str, String)>), Error> {
-    if header.method == Method::Aes {
+    if header.encryption == CryptMethod::Aes {
         return Ok((Some(legacy::in_words()), Vec::new()));
     }
     let Some(luks) = luks_of(file, header).await? else { return Ok((None, Vec::new())) };
@@ -47,7 +46,7 @@ pub(super) async fn unlock(file: Rc<dyn ImageFile>, passphrase: &Secret) -> Resu
             let start = header.luks_area().unwrap_or_default().start;
             luks.unlock(file.name(), passphrase, |offset, len| file.read(start + offset, len)).await
         }
-        None if header.method == Method::Aes => legacy::unlock(passphrase),
+        None if header.encryption == CryptMethod::Aes => legacy::unlock(passphrase),
         None => Err(Error::invalid(format!("{} is not encrypted: take its key away", file.name()))),
     }
 }
@@ -58,7 +57,7 @@ pub(super) async fn cipher(
     header: &Header,
     key: Option<&Secret>,
 ) -> Result<Option<PayloadCipher>, Error> {
-    if header.method == Method::Plain {
+    if header.encryption == CryptMethod::Plain {
         return Ok(None);
     }
     let key = key.ok_or_else(|| options::key_missing(file.name()))?;
@@ -85,15 +84,5 @@ impl Image {
             }
         };
         self.late.finish(operation).await
-    }
-
-    /// Makes payload that was read at one place ready to be written at another one. `guest` is its offset on the disk, `from` and `to` are
-    /// offsets in the file, `part` is what to work on.
-    pub fn move_payload(&self, guest: u64, from: u64, to: u64, bytes: &mut [u8], part: Range<usize>) {
-        if let Some(cipher) = &self.cipher {
-            let spot = |file: u64| Spot { disk: guest, file }.after(part.start as u64);
-            cipher.decrypt(spot(from), &mut bytes[part.clone()]);
-            cipher.encrypt(spot(to), &mut bytes[part.clone()]);
-        }
     }
 }

@@ -31,6 +31,7 @@ use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::extensions::{self, Extensions};
+use crate::codec::Method;
 use crate::error::{Error, ErrorKind};
 use crate::file::ImageFile;
 
@@ -192,7 +193,7 @@ pub(super) struct TablePlace {
 
 /// How payload is encrypted: the encryption method of the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Method {
+pub(super) enum CryptMethod {
     /// 0: not at all.
     Plain,
     /// 1: AES-CBC.
@@ -230,9 +231,9 @@ pub(super) struct Header {
     /// Header extensions.
     pub extensions: Extensions,
     /// How payload is encrypted.
-    pub method: Method,
-    /// Compression type of compressed clusters, by name.
-    pub compression: &'static str,
+    pub encryption: CryptMethod,
+    /// How compressed clusters are encoded.
+    pub compression: Method,
 }
 
 impl Header {
@@ -271,17 +272,23 @@ impl Header {
         }
         let compression_known = v3 && header_len > V3_MIN_BYTES as usize;
         let compression = match (compression_known, raw.compression_type) {
-            (false, _) | (true, 0) => "zlib",
-            (true, 1) => "zstd",
+            (false, _) | (true, 0) => Method::Deflate,
+            (true, 1) => Method::Zstd,
             (true, other) => {
                 let what = format!("its compression type is {other}; 0 (zlib) and 1 (zstd) are known");
                 return Err(Error::unsupported(name, what));
             }
         };
-        let method = match raw.crypt_method.get() {
-            0 => Method::Plain,
-            1 => Method::Aes,
-            2 => Method::Luks,
+        if (compression != Method::Deflate) != (incompatible & COMPRESSION != 0) {
+            let (what, bit) = (compression_name(compression), incompatible & COMPRESSION != 0);
+            let what =
+                format!("its compression type is {what}, and the feature bit for others than zlib is {bit}");
+            return Err(Error::corrupt(name, what));
+        }
+        let encryption = match raw.crypt_method.get() {
+            0 => CryptMethod::Plain,
+            1 => CryptMethod::Aes,
+            2 => CryptMethod::Luks,
             other => {
                 let what = format!("its encryption method is {other}; 1 (AES) and 2 (LUKS) are known");
                 return Err(Error::unsupported(name, what));
@@ -289,7 +296,7 @@ impl Header {
         };
         let header = Header {
             geometry,
-            method,
+            encryption,
             size: raw.size.get(),
             l1: TablePlace { offset: raw.l1_offset.get(), entries: u64::from(raw.l1_entries.get()) },
             reftable: TablePlace {
@@ -316,7 +323,7 @@ impl Header {
 
     /// Where the LUKS header is, in bytes of the file; `None` without one.
     pub fn luks_area(&self) -> Option<std::ops::Range<u64>> {
-        let place = self.extensions.luks.filter(|_| self.method == Method::Luks)?;
+        let place = self.extensions.luks.filter(|_| self.encryption == CryptMethod::Luks)?;
         Some(place.offset..place.offset + place.bytes)
     }
 
@@ -355,11 +362,11 @@ impl Header {
         if self.snapshots > 0 {
             table("snapshot table", self.snapshots_offset, 40 * u64::from(self.snapshots), u64::MAX)?;
         }
-        match (self.method, self.extensions.luks) {
-            (Method::Luks, None) => {
+        match (self.encryption, self.extensions.luks) {
+            (CryptMethod::Luks, None) => {
                 return corrupt("it is encrypted with LUKS and does not say where".into());
             }
-            (Method::Luks, Some(place)) => {
+            (CryptMethod::Luks, Some(place)) => {
                 table("LUKS header", place.offset, place.bytes, LUKS_MAX_BYTES)?;
                 if place.bytes < crate::crypt::luks1::HEADER_BYTES as u64 {
                     return corrupt(format!("its LUKS header has {} bytes", place.bytes));
@@ -367,7 +374,7 @@ impl Header {
             }
             _ => {}
         }
-        if self.method != Method::Plain && self.data_file_raw() {
+        if self.encryption != CryptMethod::Plain && self.data_file_raw() {
             return corrupt("it is encrypted and says that its data file is a raw image".into());
         }
         if self.l1.entries < geometry.l1_entries_for(self.size) {
@@ -383,6 +390,11 @@ impl Header {
         }
         Ok(())
     }
+}
+
+/// QEMU's name of a compression type.
+pub(super) fn compression_name(method: Method) -> &'static str {
+    if method == Method::Zstd { "zstd" } else { "zlib" }
 }
 
 /// Checks what must be known before anything else is read.

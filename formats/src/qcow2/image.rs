@@ -11,12 +11,14 @@ use super::header::{self, Geometry, Header, TablePlace};
 use super::l1::L1Entry;
 use super::l2::{Entry, State};
 use super::plan::{Joined, Piece};
+use crate::codec::Decoded;
 use crate::crypt::PayloadCipher;
-use crate::driver::{Extent, FileIndex, Place};
+use crate::driver::{Extent, FileIndex, Place, push_extent};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, ImageFile, Pending};
 use crate::late::Late;
 use crate::metadata::{SLICE_BYTES, Tables};
+use crate::unsettled::Unsettled;
 
 /// The image's own file.
 pub(super) const IMAGE_FILE: FileIndex = FileIndex(0);
@@ -69,32 +71,15 @@ pub(super) struct Image {
     pub joined: RefCell<HashMap<u64, Joined, foldhash::fast::FixedState>>,
     /// Clusters of the disk whose entry was changed and is not safe against the death of the process yet, with the number of commits
     /// that will make it so: a write to such a place must not be acknowledged before, so map does not call them in place.
-    pub unsettled: RefCell<HashMap<u64, u32, foldhash::fast::FixedState>>,
+    pub unsettled: Unsettled,
     /// Operations whose caller went away before they ended: nothing may rely on their range until they have.
     pub late: Late,
+    /// Clusters that were decoded last.
+    pub decoded: Rc<Decoded>,
+    /// Held for reading by who reads encoded bytes: with subclusters a cluster may get another place meanwhile.
+    pub encoded_reads: async_lock::RwLock<()>,
     change_turn: async_lock::Mutex<()>,
     changed: Cell<bool>,
-}
-
-/// Clusters that are unsettled while this lives; those of a commit that did not end stay so.
-pub(super) struct Unsettled<'a> {
-    image: &'a Image,
-    clusters: Vec<u64>,
-}
-
-impl Unsettled<'_> {
-    /// They are settled.
-    pub fn settled(self) {
-        let mut unsettled = self.image.unsettled.borrow_mut();
-        for cluster in &self.clusters {
-            if let Some(commits) = unsettled.get_mut(cluster) {
-                *commits -= 1;
-                if *commits == 0 {
-                    unsettled.remove(cluster);
-                }
-            }
-        }
-    }
 }
 
 /// Bytes of a slice of the tables of an image.
@@ -145,8 +130,10 @@ impl Image {
             plans: RefCell::default(),
             next_plan: Cell::new(1),
             joined: RefCell::default(),
-            unsettled: RefCell::default(),
+            unsettled: Unsettled::default(),
             late: Late::default(),
+            decoded: Decoded::new(&budget),
+            encoded_reads: async_lock::RwLock::new(()),
             change_turn: async_lock::Mutex::new(()),
             changed: Cell::new(false),
             file,
@@ -171,19 +158,6 @@ impl Image {
             result
         };
         self.late.finish(Box::pin(switched)).await
-    }
-
-    /// Notes that entries of these clusters of the disk are about to change.
-    pub fn unsettle(&self, clusters: Vec<u64>) -> Unsettled<'_> {
-        let mut unsettled = self.unsettled.borrow_mut();
-        clusters.iter().for_each(|cluster| *unsettled.entry(*cluster).or_default() += 1);
-        Unsettled { image: self, clusters }
-    }
-
-    /// The entry of a cluster of the disk is not settled.
-    pub fn is_unsettled(&self, guest: u64) -> bool {
-        let unsettled = self.unsettled.borrow();
-        !unsettled.is_empty() && unsettled.contains_key(&guest)
     }
 
     /// Path, for messages.
@@ -262,11 +236,16 @@ impl Image {
     }
 
     /// Decodes an L2 entry and checks that it points to no metadata that we know of.
-    fn decode(&self, bytes: &[u8], table: u64, guest: u64, end: u64) -> Result<Entry, Error> {
+    fn checked_entry(&self, bytes: &[u8], table: u64, guest: u64, end: u64) -> Result<Entry, Error> {
         let entry =
             Entry::decode(&self.geometry, bytes, guest, end).map_err(|why| self.damaged("L2", guest, why))?;
         if let (Some(host), false) = (entry.host, self.geometry.data_file)
             && (host == table || self.on_fixed(host))
+        {
+            return Err(self.damaged("L2", guest, "points to metadata"));
+        }
+        if let Some(place) = entry.compressed
+            && (self.on_fixed(place.offset) || self.on_fixed(place.offset + place.len - 1))
         {
             return Err(self.damaged("L2", guest, "points to metadata"));
         }
@@ -279,7 +258,7 @@ impl Image {
         let cluster_start = guest & !(self.geometry.cluster() - 1);
         loop {
             let end = self.end();
-            let look = |bytes: &[u8]| self.decode(bytes, table, cluster_start, end);
+            let look = |bytes: &[u8]| self.checked_entry(bytes, table, cluster_start, end);
             if let Some(entry) = self.maps.get(at, self.geometry.entry_bytes() as usize, look) {
                 return entry;
             }
@@ -339,7 +318,7 @@ impl Image {
         let stop = range.end.min((range.start / covers + 1) * covers);
         let table = match self.l1_entry(range.start, end)? {
             Ok(entry) if entry.table == 0 => {
-                push(out, own, range.start, stop - range.start, Place::Absent);
+                push_extent(out, own, range.start, stop - range.start, Place::Absent);
                 return Some(Ok(stop));
             }
             Ok(entry) => entry.table,
@@ -354,7 +333,7 @@ impl Image {
         self.maps.get(entry_at, (entries * entry_bytes) as usize, |bytes| {
             let mut guest = first;
             for bytes in bytes.chunks_exact(entry_bytes as usize) {
-                match self.decode(bytes, table, guest, end) {
+                match self.checked_entry(bytes, table, guest, end) {
                     Ok(entry) => self.push_entry(&entry, guest, range.start.max(guest)..stop, own, out),
                     Err(error) if guest <= range.start => return Err(error),
                     Err(_) => return Ok(guest),
@@ -369,11 +348,8 @@ impl Image {
     #[inline]
     fn push_entry(&self, entry: &Entry, guest: u64, wanted: Range<u64>, own: usize, out: &mut Vec<Extent>) {
         let cluster_end = (guest + self.geometry.cluster()).min(wanted.end);
-        if entry.compressed.is_some() {
-            return push(out, own, wanted.start, cluster_end - wanted.start, Place::Encoded);
-        }
         let granule = self.geometry.granule();
-        let in_place = self.writable && entry.copied && !self.is_unsettled(guest) && self.late.is_empty();
+        let in_place = self.writable && entry.copied && !self.unsettled.has(guest) && self.late.is_empty();
         let mut at = wanted.start;
         while at < cluster_end {
             let sub = ((at - guest) / granule) as u32;
@@ -384,9 +360,10 @@ impl Image {
                     Place::Data { file: self.payload().0, offset: host + (at - guest), in_place }
                 }
                 (State::Zero, host) => Place::Zero { allocated: host.is_some() },
-                _ => Place::Absent,
+                (State::Compressed, _) => Place::Encoded,
+                (State::Data | State::Absent, _) => Place::Absent,
             };
-            push(out, own, at, run_end - at, place);
+            push_extent(out, own, at, run_end - at, place);
             at = run_end;
         }
     }
@@ -441,25 +418,4 @@ impl Image {
     pub fn below_has(&self, guest: u64) -> bool {
         guest < self.below
     }
-}
-
-/// Appends an extent, or lengthens the last one of this call if that continues in the new one.
-#[inline]
-fn push(out: &mut Vec<Extent>, own: usize, start: u64, len: u64, place: Place) {
-    if out.len() > own
-        && let Some(last) = out.last_mut()
-    {
-        let continues = match (last.place, place) {
-            (
-                Place::Data { file, offset, in_place },
-                Place::Data { file: next_file, offset: next, in_place: next_in_place },
-            ) => file == next_file && offset + last.len == next && in_place == next_in_place,
-            (before, after) => before == after,
-        };
-        if continues {
-            last.len += len;
-            return;
-        }
-    }
-    out.push(Extent { start, len, place });
 }

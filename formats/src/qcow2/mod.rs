@@ -10,6 +10,7 @@
 //! | `image` | an opened image: look-ups, map, the first change |
 //! | `clusters`, `growth` | free clusters, the reserve, refcounts while the image is in use |
 //! | `plan`, `erase`, `resize` | changes |
+//! | `encoded` | compressed clusters |
 //! | `crypt` | encrypted payload |
 //! | `driver` | the interface |
 //! | `create`, `check`, `repair`, `snapshots` | offline work |
@@ -18,7 +19,7 @@
 //! refers to bytes that are durable or read as zero durably. Order is kept by `clusters` (flush ahead) and by
 //! [`crate::metadata::Tables`] (payload before mapping).
 //!
-//! Refused by name: unknown incompatible features. Ranges that are compressed are refused one by one.
+//! Refused by name: unknown incompatible features.
 
 use std::rc::Rc;
 
@@ -36,6 +37,7 @@ mod clusters;
 mod create;
 mod crypt;
 mod driver;
+mod encoded;
 mod erase;
 mod extensions;
 mod growth;
@@ -50,7 +52,7 @@ mod resize;
 mod snapshot;
 mod snapshots;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use resize::shrink;
 pub use snapshot::Snapshot;
@@ -168,7 +170,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         ("refcount_bits", (1u32 << geometry.refcount_order).to_string()),
         ("lazy_refcounts", yes(header.compatible & header::LAZY_REFCOUNTS != 0)),
         ("extended_l2", yes(geometry.extended_l2)),
-        ("compression_type", format!("{} (compressed ranges are refused)", header.compression)),
+        ("compression_type", header::compression_name(header.compression).to_owned()),
         ("dirty", yes(header.incompatible & header::DIRTY != 0)),
         ("corrupt", yes(header.incompatible & header::CORRUPT != 0)),
         ("snapshots", header.snapshots.to_string()),
@@ -191,7 +193,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
 }
 
 /// A path as it is. Names that QEMU gives another meaning (`json:`, `nbd://`, anything with a protocol) are refused.
-fn plain_path(name: &str, what: &str, path: &str) -> Result<String, Error> {
+pub(crate) fn plain_path(name: &str, what: &str, path: &str) -> Result<String, Error> {
     let protocol =
         path.split('/').next().and_then(|first| first.split_once(':')).map(|(protocol, _)| protocol);
     match protocol {

@@ -354,6 +354,10 @@ mod tests {
     #[ignore = "run by `hostile_images` in a process of its own"]
     fn inner() {
         let qcow2 = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB));
+        let compressed = |options: &[(&str, &str)]| {
+            image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB).encoded())
+        };
+        let qcow = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow::Qcow, options, 3 * MIB));
         let vhd = |options: &[(&str, &str)]| image(LayerCase::new(&crate::vhd::Vhd, options, 3 * MIB));
         match std::env::var("FUZZ_FORMAT").as_deref() {
             Ok("qcow2") => seeds(
@@ -371,6 +375,20 @@ mod tests {
                         )
                         .encrypted(),
                     ),
+                    compressed(&[("cluster_size", "4k")]),
+                    compressed(&[
+                        ("compression_type", "zstd"),
+                        ("cluster_size", "16k"),
+                        ("extended_l2", "on"),
+                    ]),
+                ],
+            ),
+            Ok("qcow") => seeds(
+                &crate::qcow::Qcow,
+                &[
+                    qcow(&[]),
+                    qcow(&[("cluster_size", "512"), ("extended", "off")]),
+                    image(LayerCase::new(&crate::qcow::Qcow, &[("cluster_size", "16k")], 3 * MIB).encoded()),
                 ],
             ),
             Ok("luks") => seeds(
@@ -411,6 +429,11 @@ mod tests {
     #[test]
     fn hostile_luks_images() {
         hostile_images("luks");
+    }
+
+    #[test]
+    fn hostile_qcow_images() {
+        hostile_images("qcow");
     }
 
     #[test]

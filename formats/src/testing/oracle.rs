@@ -1,18 +1,10 @@
 //! Judges of images besides our own drivers: `qemu-img`, and the rule for the footers of a VHD.
 
 use std::path::Path;
-use std::process::{Command, Output};
 
 use super::pages::Pages;
+use super::programs;
 use super::rig::{PASSPHRASE, Rig, read_all};
-
-/// Runs `qemu-img` in a folder (it looks for data files there), with a deadline; `None` when the host has none.
-fn qemu_img(folder: &Path, arguments: &[&str]) -> Option<Output> {
-    let mut command = Command::new("timeout");
-    command.args(["-s", "KILL", "60", "qemu-img"]).args(arguments).current_dir(folder);
-    // 127: timeout did not find the program.
-    command.output().ok().filter(|output| output.status.code() != Some(127))
-}
 
 fn words(named: &[String]) -> impl Iterator<Item = &str> {
     named.iter().map(String::as_str)
@@ -83,9 +75,9 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
     let raw = folder.path().join("converted.raw");
     let raw = raw.display().to_string();
     let named = named(rig, &image);
-    let arguments: Vec<_> =
-        ["convert", "-O", "raw"].into_iter().chain(words(&named)).chain([&*raw]).collect();
-    let Some(output) = qemu_img(folder.path(), &arguments) else { return Ok(()) };
+    let command: Vec<_> =
+        ["qemu-img", "convert", "-O", "raw"].into_iter().chain(words(&named)).chain([&*raw]).collect();
+    let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     if !output.status.success() {
         return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
     }
@@ -101,8 +93,8 @@ fn qcow2_is_sound(rig: &Rig) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
     let named = named(rig, &image);
-    let arguments: Vec<_> = ["check"].into_iter().chain(words(&named)).collect();
-    let Some(output) = qemu_img(folder.path(), &arguments) else { return Ok(()) };
+    let command: Vec<_> = ["qemu-img", "check"].into_iter().chain(words(&named)).collect();
+    let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         code => Err(format!(

@@ -56,7 +56,7 @@ fn no_file<'a, T: 'a>() -> Pending<'a, T> {
 impl Payload for Chunk<'_> {
     fn read(&self, file: FileId, offset: u64, at: usize, len: usize) -> Pending<'_, ()> {
         let Some(file) = self.volume.file(file) else { return no_file() };
-        let read = file.read(offset, len);
+        let read = file.read_lent(offset, len);
         Box::pin(async move {
             self.put(at, read.await?);
             Ok(())

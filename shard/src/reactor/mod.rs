@@ -402,6 +402,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn account(&mut self, start: Nanos) {
+        self.pool.collect();
         let end = self.kernel.now();
         let counters = &self.counters;
         counters.busy_ns.add(end.saturating_sub(start));

@@ -233,7 +233,7 @@ impl<K: Kernel> Shard<K> {
         let Some(via) = request.via else { return false };
         let slot = via.disk();
         let errno = request.errno;
-        let payload = request.payload.take();
+        let mut payload = request.payload.take();
         let alive = self.disks.get(slot as usize).is_some_and(|entry| !entry.quarantined);
         match via {
             Via::Piece { req, at, sealed, .. } => {
@@ -245,13 +245,17 @@ impl<K: Kernel> Shard<K> {
                     self.piece_done(slot, req, errno);
                 }
             }
-            Via::Future { reply, .. } => {
-                let result = match (&payload, errno) {
-                    (_, errno) if errno != 0 => Err(errno),
-                    (Some(buf), _) if request.kind == Kind::Read => {
-                        Ok(Bytes::copy_of(&self.pool.bytes(buf)[..request.len as usize]))
+            Via::Future { reply, lend, .. } => {
+                let read = errno == 0 && request.kind == Kind::Read;
+                let result = match payload.take_if(|_| read) {
+                    _ if errno != 0 => Err(errno),
+                    Some(buf) if lend => Ok(self.pool.lend(buf, request.len as usize)),
+                    Some(buf) => {
+                        let bytes = Bytes::copy_of(&self.pool.bytes(&buf)[..request.len as usize]);
+                        self.pool.give(buf);
+                        Ok(bytes)
                     }
-                    _ => Ok(Bytes::zeroed(0)),
+                    None => Ok(Bytes::zeroed(0)),
                 };
                 let engine = self.disks.get(slot as usize).and_then(|entry| entry.engine.as_ref());
                 if let Some(engine) = engine {
