@@ -1,4 +1,5 @@
-//! `luks:`, a raw disk behind a LUKS header: what `qemu-img -f luks` and `cryptsetup open --type luks` take.
+//! `luks:`, a raw disk behind a LUKS header of version 1 or 2: what `qemu-img -f luks` (version 1) and `cryptsetup open` take. New
+//! images are of version 1.
 //!
 //! ```text
 //!  0        header and stripes        payload offset                        end of the file
@@ -12,7 +13,9 @@ use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
 
-use super::luks1::{self, Header};
+use super::cipher::Cipher;
+use super::luks1;
+use super::luks2;
 use super::options::{self, LuksOptions};
 use super::{CountsFrom, PayloadCipher, Secret, Spot};
 use crate::driver::{
@@ -36,29 +39,83 @@ struct LuksDriver {
     file: Rc<dyn ImageFile>,
     cipher: PayloadCipher,
     payload: u64,
+    /// Its header says how large it is.
+    fixed_size: bool,
     size: Cell<u64>,
     writable: bool,
 }
 
+/// A header of either version.
+enum Header {
+    One(luks1::Header),
+    Two(Box<luks2::Header>),
+}
+
 async fn header_of(file: &Rc<dyn ImageFile>) -> Result<Header, Error> {
     let bytes = file.read(0, luks1::HEADER_BYTES).await?;
-    if let Some(2) = luks_version(&bytes) {
-        let what = "its LUKS header has version 2; version 1 is known (cryptsetup convert --type luks1 makes one of it, if its key \
-                    slots use pbkdf2)";
-        return Err(Error::unsupported(file.name(), what));
+    let second = luks_version(&bytes) == Some(2) || !bytes.starts_with(&luks1::MAGIC);
+    if second && file.length() >= luks2::BINARY_BYTES as u64 {
+        let read = |offset, len| file.read(offset, len);
+        match luks2::Header::read(file.name(), file.length(), read).await {
+            Ok(header) => return Ok(Header::Two(Box::new(header))),
+            // Without its first copy it may be no such image at all.
+            Err(error) if bytes.starts_with(&luks1::MAGIC) => return Err(error),
+            Err(_) => {}
+        }
     }
-    Header::parse(file.name(), &bytes, file.length())
+    luks1::Header::parse(file.name(), &bytes, file.length()).map(Header::One)
+}
+
+impl Header {
+    fn cipher(&self) -> &Cipher {
+        match self {
+            Header::One(header) => &header.cipher,
+            Header::Two(header) => &header.cipher,
+        }
+    }
+
+    fn payload_offset(&self) -> u64 {
+        match self {
+            Header::One(header) => header.payload_offset,
+            Header::Two(header) => header.payload_offset,
+        }
+    }
+
+    /// Bytes of the disk in a file of `length` bytes.
+    fn disk_bytes(&self, length: u64) -> u64 {
+        let room = length.saturating_sub(self.payload_offset());
+        let bytes = match self {
+            Header::Two(header) => header.payload_bytes.unwrap_or(room).min(room),
+            Header::One(_) => room,
+        };
+        bytes & !(self.cipher().sector_bytes as u64 - 1)
+    }
+
+    /// The header says how large the disk is.
+    fn has_fixed_size(&self) -> bool {
+        matches!(self, Header::Two(header) if header.payload_bytes.is_some())
+    }
+
+    /// Encryption, hash, key slots and UUID, for people.
+    fn in_words(&self) -> (String, &'static str, String, String) {
+        match self {
+            Header::One(one) => (one.in_words(), one.hash.name(), one.slots_in_words(), one.uuid.clone()),
+            Header::Two(two) => (two.in_words(), two.hash().name(), two.slots_in_words(), two.uuid.clone()),
+        }
+    }
+
+    fn has_slots(&self) -> bool {
+        match self {
+            Header::One(header) => !header.used_slots().is_empty(),
+            Header::Two(header) => header.slots() > 0,
+        }
+    }
 }
 
 /// The version that a LUKS header says it has.
 fn luks_version(head: &[u8]) -> Option<u16> {
     let version = head.strip_prefix(&luks1::MAGIC)?.first_chunk::<2>()?;
     Some(u16::from_be_bytes(*version))
-}
-
-/// Bytes of the disk in a file of `length` bytes.
-fn disk_bytes(header: &Header, length: u64) -> u64 {
-    length.saturating_sub(header.payload_offset) & !(header.cipher.sector_bytes as u64 - 1)
 }
 
 impl Format for Luks {
@@ -73,18 +130,19 @@ impl Format for Luks {
     fn describe(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Description> {
         Box::pin(async move {
             let header = header_of(&file).await?;
+            let (words, hash, key_slots, uuid) = header.in_words();
             Ok(Description {
-                size: disk_bytes(&header, file.length()),
+                size: header.disk_bytes(file.length()),
                 backing: None,
                 data_files: Vec::new(),
                 identity: None,
                 writable: Ok(()),
-                encryption: Some(Encryption { words: header.in_words(), warning: None }),
+                encryption: Some(Encryption { words, warning: None }),
                 properties: vec![
-                    ("uuid", header.uuid.clone()),
-                    ("hash", header.hash.name().to_owned()),
-                    ("key_slots", header.slots_in_words()),
-                    ("payload_offset", header.payload_offset.to_string()),
+                    ("uuid", uuid),
+                    ("hash", hash.to_owned()),
+                    ("key_slots", key_slots),
+                    ("payload_offset", header.payload_offset().to_string()),
                 ],
             })
         })
@@ -92,8 +150,11 @@ impl Format for Luks {
 
     fn unlock<'a>(&'a self, file: Rc<dyn ImageFile>, passphrase: &'a Secret) -> Pending<'a, Secret> {
         Box::pin(async move {
-            let header = header_of(&file).await?;
-            header.unlock(file.name(), passphrase, |offset, len| file.read(offset, len)).await
+            let read = |offset, len| file.read(offset, len);
+            match header_of(&file).await? {
+                Header::One(header) => header.unlock(file.name(), passphrase, read).await,
+                Header::Two(header) => header.unlock(file.name(), passphrase, read).await,
+            }
         })
     }
 
@@ -104,13 +165,14 @@ impl Format for Luks {
             let header = header_of(&file).await?;
             let key = open.key.ok_or_else(|| options::key_missing(file.name()))?;
             let cipher = header
-                .cipher
+                .cipher()
                 .with_key(key.bytes())
                 .map_err(|what| Error::invalid(format!("{}: {what}", file.name())))?;
             let driver = LuksDriver {
                 cipher: PayloadCipher::new(cipher, CountsFrom::Disk),
-                payload: header.payload_offset,
-                size: Cell::new(disk_bytes(&header, file.length())),
+                payload: header.payload_offset(),
+                fixed_size: header.has_fixed_size(),
+                size: Cell::new(header.disk_bytes(file.length())),
                 writable: open.writable,
                 file,
             };
@@ -158,11 +220,11 @@ impl Format for Luks {
                 open.files.first().cloned().ok_or_else(|| Error::invalid("a luks image needs its file"))?;
             let header = header_of(&file).await?;
             let mut found = Findings {
-                allocated_bytes: disk_bytes(&header, file.length()),
+                allocated_bytes: header.disk_bytes(file.length()),
                 end: file.length(),
                 ..Findings::default()
             };
-            if header.used_slots().is_empty() {
+            if !header.has_slots() {
                 found.corruption("none of its key slots is in use: no key opens it");
             }
             Ok(found)
@@ -289,6 +351,10 @@ impl Driver for LuksDriver {
         Box::pin(async move {
             self.check_writable()?;
             let old = self.size.get();
+            if self.fixed_size && size != old {
+                let what = "its LUKS header says how large its disk is";
+                return Err(Error::unsupported(self.file.name(), what));
+            }
             if !size.is_multiple_of(self.granule()) || size > crate::raw::SIZE_MAX_BYTES - self.payload {
                 let message = format!("a size of {size} bytes: take a multiple of {}", self.granule());
                 return Err(Error::invalid(message));

@@ -96,7 +96,7 @@ pub struct Header {
 }
 
 /// The text of a field that is padded with zeroes.
-fn text(field: &[u8]) -> String {
+pub(super) fn text(field: &[u8]) -> String {
     let end = field.iter().position(|byte| *byte == 0).unwrap_or(field.len());
     String::from_utf8_lossy(&field[..end]).replace(char::is_control, "?")
 }

@@ -15,6 +15,7 @@
 //! | [`derive`](mod@derive) | hashes, PBKDF2, the splitter of LUKS |
 //! | [`legacy`] | the encryption of qcow before LUKS |
 //! | [`luks1`] | the header of LUKS version 1 |
+//! | [`luks2`] | the header of LUKS version 2, to be read |
 //! | [`luks`] | `luks:`, a raw disk behind a LUKS header |
 //! | [`options`] | `-o` options of new encrypted images |
 //! | [`secret`] | keys in memory |
@@ -30,6 +31,7 @@ pub mod derive;
 pub mod legacy;
 pub mod luks;
 pub mod luks1;
+pub mod luks2;
 pub mod options;
 pub mod secret;
 pub mod source;

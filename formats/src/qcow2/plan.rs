@@ -158,14 +158,12 @@ impl Image {
                 order = Order::AfterData;
             }
             let covered = request.start <= start && request.end >= start + granule;
-            if matches!(under, Under::Below | Under::Zeroes) && !covered {
-                if !fresh {
-                    // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it
-                    // leaves behind when it goes away lands in its own range only.
-                    self.clear_place(Spot { disk: start, file: place }, granule).await?;
-                    if under == Under::Zeroes {
-                        under = Under::Kept;
-                    }
+            if matches!(under, Under::Below | Under::Zeroes) && !covered && !fresh {
+                // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it leaves
+                // behind when it goes away lands in its own range only.
+                self.clear_place(Spot { disk: start, file: place }, granule).await?;
+                if under == Under::Zeroes {
+                    under = Under::Kept;
                 }
             }
             push_fill(
