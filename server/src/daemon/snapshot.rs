@@ -103,7 +103,7 @@ impl Daemon {
         if read_only {
             return refuse("is read-only, so there is nothing that a snapshot could keep".into());
         }
-        if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
+        if matches!(image.image_type, ImageType::Ram | ImageType::Null) {
             return refuse(format!("is of type {}: only files and devices have snapshots", image.image_type));
         }
         Ok(Taking { disk, spec, paused, made: false, next: None, swapped: false })
@@ -382,7 +382,7 @@ impl Daemon {
     ) -> Result<(), Problem> {
         let (id, shard) = live(disk)?;
         let image = disk.inner().attachment.image.clone();
-        if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
+        if matches!(image.image_type, ImageType::Ram | ImageType::Null) {
             return Err(Problem::invalid(format!(
                 "disk {} is paused; {image} has no file to release",
                 disk.name
