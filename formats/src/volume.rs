@@ -639,7 +639,10 @@ impl Volume {
         let inside = |edge: &Range<u64>| {
             (edge.start - fill.range.start) as usize..(edge.end - fill.range.start) as usize
         };
-        if fill.under == Under::Below && cipher.is_none() && edges.iter().all(|edge| around.is_zero(inside(edge))) {
+        if fill.under == Under::Below
+            && cipher.is_none()
+            && edges.iter().all(|edge| around.is_zero(inside(edge)))
+        {
             // The place reads as zero already.
             return self.write_at(id, part_spot, part_at, part_len, payload).await;
         }

@@ -246,7 +246,7 @@ fn without_a_parent_everything_is_copied_up() {
             let top = images(&rig, 0, true).remove(0);
             let changed = top.format.set_backing(top.files[0].clone(), None).await;
             match top.format.name() {
-                "qcow2" => {
+                "qcow2" | "qcow" => {
                     changed.unwrap();
                     assert!(contents(&images(&rig, 0, false)[..1]).await == model, "{case:?}");
                 }
@@ -267,7 +267,9 @@ fn link_to(path: &str) -> (Link, u64) {
 
 #[test]
 fn a_crash_leaves_the_old_parent_or_the_new_one() {
-    let overlays: [(&str, &[(&str, &str)]); 5] = [
+    let overlays: [(&str, &[(&str, &str)]); 7] = [
+        ("qcow", &[]),
+        ("qcow", &[("extended", "off")]),
         ("vhd", &[]),
         ("qcow2", &[]),
         ("qcow2", &[("cluster_size", "4096")]),

@@ -555,7 +555,9 @@ impl Files {
         format: &'static dyn formats::driver::Format,
         deadline: Duration,
     ) -> Result<formats::driver::Description, OpenError> {
-        let ask = move |path: &Path, image: &ImageFile| image::ask(path, image, |file| format.describe(file));
+        let ask = move |path: &Path, image: &ImageFile| {
+            image::ask(path, image, |file| Box::pin(formats::registry::describe(format, file)))
+        };
         self.measure(key, deadline, "read its header", ask).await
     }
 

@@ -11,6 +11,7 @@ use formats::crypt::source::{KeySource, KeySources};
 use formats::driver::{Description, Format, Identity, Link, Snapshot};
 use formats::error::ErrorKind;
 use formats::file::ImageFile;
+use formats::registry;
 use formats::tools::layers::LayerFiles;
 
 use super::failure::Failure;
@@ -20,9 +21,6 @@ use crate::files::FileKey;
 use crate::images::links;
 use crate::images::logs::{refuse_live, refuse_live_new};
 use crate::keys;
-
-/// Bytes at the start of a file that show what it is.
-const HEAD_BYTES: usize = 64 << 10;
 
 /// What an operator allows images to name, and where a daemon may have left something of theirs.
 #[derive(Debug)]
@@ -96,14 +94,8 @@ impl Opened {
             gate.refuse_live(name, &file)?;
         }
         let blocking = file.blocking()?;
-        let described = futures_lite::future::block_on(name.format.describe(blocking.clone()));
-        let description = described.map_err(|error| {
-            let mut failure = Failure::from(error);
-            if let Some(hint) = other_format(name.format, &*blocking) {
-                failure.message = format!("{}; {hint}", failure.message);
-            }
-            failure
-        })?;
+        let described = futures_lite::future::block_on(registry::describe(name.format, blocking));
+        let description = described?;
         let mut files = vec![file];
         for link in &description.data_files {
             files.push(open_data_file(name, link, want, gate)?);
@@ -156,17 +148,6 @@ impl Opened {
         let snapshot = snapshots.as_ref().map(|(wanted, all)| (*wanted, &all[..]));
         links::disk_size(&self.name, &self.description, snapshot).map_err(Failure::new)
     }
-}
-
-/// What a file is instead, if it shows that.
-fn other_format(asked: &dyn Format, file: &dyn ImageFile) -> Option<String> {
-    let length = file.length();
-    let read = |offset, len: usize| futures_lite::future::block_on(file.read(offset, len)).ok();
-    let head = read(0, HEAD_BYTES.min(length as usize))?;
-    let tail = read(length.saturating_sub(512), 512.min(length as usize))?;
-    let found = formats::registry::recognise(&head, &tail)?;
-    (found.name() != asked.name())
-        .then(|| format!("it looks like {0}: write {0}:{1}", found.name(), file.name()))
 }
 
 fn open_data_file(name: &ImageName, link: &Link, want: Want, gate: &Gate) -> Result<OpenFile, Failure> {
