@@ -81,6 +81,7 @@ async fn raw(file: Rc<dyn ImageFile>) -> Result<Volume, Error> {
         budget: Budget::new(1 << 20),
         log: None,
         snapshot: None,
+        key: None,
     };
     let driver: Rc<dyn Driver> = crate::registry::format("raw").expect("known").open(open).await?;
     Volume::new(vec![Layer { driver, files: vec![file] }])
