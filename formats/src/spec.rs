@@ -394,7 +394,7 @@ impl ImageSpec {
     }
 
     fn check_keys(&self, allowed: &[&str], offsets: &Offsets) -> Result<(), SpecError> {
-        let takes_keys = matches!(self.image_type, ImageType::Vhd | ImageType::Qcow2 | ImageType::Luks);
+        let takes_keys = !matches!(self.image_type, ImageType::Raw | ImageType::Ram | ImageType::Null);
         let is_allowed =
             |key: &String| allowed.contains(&key.as_str()) || (takes_keys && KeySources::is_option(key));
         match self.options.keys().find(|key| !is_allowed(key)) {
