@@ -68,6 +68,7 @@ const SECRET: [&str; 2] = ["--object", "secret,id=key,data=correct horse"];
 fn image_options(format: &str, path: &str) -> String {
     match format {
         "luks" => format!("driver=luks,key-secret=key,file.filename={path}"),
+        "qcow" => format!("driver=qcow,encrypt.format=aes,encrypt.key-secret=key,file.filename={path}"),
         _ => format!("driver=qcow2,encrypt.key-secret=key,file.filename={path}"),
     }
 }
@@ -227,7 +228,6 @@ fn images_of_ours() {
     }
 }
 
-/// An old image: QEMU makes none without its tools' leave, so an empty one gets the method and its bytes by hand.
 #[test]
 fn old_aes_images_are_read_and_written() {
     let folder = tempfile::tempdir().unwrap();
@@ -238,6 +238,12 @@ fn old_aes_images_are_read_and_written() {
         &["qemu-img", "create", "-q", SECRET[0], SECRET[1], "-f", "qcow2", "-o", options, "image", "4M"],
     );
     share(folder.path(), &Qcow2, "qcow2");
+    let version1 = tempfile::tempdir().unwrap();
+    qemu(
+        version1.path(),
+        &["qemu-img", "create", "-q", SECRET[0], SECRET[1], "-f", "qcow", "-o", options, "image", "4M"],
+    );
+    share(version1.path(), &crate::qcow::Qcow, "qcow");
     let description = block_on(Qcow2.describe(file(&path, false))).unwrap();
     assert_eq!(description.encryption, Some(legacy::in_words()));
     assert!(description.encryption.is_some_and(|found| found.warning.is_some()));

@@ -113,6 +113,8 @@ pub(super) struct Header {
     pub size: u64,
     /// Offset of the L1 table.
     pub l1: u64,
+    /// Clusters are encrypted.
+    pub aes: bool,
     /// Where the name of the backing file is, with its type.
     pub name: Range<u64>,
     /// Name of the backing file, and its type if somebody has written that down.
@@ -171,17 +173,14 @@ fn parse(name: &str, raw: &RawHeader, length: u64) -> Result<Header, Error> {
         let what = format!("it is qcow version {}: write qcow2:{name} for versions 2 and 3", raw.version);
         return Err(Error::unsupported(name, what));
     }
-    let cipher = match raw.crypt_method.get() {
-        0 => None,
-        1 => Some("AES-CBC encryption".to_owned()),
-        other => Some(format!("the unknown encryption method {other}")),
+    let aes = match raw.crypt_method.get() {
+        0 => false,
+        1 => true,
+        other => {
+            let what = format!("its encryption method is {other}; 1 (AES) is known");
+            return Err(Error::unsupported(name, what));
+        }
     };
-    if let Some(cipher) = cipher {
-        return Err(Error::unsupported(
-            name,
-            format!("it uses {cipher}; decrypt it with `qemu-img convert` first"),
-        ));
-    }
     let (cluster_bits, l2_bits) = (u32::from(raw.cluster_bits), u32::from(raw.l2_bits));
     if !(9..=16).contains(&cluster_bits) || !(6..=13).contains(&l2_bits) {
         let what = format!(
@@ -206,7 +205,7 @@ fn parse(name: &str, raw: &RawHeader, length: u64) -> Result<Header, Error> {
     }
     let has_extension = l1.is_multiple_of(4096) && raw.xen_magic.get() == XEN_MAGIC;
     let extension = has_extension.then(|| (raw.checksum.get(), raw.cluster_alloc.get(), raw.flags.get()));
-    Ok(Header { geometry, size, l1, name: 0..0, backing: None, extension })
+    Ok(Header { geometry, size, l1, aes, name: 0..0, backing: None, extension })
 }
 
 /// The bytes behind the name of a backing file.

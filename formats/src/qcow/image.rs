@@ -5,6 +5,7 @@
 //! | cluster | in place | none |
 //! | nothing, nothing below | new cluster, `Kept` | any time: both read as zero |
 //! | nothing, bytes below | new cluster, `Below` | after data |
+//! | nothing, nothing below, in an encrypted image | new cluster, `Zeroes`: a place that reads as zero does not decrypt to it | after data |
 //! | compressed cluster | new cluster, `Decoded`; its bytes stay in the file, which the format cannot help | after data |
 
 use std::cell::{Cell, RefCell};
@@ -15,6 +16,7 @@ use std::rc::Rc;
 use super::entry::Entry;
 use super::header::{self, Geometry, Header};
 use crate::codec::{Decoded, Method};
+use crate::crypt::{PayloadCipher, Spot};
 use crate::driver::{
     Encoding, Erase, Erased, Extent, FileIndex, Fill, Order, Place, Plan, Under, push_extent,
 };
@@ -42,6 +44,8 @@ pub(super) struct Image {
     pub file: Rc<dyn ImageFile>,
     pub geometry: Geometry,
     pub header: Header,
+    /// How clusters that are not compressed are encrypted.
+    pub cipher: Option<PayloadCipher>,
     pub writable: bool,
     /// Bytes of the layer below; 0: there is none.
     pub below: u64,
@@ -76,7 +80,12 @@ impl Drop for Draft<'_> {
 }
 
 impl Image {
-    pub fn new(open: &crate::driver::Open, file: Rc<dyn ImageFile>, header: Header) -> Image {
+    pub fn new(
+        open: &crate::driver::Open,
+        file: Rc<dyn ImageFile>,
+        header: Header,
+        cipher: Option<PayloadCipher>,
+    ) -> Image {
         let geometry = header.geometry;
         // Tables begin at multiples of a cluster, with the guest's data before and behind them.
         let slice = SLICE_BYTES.min(geometry.cluster() as usize);
@@ -86,6 +95,7 @@ impl Image {
             decoded: Decoded::new(&open.budget),
             tail: Tail::new(file.clone(), geometry.cluster()),
             geometry,
+            cipher,
             writable: open.writable,
             below: open.below_size.unwrap_or(0),
             size: Cell::new(header.size),
@@ -337,6 +347,7 @@ impl Image {
                     continue;
                 }
                 Entry::Absent if guest < self.below => (Under::Below, Order::AfterData),
+                Entry::Absent if self.cipher.is_some() => (Under::Zeroes, Order::AfterData),
                 Entry::Absent => (Under::Kept, Order::Anytime),
                 Entry::Compressed { .. } => (Under::Decoded, Order::AfterData),
             };
@@ -383,7 +394,8 @@ impl Image {
     /// zeroed in their places, which gives their space back to the store.
     pub async fn erase(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
         self.begin_changes().await?;
-        if how == Erase::ZeroKeep {
+        // Zeroes in a place do not read as zero when they are decrypted.
+        if how == Erase::ZeroKeep || self.cipher.is_some() {
             return Ok(Erased::WriteZeroes);
         }
         let cluster = self.geometry.cluster();
@@ -462,7 +474,8 @@ impl Image {
             match self.find(guest).await? {
                 Entry::Absent => {}
                 Entry::Data(place) => {
-                    self.late.finish(self.file.zero(place + kept as u64..place + cluster)).await?
+                    let spot = Spot { disk: guest, file: place }.after(kept as u64);
+                    self.late.finish(self.clear(spot, cluster - kept as u64)).await?;
                 }
                 entry @ Entry::Compressed { .. } => {
                     let mut bytes = Buf::copy_of(&self.decode_cluster(entry, guest).await?);
@@ -477,11 +490,28 @@ impl Image {
         self.file.flush().await
     }
 
+    /// Makes a part of a cluster read as zero.
+    fn clear(&self, spot: Spot, len: u64) -> crate::file::Pending<'static, ()> {
+        match &self.cipher {
+            None => self.file.zero(spot.file..spot.file + len),
+            Some(cipher) => {
+                let mut zeroes = Buf::zeroed(len as usize);
+                cipher.encrypt(spot, &mut zeroes);
+                self.file.write(spot.file, zeroes)
+            }
+        }
+    }
+
     /// Gives a cluster a new place with these bytes.
-    async fn replace(&self, guest: u64, bytes: Buf) -> Result<(), Error> {
+    async fn replace(&self, guest: u64, mut bytes: Buf) -> Result<(), Error> {
         let plan = self.plan_write(guest, self.geometry.cluster()).await?;
         let written = match plan.fills.first() {
-            Some(fill) => self.file.write(fill.offset, bytes).await,
+            Some(fill) => {
+                if let Some(cipher) = &self.cipher {
+                    cipher.encrypt(Spot { disk: guest, file: fill.offset }, &mut bytes);
+                }
+                self.file.write(fill.offset, bytes).await
+            }
             None => Ok(()),
         };
         match written {
@@ -519,7 +549,12 @@ impl Image {
     /// See [`crate::driver::Driver::encoding`].
     pub fn encoding(&self) -> Option<Encoding> {
         let unit = self.geometry.cluster();
-        self.writable.then_some(Encoding { method: Method::Deflate, unit, encoded_max: unit as usize - 1 })
+        // Compressed clusters are never encrypted.
+        (self.writable && self.cipher.is_none()).then_some(Encoding {
+            method: Method::Deflate,
+            unit,
+            encoded_max: unit as usize - 1,
+        })
     }
 
     /// See [`crate::driver::Driver::write_encoded`].

@@ -19,10 +19,13 @@
 //! Over a backing file QEMU and blktap do not copy what is around a write into a new cluster. We do; but an overlay that they shall
 //! write to, too, must have clusters of 512 bytes, which is what `create` makes.
 //!
-//! Refused by name: encryption; writing on a block device, which has no end to grow at; a smaller size.
+//! The AES of encrypted images is weak ([`crate::crypt::legacy`]): they are read and written, and none are made.
+//!
+//! Refused by name: writing on a block device, which has no end to grow at; a smaller size.
 
 use std::rc::Rc;
 
+use crate::crypt::{PayloadCipher, Secret, legacy, options};
 use crate::driver::{
     Create, Description, Driver, Encoding, Erase, Erased, Extent, Findings, Format, Link, Open, Plan, Repair,
     Space, Usage,
@@ -56,6 +59,15 @@ impl Format for Qcow {
 
     fn describe(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Description> {
         Box::pin(describe(file))
+    }
+
+    fn unlock<'a>(&'a self, file: Rc<dyn ImageFile>, passphrase: &'a Secret) -> Pending<'a, Secret> {
+        Box::pin(async move {
+            match Header::read(&file).await?.aes {
+                true => legacy::unlock(passphrase),
+                false => Err(Error::invalid(format!("{} is not encrypted: take its key away", file.name()))),
+            }
+        })
     }
 
     fn open(&self, open: Open) -> Pending<'_, Rc<dyn Driver>> {
@@ -113,7 +125,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         backing,
         data_files: Vec::new(),
         identity: None,
-        encryption: None,
+        encryption: header.aes.then(legacy::in_words),
         writable,
         properties,
     })
@@ -137,7 +149,12 @@ async fn open_image(open: Open) -> Result<Image, Error> {
     if header.backing.is_some() && open.below_size.is_none() {
         return Err(Error::new(ErrorKind::Missing, format!("{name}: its backing file was not opened")));
     }
-    Ok(Image::new(&open, file, header))
+    let cipher = match (header.aes, &open.key) {
+        (false, _) => None,
+        (true, Some(key)) => Some(legacy::cipher(key)?),
+        (true, None) => return Err(options::key_missing(name)),
+    };
+    Ok(Image::new(&open, file.clone(), header, cipher))
 }
 
 impl Driver for Image {
@@ -191,6 +208,10 @@ impl Driver for Image {
 
     fn decode(&self, range: std::ops::Range<u64>) -> Pending<'_, Buf> {
         Box::pin(Image::decode(self, range))
+    }
+
+    fn cipher(&self) -> Option<&PayloadCipher> {
+        self.cipher.as_ref()
     }
 
     fn encoding(&self) -> Option<Encoding> {

@@ -142,7 +142,8 @@ impl Image {
     pub fn encoding(&self) -> Option<Encoding> {
         let unit = self.geometry.cluster();
         let encoding = Encoding { method: self.header.compression, unit, encoded_max: unit as usize - 1 };
-        (self.writable && !self.geometry.data_file).then_some(encoding)
+        // Compressed clusters are never encrypted.
+        (self.writable && !self.geometry.data_file && self.cipher.is_none()).then_some(encoding)
     }
 
     /// See [`crate::driver::Driver::write_encoded`].

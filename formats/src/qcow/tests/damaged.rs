@@ -27,7 +27,7 @@ fn what_is_refused_is_refused_by_name() {
         (32, &[8], ErrorKind::Corrupt, "cluster bits are 8"),
         (32, &[40], ErrorKind::Corrupt, "cluster bits are 40"),
         (33, &[3], ErrorKind::Corrupt, "L2 bits 3"),
-        (36, &[0, 0, 0, 1], ErrorKind::Unsupported, "AES"),
+        (36, &[0, 0, 0, 1], ErrorKind::Missing, "key-file="),
         (36, &[0, 0, 0, 7], ErrorKind::Unsupported, "encryption method 7"),
         (40, &[0, 0, 0, 0, 0, 0, 0, 8], ErrorKind::Corrupt, "L1 table of 16 bytes is at 8"),
         (40, &[0xff; 8], ErrorKind::Corrupt, "L1 table"),
