@@ -24,8 +24,8 @@ pub const TURN_BYTES: usize = 64 << 10;
 const SHARE: usize = 4;
 /// What a unit takes beside its bytes, about.
 const ENTRY_BYTES: usize = 128;
-/// Units that are read at the same time.
-const LOADS: usize = 32;
+/// Units of an image that are read at the same time: their encoded bytes are in memory meanwhile.
+const LOADS: usize = 8;
 
 #[derive(Debug)]
 struct Unit {

@@ -256,6 +256,37 @@ fn the_units_of_an_image_take_a_part_of_the_budget() {
     });
 }
 
+/// Goal: tables get the memory that decoded units have. Method: units first, then more slices of a table than fit beside them.
+#[test]
+fn tables_take_the_memory_of_units() {
+    use crate::driver::FileIndex;
+    use crate::metadata::{SLICE_BYTES, Tables};
+    let budget = Budget::new(64 << 10);
+    let (decoded, source) = (Decoded::new(&budget), Source::new(Method::Zstd));
+    let store = crate::testing::Store::new(1);
+    let file: Rc<dyn crate::file::ImageFile> = store.add("a", crate::testing::Pages::of(&[1; 1 << 20]));
+    let tables: Vec<_> = (0..3)
+        .map(|_| Tables::new(file.clone(), FileIndex(0), Vec::new(), SLICE_BYTES, &budget, None))
+        .collect();
+    for place in 0..3 {
+        block_on(source.get(&decoded, place, 4096)).unwrap();
+    }
+    let with_units = budget.used_bytes();
+    assert!(with_units > 3 * 4096);
+    for number in 0..48 {
+        store.run(tables[number % 3].load((number * SLICE_BYTES) as u64)).unwrap();
+        assert!(budget.used_bytes() <= 64 << 10, "{} bytes", budget.used_bytes());
+    }
+    // And the other way round: what was pushed out is decoded again, and nothing is counted twice.
+    let reads = source.reads.get();
+    for place in 0..3 {
+        block_on(source.get(&decoded, place, 4096)).unwrap();
+    }
+    assert!(source.reads.get() > reads, "no unit gave way to a table");
+    drop((decoded, tables));
+    assert_eq!(budget.used_bytes(), 0);
+}
+
 /// Goal: whoever decodes much lets others go first. Method: polls of one future are counted; none decodes more than a turn's bytes and
 /// one unit.
 #[test]

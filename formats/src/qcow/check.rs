@@ -135,17 +135,16 @@ impl Survey<'_> {
         let bits = geometry.cluster_bits;
         let clusters = |range: std::ops::Range<u64>| range.start >> bits..range.end.div_ceil(1 << bits);
         let l1 = self.header.l1..self.header.l1 + geometry.l1_entries(self.header.size) * 8;
-        for range in [0..header::BYTES as u64, l1.clone(), self.header.name.clone()] {
+        for range in [0..header::BYTES as u64, l1, self.header.name.clone()] {
             counts.add_range(clusters(range), TABLE);
         }
         for (table, guest) in self.tables.clone() {
-            for cluster in clusters(table..table + geometry.l2_bytes()) {
-                let before = counts.add(cluster, TABLE, 1).unwrap_or(0);
-                if before & TABLE != 0 && table < l1.end {
-                    self.damage(format!(
-                        "the L2 table for offset {guest} of the disk lies on other metadata"
-                    ));
-                }
+            let before =
+                clusters(table..table + geometry.l2_bytes()).map(|cluster| counts.add(cluster, TABLE, 1));
+            // No two of the tables lie on each other: it is the header, the L1 table or a name.
+            if before.fold(0, |all, before| all | before.unwrap_or(0)) & TABLE != 0 {
+                let line = format!("the L2 table for offset {guest} of the disk lies on other metadata");
+                self.findings.corruption(line);
             }
             self.end = self.end.max(table + geometry.l2_bytes());
         }

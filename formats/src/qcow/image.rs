@@ -154,7 +154,7 @@ impl Image {
     }
 
     fn entry_at(&self, table: u64, guest: u64) -> u64 {
-        table + (guest % self.geometry.l2_covers() >> self.geometry.cluster_bits) * 8
+        table + ((guest % self.geometry.l2_covers()) >> self.geometry.cluster_bits) * 8
     }
 
     /// Checks an entry: its place is in the file, and on no metadata that we know of.

@@ -221,7 +221,7 @@ mod tests {
             let geometry = geometry(bits);
             let (offset, len) = (geometry.cluster() + at, len.min(geometry.cluster() - 1));
             let place = Compressed::of_stream(&geometry, offset, len).unwrap();
-            prop_assert!(place.len >= len && place.len < len + 512 && (offset + place.len) % 512 == 0);
+            prop_assert!(place.len >= len && place.len < len + 512 && (offset + place.len).is_multiple_of(512));
             let entry = Entry { compressed: Some(place), ..Entry::default() };
             let bytes = entry.encode(&geometry);
             let end = geometry.round_up(offset + len);

@@ -109,7 +109,9 @@ fn damage_is_an_error_for_its_own_request() {
     let found = check(&path, None);
     assert!(found.corruptions[0].contains("used otherwise"), "{:?}", found.corruptions);
     // Two L1 entries with one table, and a table behind the end.
-    for (word, expected) in [(table as u64, "lies on that"), (1 << 40, "names no place")] {
+    for (word, expected) in
+        [(table as u64, "lies on that"), (1 << 40, "names no place"), (4096, "other metadata")]
+    {
         let mut bytes = good.clone();
         bytes[4104..4112].copy_from_slice(&word.to_be_bytes());
         std::fs::write(&path, &bytes).unwrap();

@@ -121,7 +121,7 @@ fn is_sound(folder: &Path, what: &str) {
 fn used(folder: &Path, mut model: Vec<u8>, what: &str, seed: u64) {
     let before = model.clone();
     let mut rng = fastrand::Rng::with_seed(seed);
-    let with_snapshot = seed % 2 == 0 && !["=1", "=2"].iter().any(|bits| what.ends_with(bits));
+    let with_snapshot = seed.is_multiple_of(2) && !["=1", "=2"].iter().any(|bits| what.ends_with(bits));
     {
         let volume = open(&layers_of(folder), false);
         assert!(encoded_bytes(&volume) > model.len() as u64 / 8, "{what}: little of it is compressed");
@@ -282,7 +282,7 @@ fn damage_is_an_error_for_its_own_request() {
         ((offset, bomb), "more than 4096 bytes"),
         ((offset, short), "4000 bytes instead of 4096"),
         (entry(word & !(0xf * sector)), "end within"),
-        (entry(1 << 62 | 0xf * sector | (good.len() as u64 - 100)), "behind the end"),
+        (entry((1 << 62) | (0xf * sector) | (good.len() as u64 - 100)), "behind the end"),
         (entry(word | 1 << 50), "behind the end"),
         (entry(1 << 62 | 8), "in the header"),
         (entry(1 << 62 | table as u64 | 100), "compressed"),
