@@ -6,4 +6,5 @@ mod model;
 mod offline;
 mod peers;
 mod rig;
+mod space;
 mod subclusters;
