@@ -49,7 +49,15 @@ pub trait AllocationLog: std::fmt::Debug {
     ///
     /// # Errors
     /// No room; nothing was noted.
-    fn append(&self, entry: LogEntry) -> Result<(), LogFull>;
+    fn append(&self, entry: LogEntry) -> Result<(), LogFull> {
+        self.append_all(&[entry])
+    }
+
+    /// Notes changes of several words that mean something together only: whenever the process dies, all of them are in the log or none.
+    ///
+    /// # Errors
+    /// No room; nothing was noted.
+    fn append_all(&self, entries: &[LogEntry]) -> Result<(), LogFull>;
 
     /// Entries that have room now.
     fn room(&self) -> usize;

@@ -18,7 +18,8 @@
 //! - never has two plans, or a plan and a discard, zero or resize, out whose granules overlap; discards, zeroes and resizes
 //!   also wait for reads and in-place writes of their range, and keep new ones away. So a driver never frees a place that
 //!   somebody still reads or writes, and needs no locks for ranges;
-//! - writes all fills of a plan before it commits it, and ends every plan by commit or abort exactly once. A dropped plan
+//! - writes all fills of a plan before it commits it, and ends every plan by commit, [`Driver::abort`] or
+//!   [`Driver::abort_at_rest`] exactly once. A dropped plan
 //!   (its disk was forgotten) leaks space at most.
 //!
 //! The driver:
@@ -36,6 +37,12 @@
 //! 3. After power loss a byte that was not flushed is old or new, never another block's or a former owner's; the image opens,
 //!    and a check finds leaks at most.
 //! 4. One failed operation fails its caller only; the driver goes on. After ENOSPC everything that was there is there.
+//!
+//! A flush that has failed ends (1): what was written since the last one that succeeded may be lost, whatever later flushes say.
+//! [`Driver::write_again`], when an operator accepts that, makes the promise hold again *for what is acknowledged from then on*, and
+//! (2) to (4) for all: every change of metadata that no flush has covered is kept in memory until one does, and is written once
+//! more, lost or not. In doubt stays payload: a granule that was written to since the last good flush may be zero or hold what it
+//! held at any time, in bytes that the requests did not name as well, when they have made it change its place.
 //!
 //! How ([`crate::metadata`] does this for all drivers): places come from a reserve that is known to read as zero and whose
 //! bookkeeping was made durable before; a mapping over *zero or nothing* may be written at any time ([`Order::Anytime`]); one
@@ -265,8 +272,14 @@ pub trait Driver {
     /// future is done. After an error the range holds old or new bytes.
     fn commit(&self, plan: Plan) -> Pending<'_, ()>;
 
-    /// The payload of a plan could not be written: what was reserved goes back.
+    /// The payload of a plan was not written as a whole: what was reserved goes back. Some of it may be on its way to the file still,
+    /// and land at any time.
     fn abort(&self, plan: Plan);
+
+    /// As [`Driver::abort`], and nothing of the payload is on its way any more: places may be given to others once they are clean.
+    fn abort_at_rest(&self, plan: Plan) {
+        self.abort(plan);
+    }
 
     /// Unmaps or zeroes whole granules.
     fn erase(&self, range: Range<u64>, how: Erase) -> Pending<'_, Erased>;
@@ -279,11 +292,22 @@ pub trait Driver {
     /// ([`Usage::pending_mappings`]), also when no guest flushes.
     fn tidy(&self) -> Pending<'_, ()>;
 
+    /// A flush of a file has failed, and an operator goes on all the same: writes all metadata again that was written and that no flush
+    /// has covered since, in an order that keeps the promise, so that the flushes of all files *that follow* make it durable. Nothing
+    /// that was reserved counts as clean or durable unless it was flushed. See "The promise".
+    ///
+    /// # Errors
+    /// Of the files: it has to be done again before anything is acknowledged as durable. A driver that does not know how refuses.
+    fn write_again(&self) -> Pending<'_, ()> {
+        let what = "this format cannot write its tables again: fail the disk and attach it again";
+        Box::pin(std::future::ready(Err(Error::new(crate::error::ErrorKind::Unsupported, what))))
+    }
+
     /// Changes the size of the disk, in bytes. Growing reads as zero, whatever the layer below has there.
     fn resize(&self, size: u64) -> Pending<'_, ()>;
 
     /// Ends the use of the image: everything is flushed, what was reserved goes back, marks of use are removed. The driver is not
-    /// used afterwards. Dropping a driver without this is what a crash does.
+    /// used afterwards, unless it failed because a flush did. Dropping a driver without this is what a crash does.
     fn close(&self) -> Pending<'_, ()>;
 
     /// How the payload in the places of this image is encrypted; `None`: it is as it is. See the module.

@@ -7,10 +7,12 @@
 //! 2. An operation begins when its future is *made*, not when it is first polled, and goes on when the future is dropped: the
 //!    kernel may have it already. It owns its memory until it has ended.
 //! 3. Operations in flight are not ordered. What was answered before [`ImageFile::flush`] began is durable when that flush has
-//!    succeeded. A flush that failed is never turned into a success later: every later flush of this object fails too.
+//!    succeeded. A flush that failed is never turned into a success later: every later flush of this object fails too, until an
+//!    operator accepts that what was not flushed may be lost ([`crate::driver::Driver::write_again`]).
 //! 4. Bytes behind the end of the file read as zero. [`ImageFile::write`] extends a regular file.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::ops::{Deref, DerefMut, Range};
 use std::pin::Pin;
 
@@ -126,6 +128,42 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
 }
 
+/// The flushes of a file that are over, so that who has written something knows later whether it is durable.
+#[derive(Debug, Default)]
+pub struct Flushes {
+    begun: Cell<u64>,
+    /// The last one that has succeeded.
+    good: Cell<u64>,
+}
+
+impl Flushes {
+    /// A flush begins; the answer is its number.
+    pub fn begin(&self) -> u64 {
+        self.begun.set(self.begun.get() + 1);
+        self.begun.get()
+    }
+
+    /// The flush of this number has succeeded.
+    pub fn succeeded(&self, number: u64) {
+        self.good.set(self.good.get().max(number));
+    }
+
+    /// What to remember of a write that is answered now, for [`Flushes::cover`].
+    pub fn now(&self) -> u64 {
+        self.begun.get()
+    }
+
+    /// A write that was answered at `then` is durable: a flush that began later has succeeded.
+    pub fn cover(&self, then: u64) -> bool {
+        self.good.get() > then
+    }
+
+    /// Something that changes whenever [`Flushes::cover`] may have another answer.
+    pub fn last_good(&self) -> u64 {
+        self.good.get()
+    }
+}
+
 /// A file of an image, opened. See the module for the contract.
 pub trait ImageFile: std::fmt::Debug {
     /// Its path, for messages.
@@ -170,6 +208,12 @@ pub trait ImageFile: std::fmt::Debug {
     /// Makes a range read as zero, giving its space back where the store can do that.
     fn zero(&self, range: Range<u64>) -> Pending<'static, ()>;
 
+    /// Counts the flushes of this file. `None`: they are not counted, and [`crate::driver::Driver::write_again`] writes nothing again.
+    /// Files of disks that go on after a flush has failed count them.
+    fn flushes(&self) -> Option<&Flushes> {
+        None
+    }
+
     /// What the store has from `offset` on: how many bytes are alike (never 0), and whether it has bytes there at all. False: a hole,
     /// which reads as zero. Only a hint about cost where it is true; behind the end of the file there is a hole without an end.
     fn data_run(&self, _offset: u64) -> Pending<'static, (u64, bool)> {
@@ -180,6 +224,26 @@ pub trait ImageFile: std::fmt::Debug {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: a write is called durable when a flush that began behind its answer has succeeded, and by no other. Method: by hand.
+    #[test]
+    fn a_flush_covers_what_was_answered_before_it_began() {
+        let flushes = Flushes::default();
+        let before = flushes.now();
+        let first = flushes.begin();
+        let within = flushes.now();
+        let second = flushes.begin();
+        assert!(!flushes.cover(before));
+        flushes.succeeded(first);
+        assert!(flushes.cover(before) && !flushes.cover(within));
+        // The other one failed.
+        let after = flushes.now();
+        let third = flushes.begin();
+        flushes.succeeded(third);
+        assert!(second < third && flushes.cover(within) && flushes.cover(after));
+        flushes.succeeded(second);
+        assert!(!flushes.cover(flushes.now()));
+    }
 
     /// Goal: memory of any length is aligned, zero or a copy, and stays in place when it is moved. Method: lengths around the unit.
     #[test]

@@ -10,6 +10,7 @@
 //!                                   ─▶ dirty slices are written ─▶ log entries are released ─▶ settled without a log
 //! ```
 //! - *Settled* means safe against the death of the process: the log has the change, or the file has it. Not against power loss.
+//! - What one [`Tables::set`] changes is in the log as a whole or not at all: an entry of two words is never half of each.
 //! - With a log *every* change is in it before it is in memory, and so before it can be in the file: a log with gaps could not
 //!   tell a value that came after it from one that somebody else wrote. A log without room makes [`Tables::set`] say no, and
 //!   [`Tables::prepare`], which must follow, make room. A log has room for all words of a slice, and one more.
@@ -18,6 +19,8 @@
 //! - Write-backs are rounds: one runs at a time, who comes meanwhile joins the next one. A round whose future is dropped ends;
 //!   the next in the queue begins another.
 //! - A dirty slice is never evicted; a failed write leaves it dirty and fails those who waited for the round.
+//! - A slice that was written is *in doubt* until a flush of its file that began later has succeeded: a flush that fails may have lost
+//!   it, and [`Tables::write_again`] writes it from memory. So it is not evicted before; where that is much, a round flushes.
 //! - Writes of a round that was dropped go on in the kernel; the next round begins when they have ended, since two writes of one
 //!   place are not ordered.
 //!
@@ -32,7 +35,7 @@ use std::rc::{Rc, Weak};
 use crate::allocation_log::{AllocationLog, LogEntry, WORD};
 use crate::driver::{FileIndex, Usage};
 use crate::error::Error;
-use crate::file::{Buf, ImageFile, Pending};
+use crate::file::{Buf, Flushes, ImageFile, Pending};
 
 /// Bytes of a slice unless a driver asks for another size.
 pub const SLICE_BYTES: usize = 4096;
@@ -141,6 +144,15 @@ struct Slice {
     changed: u64,
     /// The number of the last change that must wait for data; 0 when there is none.
     after_data: u64,
+    /// It was written when [`Flushes::now`] was this, and no flush has covered that yet.
+    doubt: Option<u64>,
+}
+
+impl Slice {
+    /// It must stay in memory.
+    fn is_pinned(&self) -> bool {
+        self.changed > 0 || self.doubt.is_some()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -149,6 +161,33 @@ struct Slices {
     slab: slab::Slab<Slice>,
     hand: usize,
     dirty: usize,
+    /// Slices that are dirty or in doubt.
+    pinned: usize,
+    /// [`Flushes::last_good`] when doubts were looked at.
+    looked_at: u64,
+}
+
+impl Slices {
+    /// Changes a slice and keeps count.
+    fn alter(&mut self, key: usize, alter: impl FnOnce(&mut Slice)) {
+        let slice = &mut self.slab[key];
+        let (dirty, pinned) = (slice.changed > 0, slice.is_pinned());
+        alter(slice);
+        self.dirty = self.dirty + usize::from(slice.changed > 0) - usize::from(dirty);
+        self.pinned = self.pinned + usize::from(slice.is_pinned()) - usize::from(pinned);
+    }
+
+    /// Ends the doubts that a flush has ended.
+    fn look_at_doubts(&mut self, flushes: Option<&Flushes>) {
+        let Some(flushes) = flushes.filter(|flushes| flushes.last_good() != self.looked_at) else { return };
+        self.looked_at = flushes.last_good();
+        for (_, slice) in &mut self.slab {
+            if slice.doubt.is_some_and(|then| flushes.cover(then)) {
+                slice.doubt = None;
+                self.pinned -= usize::from(slice.changed == 0);
+            }
+        }
+    }
 }
 
 /// Writes that are under way. What is left when the round is dropped is the next one's to wait for.
@@ -277,21 +316,22 @@ impl Tables {
         let (number, at) = self.locate(offset, bytes.len());
         let mut slices = self.slices.borrow_mut();
         let Some(&key) = slices.by_number.get(&number) else { return false };
-        let slice = &mut slices.slab[key];
+        let slice = &slices.slab[key];
         if slice.bytes[at..at + bytes.len()] == *bytes {
             return true;
         }
         if !self.note(number, &slice.bytes, at, bytes) {
             return false;
         }
-        slice.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         let change = self.changes.get() + 1;
         self.changes.set(change);
-        let was_clean = std::mem::replace(&mut slice.changed, change) == 0;
-        if order == Order::AfterData {
-            slice.after_data = change;
-        }
-        slices.dirty += usize::from(was_clean);
+        slices.alter(key, |slice| {
+            slice.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+            slice.changed = change;
+            if order == Order::AfterData {
+                slice.after_data = change;
+            }
+        });
         true
     }
 
@@ -326,6 +366,7 @@ impl Tables {
         if log.room() < words {
             return false;
         }
+        let mut entries = Vec::with_capacity(words);
         for word in (first..stop).step_by(BYTES) {
             let mut old = [0; BYTES];
             old.copy_from_slice(&slice[word..word + BYTES]);
@@ -336,9 +377,9 @@ impl Tables {
                 continue;
             }
             let offset = number * self.slice_bytes as u64 + word as u64;
-            let entry = LogEntry { file: self.index, offset, old, new: changed };
-            assert!(log.append(entry).is_ok(), "the log had room");
+            entries.push(LogEntry { file: self.index, offset, old, new: changed });
         }
+        assert!(log.append_all(&entries).is_ok(), "the log had room");
         true
     }
 
@@ -409,6 +450,10 @@ impl Tables {
         if let (Some(log), Some(position)) = (&self.log, log_position) {
             log.release(position);
         }
+        if self.doubtful_bytes() > self.budget.limit_bytes / 4 {
+            // Its failure is told to the next who needs a flush; until one succeeds they stay in memory.
+            let _ = self.file.flush().await;
+        }
         Ok(())
     }
 
@@ -416,14 +461,32 @@ impl Tables {
     fn note_written(&self, number: u64, changed: u64) {
         let mut slices = self.slices.borrow_mut();
         let Some(&key) = slices.by_number.get(&number) else { return };
-        let slice = &mut slices.slab[key];
-        if slice.after_data <= changed {
-            slice.after_data = 0;
+        slices.alter(key, |slice| {
+            if slice.after_data <= changed {
+                slice.after_data = 0;
+            }
+            if slice.changed == changed {
+                slice.changed = 0;
+            }
+            slice.doubt = self.file.flushes().map(Flushes::now);
+        });
+    }
+
+    /// Writes everything back, and what is in doubt once more: after a flush that has failed. The flush of the file that follows ends the
+    /// doubt.
+    pub async fn write_again(&self) -> Result<(), Error> {
+        {
+            let mut slices = self.slices.borrow_mut();
+            slices.look_at_doubts(self.file.flushes());
+            let doubtful = |(key, slice): (usize, &Slice)| slice.doubt.is_some().then_some(key);
+            let keys: Vec<usize> = slices.slab.iter().filter_map(doubtful).collect();
+            for key in keys {
+                // No change of what anybody sees, so nothing for the log.
+                self.changes.set(self.changes.get() + 1);
+                slices.alter(key, |slice| slice.changed = self.changes.get());
+            }
         }
-        if slice.changed == changed {
-            slice.changed = 0;
-            slices.dirty -= 1;
-        }
+        self.write_back().await
     }
 
     /// Drops the slices that lie in a range of the file whole: what is there is a table no more. The mapping to it is gone and
@@ -435,6 +498,7 @@ impl Tables {
             if let Some(key) = slices.by_number.remove(&number) {
                 let slice = slices.slab.remove(key);
                 slices.dirty -= usize::from(slice.changed > 0);
+                slices.pinned -= usize::from(slice.is_pinned());
                 self.budget.give_back(self.slice_bytes);
             }
         }
@@ -468,7 +532,7 @@ impl Tables {
     fn insert(&self, number: u64, bytes: Box<[u8]>) {
         self.budget.make_room(self, self.slice_bytes);
         let mut slices = self.slices.borrow_mut();
-        let slice = Slice { number, bytes, recent: Cell::new(true), changed: 0, after_data: 0 };
+        let slice = Slice { number, bytes, recent: Cell::new(true), changed: 0, after_data: 0, doubt: None };
         let key = slices.slab.insert(slice);
         slices.by_number.insert(number, key);
         self.budget.take(self.slice_bytes);
@@ -476,6 +540,13 @@ impl Tables {
 
     fn dirty_bytes(&self) -> usize {
         self.slices.borrow().dirty * self.slice_bytes
+    }
+
+    /// Bytes that no flush has covered since they were written, and that were not changed again.
+    fn doubtful_bytes(&self) -> usize {
+        let mut slices = self.slices.borrow_mut();
+        slices.look_at_doubts(self.file.flushes());
+        (slices.pinned - slices.dirty) * self.slice_bytes
     }
 }
 
@@ -485,8 +556,9 @@ impl Holder for Tables {
     }
 
     fn may_evict(&self) -> bool {
-        let slices = self.slices.borrow();
-        slices.slab.len() > SLICES_MIN && slices.dirty < slices.slab.len()
+        let mut slices = self.slices.borrow_mut();
+        slices.look_at_doubts(self.file.flushes());
+        slices.slab.len() > SLICES_MIN && slices.pinned < slices.slab.len()
     }
 
     /// The clean slice that the clock's hand finds first.
@@ -500,7 +572,7 @@ impl Holder for Tables {
             let key = slices.hand;
             slices.hand = (key + 1) % places;
             let Some(slice) = slices.slab.get(key) else { continue };
-            if slice.changed == 0 && !slice.recent.replace(false) {
+            if !slice.is_pinned() && !slice.recent.replace(false) {
                 let number = slice.number;
                 slices.slab.remove(key);
                 slices.by_number.remove(&number);

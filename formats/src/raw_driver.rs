@@ -173,6 +173,10 @@ impl Driver for RawDriver {
         done(Ok(()))
     }
 
+    fn write_again(&self) -> Pending<'_, ()> {
+        done(Ok(()))
+    }
+
     fn resize(&self, size: u64) -> Pending<'_, ()> {
         Box::pin(async move {
             self.check_writable()?;

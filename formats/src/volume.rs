@@ -576,7 +576,12 @@ impl Volume {
         let steps = fills
             .iter()
             .map(|fill| Box::pin(self.fill(fill, at..at + len, origin, payload)) as Pending<'_, ()>);
-        all_at_once(steps.collect()).await?;
+        if let Err(error) = all_at_once(steps.collect()).await {
+            if let Some(plan) = plan.plan.take() {
+                driver.abort_at_rest(plan);
+            }
+            return Err(error);
+        }
         if replaces {
             // The old place may be given up by the commit: who still reads there ends first.
             guard.become_erase().await;
@@ -763,6 +768,13 @@ impl Volume {
     /// Writes back what only memory and log have.
     pub async fn tidy(&self) -> Result<(), Error> {
         self.layers[0].driver.tidy().await
+    }
+
+    /// After a flush that failed, when an operator goes on: metadata that no flush has covered is written again, and made durable. When
+    /// this has succeeded the promise holds again for what is acknowledged from then on.
+    pub async fn write_again(&self) -> Result<(), Error> {
+        self.layers[0].driver.write_again().await?;
+        self.flush().await
     }
 
     /// Changes the size of the disk, in bytes.

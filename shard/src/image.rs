@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, Wake, Waker};
 
 use formats::error::Error;
-use formats::file::{Buf, ImageFile, Pending};
+use formats::file::{Buf, Flushes, ImageFile, Pending};
 use formats::volume::{FileId, Payload};
 
 use crate::request::{PIECE, ReqKey};
@@ -169,6 +169,8 @@ pub(crate) struct ShardFile {
     pub writable: bool,
     /// Alignment of memory that the store wants, bytes.
     pub memory_align: u32,
+    /// Its flushes, through this object.
+    pub flushes: Rc<Flushes>,
 }
 
 impl ShardFile {
@@ -268,7 +270,17 @@ impl ImageFile for ShardFile {
     }
 
     fn flush(&self) -> Pending<'static, ()> {
-        self.run(Work::Flush, "fdatasync".to_owned())
+        let (flushes, number) = (self.flushes.clone(), self.flushes.begin());
+        let flush = self.run(Work::Flush, "fdatasync".to_owned());
+        Box::pin(async move {
+            flush.await?;
+            flushes.succeeded(number);
+            Ok(())
+        })
+    }
+
+    fn flushes(&self) -> Option<&Flushes> {
+        Some(&self.flushes)
     }
 
     fn extend(&self, length: u64) -> Pending<'static, ()> {

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   free (refcount 0) ─ gather ─▶ filling ─ one flush ─▶ ready ─ allocate ─▶ in a plan ─ commit ─▶ mapped
-//!        ▲                                                                     │ abort               │ erase, copy-on-write
+//!        ▲                                                                     │ abort at rest       │ erase, copy-on-write
 //!        └── refcount one less ◀── settling ◀── mappings written, flush ◀── freed ◀──────────────────┘
 //! ```
 //! - *ready*: the refcount 1 is durable, the bytes read as zero durably, nothing refers to it. A crash leaks it at most.
+//! - *abandoned*: somebody who went away may still be writing there. It goes back when the image is closed.
 //! - *freed*: no mapping in memory refers to it any more, but one in the file may, until the mappings are written and flushed.
 //! - One *round* serves both ways with one flush. Who needs clusters carries the round in its own future, under
 //!   `Image::refcounts_turn`; who finds the reserve low does so too, so that others rarely wait. A round whose future is dropped leaves its
@@ -93,6 +94,11 @@ impl Reserve {
     /// Keeps a cluster from being used until the image is closed.
     pub fn abandon(&self, cluster: u64) {
         self.abandoned.borrow_mut().push(cluster);
+    }
+
+    /// Ends [`Reserve::abandon`].
+    pub fn take_up(&self, cluster: u64) {
+        self.abandoned.borrow_mut().retain(|abandoned| *abandoned != cluster);
     }
 
     /// Ranges on their way back.

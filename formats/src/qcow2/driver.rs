@@ -206,6 +206,10 @@ impl Driver for Qcow2Driver {
         self.image.abort(&plan);
     }
 
+    fn abort_at_rest(&self, plan: Plan) {
+        self.image.abort_at_rest(&plan);
+    }
+
     fn erase(&self, range: Range<u64>, how: Erase) -> Pending<'_, Erased> {
         Box::pin(self.image.erase(range, how))
     }
@@ -229,6 +233,10 @@ impl Driver for Qcow2Driver {
             }
             self.image.refs.write_back().await
         })
+    }
+
+    fn write_again(&self) -> Pending<'_, ()> {
+        Box::pin(self.image.write_again())
     }
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {

@@ -121,11 +121,11 @@ impl Image {
         place[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
         let new = TablePlace { offset, entries: (table.len() / 8) as u64 };
         self.switch_table(&self.reftable, new, self.file.write(48, Buf::copy_of(&place))).await?;
-        self.file.flush().await?;
         let old_bytes = old.offset..old.offset + old.entries * 8;
         self.refs.forget(old_bytes.clone());
         self.move_fixed(old_bytes.clone(), offset..offset + table.len() as u64);
+        // They go back when a flush has succeeded, and with them the header is durable.
         self.reserve.free(old_bytes.start >> geometry.cluster_bits..old_bytes.end >> geometry.cluster_bits);
-        Ok(())
+        self.file.flush().await
     }
 }

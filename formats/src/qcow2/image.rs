@@ -47,6 +47,8 @@ pub(super) struct Image {
     pub below: u64,
     /// Bytes of the disk.
     pub size: Cell<u64>,
+    /// The size in the header was written.
+    pub resized: Cell<bool>,
     /// The L1 table that is served.
     pub l1: Rc<Cell<TablePlace>>,
     /// The refcount table.
@@ -122,6 +124,7 @@ impl Image {
             writable: parts.writable,
             below: parts.below,
             size: Cell::new(parts.size),
+            resized: Cell::new(false),
             l1: Rc::new(Cell::new(parts.l1)),
             fixed: RefCell::new(parts.fixed),
             reserve: Reserve::default(),
@@ -391,6 +394,15 @@ impl Image {
         if self.changed.get() {
             return Ok(());
         }
+        if self.mark_changed().await? {
+            self.file.flush().await?;
+        }
+        self.changed.set(true);
+        Ok(())
+    }
+
+    /// Writes what the first change has to; returns whether there was anything.
+    async fn mark_changed(&self) -> Result<bool, Error> {
         let mut kept = self.header.autoclear & header::AUTOCLEAR_KNOWN;
         if self.header.extensions.bitmaps.is_none() {
             kept &= !header::BITMAPS;
@@ -400,11 +412,32 @@ impl Image {
             self.file.write(88, Buf::copy_of(&kept.to_be_bytes())).await?;
         }
         bitmap::mark_in_use(&self.file, &self.bitmaps).await?;
-        if drops || !self.bitmaps.is_empty() {
-            self.file.flush().await?;
+        Ok(drops || !self.bitmaps.is_empty())
+    }
+
+    /// See [`crate::driver::Driver::write_again`]. What the tables do not keep is written once more as it counts now: marks of the
+    /// first change, and the places of tables in the header. (Tables that were written by themselves are durable before anything
+    /// refers to them.)
+    pub async fn write_again(&self) -> Result<(), Error> {
+        if !self.changed.get() {
+            return Ok(());
         }
-        self.changed.set(true);
-        Ok(())
+        let _tables = self.tables_turn.lock().await;
+        let _refcounts = self.refcounts_turn.lock().await;
+        self.mark_changed().await?;
+        let (l1, reftable) = (self.l1.get(), self.reftable.get());
+        let mut places = [0; 24];
+        places[..4].copy_from_slice(&(l1.entries as u32).to_be_bytes());
+        places[4..12].copy_from_slice(&l1.offset.to_be_bytes());
+        places[12..20].copy_from_slice(&reftable.offset.to_be_bytes());
+        let clusters = self.geometry.clusters_of(reftable.entries * 8) as u32;
+        places[20..].copy_from_slice(&clusters.to_be_bytes());
+        self.file.write(36, Buf::copy_of(&places)).await?;
+        if self.resized.get() {
+            self.file.write(24, Buf::copy_of(&self.size.get().to_be_bytes())).await?;
+        }
+        self.refs.write_again().await?;
+        self.maps.write_again().await
     }
 
     /// Replaces the known place of a piece of metadata.

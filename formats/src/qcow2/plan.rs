@@ -45,6 +45,19 @@ pub(super) struct Joined {
     host: u64,
     users: u32,
     committed: bool,
+    /// Writes of a user that went away may be under way.
+    soiled: bool,
+}
+
+/// How the part of a plan in a new place ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// An entry has it.
+    Committed,
+    /// It is given up, and none of its payload is on its way.
+    AtRest,
+    /// It is given up, and writes may land in it still.
+    Underway,
 }
 
 /// A plan in the making, or pieces that are not committed yet: what is left of it goes back when it is dropped.
@@ -71,7 +84,8 @@ impl Drop for Draft<'_> {
     fn drop(&mut self) {
         self.pool.drain(..).for_each(|range| self.image.reserve.put_back(range));
         for piece in &self.pieces {
-            self.image.give_up(piece);
+            // Nobody writes payload before the plan is out, or after its commit began.
+            self.image.give_up(piece, End::AtRest);
         }
     }
 }
@@ -131,7 +145,7 @@ impl Image {
                     let joined = self.has_joined(guest).then(|| self.join(guest)).flatten();
                     if let Some(host) = joined.or_else(|| draft.take_cluster()) {
                         if joined.is_none() && self.geometry.extended_l2 {
-                            let new = Joined { host, users: 1, committed: false };
+                            let new = Joined { host, users: 1, committed: false, soiled: false };
                             self.joined.borrow_mut().insert(guest, new);
                         }
                         break (entry, host, true);
@@ -200,34 +214,54 @@ impl Image {
         Some(one.host)
     }
 
-    /// A piece ends; returns true when nobody else uses its new place and no entry has it.
-    fn leave(&self, piece: &Piece, commits: bool) -> bool {
+    /// A piece in a new place ends. Returns how the place itself ends: nobody else uses it and no entry has it; `None` while that is not
+    /// so.
+    fn leave(&self, piece: &Piece, end: End) -> Option<End> {
         if !self.geometry.extended_l2 {
-            return !commits;
+            return (end != End::Committed).then_some(end);
         }
         let mut joined = self.joined.borrow_mut();
-        let Some(one) = joined.get_mut(&piece.guest) else { return !commits };
-        one.committed |= commits;
+        let Some(one) = joined.get_mut(&piece.guest) else {
+            return (end != End::Committed).then_some(end);
+        };
+        one.committed |= end == End::Committed;
+        one.soiled |= end == End::Underway;
         one.users -= 1;
         let unused = one.users == 0 && !one.committed;
+        let end = if one.soiled { End::Underway } else { End::AtRest };
         if one.users == 0 {
             joined.remove(&piece.guest);
         }
-        unused
+        unused.then_some(end)
     }
 
-    fn give_up(&self, piece: &Piece) {
-        if piece.fresh && self.leave(piece, false) {
-            // Writes of a caller that went away may land in it later: nobody else gets it while the image is open.
-            let cluster = piece.host >> self.geometry.cluster_bits;
-            self.reserve.abandon(cluster);
+    fn give_up(&self, piece: &Piece, end: End) {
+        if !piece.fresh {
+            return;
+        }
+        let cluster = piece.host >> self.geometry.cluster_bits;
+        match self.leave(piece, end) {
+            // Not clean any more, and nobody refers to it: it goes the way of a cluster that was freed, and is zeroed before its next use.
+            Some(End::AtRest) => self.reserve.free(cluster..cluster + 1),
+            // Nobody else gets it while the image is open.
+            Some(_) => self.reserve.abandon(cluster),
+            None => {}
         }
     }
 
     /// See [`crate::driver::Driver::abort`].
     pub fn abort(&self, plan: &Plan) {
+        self.end_plan(plan, End::Underway);
+    }
+
+    /// See [`crate::driver::Driver::abort_at_rest`].
+    pub fn abort_at_rest(&self, plan: &Plan) {
+        self.end_plan(plan, End::AtRest);
+    }
+
+    fn end_plan(&self, plan: &Plan, end: End) {
         let pieces = self.plans.borrow_mut().remove(&plan.id).unwrap_or_default();
-        pieces.iter().for_each(|piece| self.give_up(piece));
+        pieces.iter().for_each(|piece| self.give_up(piece, end));
     }
 
     /// See [`crate::driver::Driver::commit`].
@@ -249,7 +283,7 @@ impl Image {
             };
             let old = self.change_l2_entry(piece.table, piece.guest, piece.order, with_piece).await?;
             if piece.fresh {
-                self.leave(piece, true);
+                self.leave(piece, End::Committed);
             }
             if old.host != Some(piece.host) {
                 self.free_places(&old);
@@ -278,13 +312,26 @@ impl Image {
         let table = cluster << self.geometry.cluster_bits;
         let bytes = table..table + self.geometry.cluster();
         self.maps.forget(bytes.clone());
-        if old.table != 0 {
-            self.copy_table(old.table, table, guest).await?;
+        let new = L1Entry { table, copied: true };
+        if old.table == 0 {
+            self.set_l1_entry(guest, new).await?;
+            draft.pool.clear();
+            return Ok(table);
         }
-        self.set_l1_entry(guest, L1Entry { table, copied: true }).await?;
+        // Written to from now on: it must not go back as clean, nor to anybody if this future is dropped meanwhile.
         draft.pool.clear();
-        if old.table != 0 {
-            self.leave_shared(old.table).await;
+        self.reserve.abandon(cluster);
+        let copied = match self.copy_table(old.table, table, guest).await {
+            Ok(()) => self.set_l1_entry(guest, new).await,
+            error => error,
+        };
+        self.reserve.take_up(cluster);
+        match copied {
+            Ok(()) => self.leave_shared(old.table).await,
+            Err(error) => {
+                self.reserve.free(cluster..cluster + 1);
+                return Err(error);
+            }
         }
         Ok(table)
     }

@@ -58,6 +58,7 @@ impl Image {
 
     /// Writes the size into the header and makes it the one that counts.
     async fn write_size(&self, size: u64) -> Result<(), Error> {
+        self.resized.set(true);
         self.file.write(24, Buf::copy_of(&size.to_be_bytes())).await?;
         self.file.flush().await?;
         self.size.set(size);
@@ -85,13 +86,13 @@ impl Image {
         self.maps.forget(at..at + table.len() as u64);
         let new = TablePlace { offset: at, entries };
         self.switch_table(&self.l1, new, self.file.write(36, Buf::copy_of(&place))).await?;
-        self.file.flush().await?;
         let old_bytes = old.offset..old.offset + old.entries * 8;
         let old_clusters =
             old_bytes.start >> geometry.cluster_bits..old_bytes.end.div_ceil(geometry.cluster());
         self.move_fixed(old_bytes, at..at + entries * 8);
+        // They go back when a flush has succeeded, and with them the header is durable.
         self.reserve.free(old_clusters);
-        Ok(())
+        self.file.flush().await
     }
 
     /// Makes everything from `old` to `new` read as zero.
@@ -153,7 +154,7 @@ impl Image {
                 match written {
                     Ok(()) => self.commit(&plan).await,
                     Err(error) => {
-                        self.abort(&plan);
+                        self.abort_at_rest(&plan);
                         Err(error)
                     }
                 }

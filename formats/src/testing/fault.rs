@@ -55,6 +55,9 @@ pub enum Fault {
     },
     /// It is not completed before this many others were.
     Slow(u64),
+    /// A flush fails with EIO, and some of what was written to the file since the last good one is lost for good
+    /// ([`Store::track_losses`](super::Store::track_losses) comes first).
+    Loses,
 }
 
 impl Fault {

@@ -7,6 +7,9 @@
 //! - for the death of the process, when it was answered before the crash.
 //!
 //! The size of the disk is a value like that of a block.
+//!
+//! When a flush has failed and that was accepted ([`History::doubt`]) what was answered since the last good one is never durable, and
+//! a block that shares a granule with it may be zero, or hold anything that it ever held: its place may be one where it was before.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -56,6 +59,20 @@ struct Inner {
     by_block: Vec<Vec<u32>>,
     /// Begin and (successful) end of each flush.
     flushes: Vec<(usize, Option<usize>)>,
+    doubts: Vec<Doubt>,
+}
+
+/// What was answered at one of these moments is in doubt, and with it the granules of this many blocks that it touched.
+#[derive(Debug)]
+struct Doubt {
+    moments: Range<usize>,
+    granule: u64,
+}
+
+impl Doubt {
+    fn holds(&self, entry: &Entry) -> bool {
+        entry.began < self.moments.end && entry.ended.is_none_or(|ended| ended >= self.moments.start)
+    }
 }
 
 /// See the module.
@@ -84,6 +101,17 @@ fn describe(bytes: &[u8]) -> String {
         format!("write {} of block {}", word(1), word(2))
     } else {
         format!("bytes {:02x?}...", &bytes[..16])
+    }
+}
+
+impl Inner {
+    /// A granule that a block is in was in doubt, and the block was not durably written since: that began at `before` at the latest.
+    fn is_doubtful(&self, block: u64, before: usize) -> bool {
+        self.doubts.iter().filter(|doubt| doubt.moments.end > before).any(|doubt| {
+            let start = block / doubt.granule * doubt.granule;
+            let near = (start..start + doubt.granule).filter_map(|block| self.by_block.get(block as usize));
+            near.flatten().any(|number| doubt.holds(&self.entries[*number as usize]))
+        })
     }
 }
 
@@ -149,6 +177,24 @@ impl History {
     pub fn end_flush(&self, number: usize, ok: bool) {
         let ended = self.store.mark();
         self.inner.borrow_mut().flushes[number].1 = ok.then_some(ended);
+    }
+
+    /// It was accepted that what no good flush has covered may be lost: blocks that were written, and those that share a granule of
+    /// `granule` blocks with them.
+    pub fn doubt(&self, granule: u64) {
+        let now = self.store.mark();
+        let mut inner = self.inner.borrow_mut();
+        let good = inner.flushes.iter().filter(|(_, ended)| ended.is_some());
+        let last = good.map(|(began, _)| *began).max().unwrap_or(0);
+        inner.doubts.push(Doubt { moments: last..now, granule });
+    }
+
+    /// The blocks of the writes that are in doubt.
+    pub fn doubtful_writes(&self) -> Vec<Range<u64>> {
+        let inner = self.inner.borrow();
+        let held =
+            |entry: &&Entry| entry.deed == Deed::Write && inner.doubts.iter().any(|doubt| doubt.holds(entry));
+        inner.entries.iter().filter(held).map(|entry| entry.blocks.clone()).collect()
     }
 
     /// The disk is about to get another size; the answer is the number of that.
@@ -228,6 +274,7 @@ impl History {
                 entry.ok
                     && entry.deed != Deed::Discard
                     && entry.ended.is_some_and(|ended| ended < durable_before)
+                    && !inner.doubts.iter().any(|doubt| doubt.holds(entry))
             };
             // The latest begin of a durable write: whatever had ended before it is superseded.
             let before =
@@ -241,6 +288,15 @@ impl History {
             let legal = began.filter(|number| live(entry(*number))).map(value);
             let initial = self.initial.chunks(BLOCK_BYTES).nth(block as usize).unwrap_or(&[0; BLOCK_BYTES]);
             if (before.is_none() && found == initial) || legal.clone().any(|value| value == found) {
+                continue;
+            }
+            let mut ever =
+                numbers.iter().copied().filter(|number| entry(*number).began < seen_before).map(value);
+            if inner.is_doubtful(block, before.unwrap_or(0))
+                && (found == initial
+                    || found.iter().all(|byte| *byte == 0)
+                    || ever.any(|value| value == found))
+            {
                 continue;
             }
             let mut legal: Vec<String> = legal.map(|value| describe(&value)).collect();

@@ -49,15 +49,16 @@ impl MemLog {
 }
 
 impl AllocationLog for MemLog {
-    fn append(&self, entry: LogEntry) -> Result<(), LogFull> {
-        assert!(entry.offset.is_multiple_of(WORD), "an entry is a whole word: {entry:?}");
-        if self.len() >= self.capacity {
+    fn append_all(&self, entries: &[LogEntry]) -> Result<(), LogFull> {
+        let whole = |entry: &LogEntry| entry.offset.is_multiple_of(WORD);
+        assert!(entries.iter().all(whole), "an entry is a whole word: {entries:?}");
+        if self.len() + entries.len() > self.capacity {
             return Err(LogFull);
         }
-        self.entries.borrow_mut().push_back(entry);
-        self.position.set(self.position.get() + 1);
+        self.entries.borrow_mut().extend(entries);
+        self.position.set(self.position.get() + entries.len() as u64);
         if let Some(store) = self.store.upgrade() {
-            store.note(Event::Append { log: self.number, entry });
+            store.note(Event::Append { log: self.number, entries: entries.to_vec() });
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::pages::Pages;
 use super::record::Change;
 use super::store::{Action, Answer, Store};
 use crate::error::Error;
-use crate::file::{Buf, ImageFile, Pending};
+use crate::file::{Buf, Flushes, ImageFile, Pending};
 
 /// An opened file of a [`Store`]. A flush that failed makes all later flushes of this object fail.
 #[derive(Debug)]
@@ -21,12 +21,21 @@ pub struct MemFile {
     name: String,
     writable: bool,
     failed_flush: Rc<Cell<Option<i32>>>,
+    flushes: Rc<Flushes>,
 }
 
 impl MemFile {
     pub(super) fn new(store: Rc<Store>, file: usize, name: &str, writable: bool) -> Rc<MemFile> {
         let failed_flush = Rc::new(Cell::new(None));
-        Rc::new(MemFile { store, file, name: name.to_string(), writable, failed_flush })
+        store.watch_flushes(&failed_flush);
+        Rc::new(MemFile {
+            store,
+            file,
+            name: name.to_string(),
+            writable,
+            failed_flush,
+            flushes: Rc::default(),
+        })
     }
 
     /// A file in a store of its own whose operations are done when they are made ([`Store::done_at_once`]).
@@ -97,7 +106,17 @@ impl ImageFile for MemFile {
     }
 
     fn flush(&self) -> Pending<'static, ()> {
-        self.change(Kind::Flush, Change::Flush)
+        let (flushes, number) = (self.flushes.clone(), self.flushes.begin());
+        let flush = self.change(Kind::Flush, Change::Flush);
+        Box::pin(async move {
+            flush.await?;
+            flushes.succeeded(number);
+            Ok(())
+        })
+    }
+
+    fn flushes(&self) -> Option<&Flushes> {
+        Some(&self.flushes)
     }
 
     fn extend(&self, length: u64) -> Pending<'static, ()> {

@@ -91,12 +91,12 @@ pub enum Event {
         /// What it has done, where that differs from what it was to do.
         landed: Option<Change>,
     },
-    /// An allocation log took an entry.
+    /// An allocation log took entries, at once.
     Append {
         /// Number of the log in the store.
         log: usize,
-        /// The entry.
-        entry: LogEntry,
+        /// The entries.
+        entries: Vec<LogEntry>,
     },
     /// Entries of an allocation log before this position were released.
     Release {
@@ -104,6 +104,15 @@ pub enum Event {
         log: usize,
         /// Entries that it ever had before the first one that it keeps.
         position: u64,
+    },
+    /// A flush has failed and these changes are lost: no later flush makes them durable.
+    Lose {
+        /// File in the store.
+        file: usize,
+        /// The numbers of their operations.
+        ops: Vec<u64>,
+        /// They are not seen any more either.
+        gone: bool,
     },
     /// A moment that the test wants to refer to.
     Mark,

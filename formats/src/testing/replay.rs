@@ -5,6 +5,8 @@
 //! has landed did so at some moment between submission and answer (not answered: any later one), so two writes of the same
 //! bytes keep their order when the second was submitted after the first was answered. Allocation logs are lost.
 //!
+//! *A flush that failed* may have lost some of what was not flushed: that is never durable, and may be gone at once.
+//!
 //! *Process death.* All that was answered is there, in the order in which it landed; what was in flight has landed, or not, or in
 //! part. Allocation logs are kept.
 
@@ -116,16 +118,36 @@ impl<'a> Replayer<'a> {
                     }
                 }
             }
-            Event::Append { log, entry } => {
-                self.logs[*log].0.push_back(*entry);
-                self.logs[*log].1 += 1;
+            Event::Append { log, entries } => {
+                self.logs[*log].0.extend(entries);
+                self.logs[*log].1 += entries.len() as u64;
             }
             Event::Release { log, position } => {
                 let (entries, end) = &mut self.logs[*log];
                 let first = *end - entries.len() as u64;
                 entries.drain(..position.saturating_sub(first) as usize);
             }
+            Event::Lose { file, ops, gone } => self.lose(*file, ops, *gone),
             Event::Mark => {}
+        }
+    }
+
+    /// Changes of `file` will never be durable; they are forgotten, or seen as long as nobody looks from outside.
+    fn lose(&mut self, file: usize, ops: &[u64], gone: bool) {
+        for op in ops {
+            self.undurable.remove(op);
+        }
+        if gone {
+            let mut pages = self.durable[file].clone();
+            let mut left: Vec<&Undurable> = self
+                .undurable
+                .values()
+                .filter(|change| change.file == file && change.completed.is_some())
+                .collect();
+            left.sort_unstable_by_key(|change| change.completed);
+            left.iter().for_each(|change| change.change.apply(&mut pages));
+            pages.extend(self.visible[file].length());
+            self.visible[file] = pages;
         }
     }
 
@@ -220,14 +242,29 @@ pub fn crashes(
     record: &Record,
     states: usize,
     seed: u64,
+    judge: impl FnMut(&Crash, u64) -> Result<(), String>,
+) -> Result<(), String> {
+    crashes_behind(record, 0, states, seed, judge)
+}
+
+/// As [`crashes`], at moments behind the first `from` events only.
+///
+/// # Errors
+/// As [`crashes`].
+pub fn crashes_behind(
+    record: &Record,
+    from: usize,
+    states: usize,
+    seed: u64,
     mut judge: impl FnMut(&Crash, u64) -> Result<(), String>,
 ) -> Result<(), String> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut moments = record.flush_ends();
+    moments.retain(|moment| *moment >= from);
     rng.shuffle(&mut moments);
     moments.truncate(states / 2);
     while moments.len() < states {
-        moments.push(rng.usize(..=record.events.len()));
+        moments.push(rng.usize(from..=record.events.len()));
     }
     moments.sort_unstable();
     let mut replayer = Replayer::new(record);

@@ -90,6 +90,40 @@ pub struct Store {
     violations: RefCell<Vec<String>>,
     record: RefCell<Option<Record>>,
     logs: RefCell<Vec<Rc<MemLog>>>,
+    /// Marks of failed flushes, of all objects that were opened.
+    failed_flushes: RefCell<Vec<Rc<Cell<Option<i32>>>>>,
+    /// What a flush that fails may lose; `None` while that is not wanted.
+    losses: RefCell<Option<Losses>>,
+}
+
+/// What is durable in each file, and the changes that are not, in the order of their completion.
+#[derive(Debug, Default)]
+struct Losses {
+    durable: Vec<Pages>,
+    undurable: Vec<Undurable>,
+}
+
+#[derive(Debug)]
+struct Undurable {
+    op: u64,
+    file: usize,
+    /// Operations that had been submitted when it was answered.
+    answered: u64,
+    change: Change,
+}
+
+impl Losses {
+    /// A flush of `file` that was submitted as operation `op` has succeeded.
+    fn flushed(&mut self, file: usize, op: u64) {
+        let durable = &mut self.durable[file];
+        self.undurable.retain(|change| {
+            let covered = change.file == file && change.answered <= op;
+            if covered {
+                change.change.apply(durable);
+            }
+            !covered
+        });
+    }
 }
 
 impl Store {
@@ -113,6 +147,8 @@ impl Store {
             violations: RefCell::default(),
             record: RefCell::default(),
             logs: RefCell::default(),
+            failed_flushes: RefCell::default(),
+            losses: RefCell::default(),
         })
     }
 
@@ -245,6 +281,51 @@ impl Store {
         let initial = self.files.borrow().iter().map(|file| file.pages.clone()).collect();
         let logs = self.logs.borrow().iter().map(|log| log.state()).collect();
         *self.record.borrow_mut() = Some(Record { initial, logs, events: Vec::new() });
+    }
+
+    /// Notes from now on what a flush that fails may lose ([`Fault::Loses`]); what the files hold now is durable.
+    pub fn track_losses(&self) {
+        let durable = self.files.borrow().iter().map(|file| file.pages.clone()).collect();
+        *self.losses.borrow_mut() = Some(Losses { durable, undurable: Vec::new() });
+    }
+
+    /// An operator accepts that data may be lost: files whose flush has failed may be flushed again.
+    pub fn accept_doubt(&self) {
+        self.failed_flushes.borrow().iter().for_each(|failed| failed.set(None));
+    }
+
+    pub(super) fn watch_flushes(&self, failed: &Rc<Cell<Option<i32>>>) {
+        self.failed_flushes.borrow_mut().push(failed.clone());
+    }
+
+    /// A flush of `file` has failed: loses some of what was not flushed. Lengths stay.
+    fn lose(&self, file: usize) {
+        let mut losses = self.losses.borrow_mut();
+        let Some(losses) = losses.as_mut() else { return };
+        let mut rng = self.rng.borrow_mut();
+        let (share, gone) = (rng.u8(1..=4), rng.bool());
+        let mut ops = Vec::new();
+        losses.undurable.retain(|change| {
+            let may = change.file == file
+                && matches!(change.change, Change::Write { .. } | Change::Zero(_) | Change::Pieces(_));
+            let lost = may && rng.u8(..4) < share;
+            if lost {
+                ops.push(change.op);
+            }
+            !lost
+        });
+        if gone {
+            let mut pages = losses.durable[file].clone();
+            losses
+                .undurable
+                .iter()
+                .filter(|change| change.file == file)
+                .for_each(|change| change.change.apply(&mut pages));
+            let now = &mut self.files.borrow_mut()[file].pages;
+            pages.extend(now.length());
+            *now = pages;
+        }
+        self.note(Event::Lose { file, ops, gone });
     }
 
     /// Ends the recording.
@@ -387,6 +468,7 @@ impl Store {
         let op = &flight.op;
         let mut fault = match flight.fault {
             Some(Fault::Fails { errno, landed }) => Some((errno, landed)),
+            Some(Fault::Loses) => Some((5, Landed::Nothing)),
             _ => None,
         };
         if op.kind == Kind::Flush {
@@ -405,8 +487,22 @@ impl Store {
             Some(_) => Change::Pieces(Vec::new()),
         };
         landed.apply(&mut self.files.borrow_mut()[op.file].pages);
+        if let Some(losses) = self.losses.borrow_mut().as_mut() {
+            match fault {
+                None if op.kind == Kind::Flush => losses.flushed(op.file, op.id),
+                _ => losses.undurable.push(Undurable {
+                    op: op.id,
+                    file: op.file,
+                    answered: self.submitted.get(),
+                    change: landed.clone(),
+                }),
+            }
+        }
         let differs = (landed != *change).then_some(landed);
         self.note(Event::Complete { op: op.id, ok: fault.is_none(), landed: differs });
+        if flight.fault == Some(Fault::Loses) {
+            self.lose(op.file);
+        }
         match fault {
             Some((errno, _)) => Err(self.fault(op, errno)),
             None => Ok(Buf::zeroed(0)),

@@ -55,6 +55,8 @@ pub enum Bug {
     DirtyAbort,
     /// The table is believed without a check.
     Credulous,
+    /// After a flush that failed it writes nothing again.
+    LazyDoubt,
 }
 
 /// The format, with or without a mistake.
@@ -270,6 +272,14 @@ impl Driver for ToyDriver {
 
     fn tidy(&self) -> Pending<'_, ()> {
         Box::pin(self.tables.write_back())
+    }
+
+    fn write_again(&self) -> Pending<'_, ()> {
+        Box::pin(async move {
+            // All metadata that is not in tables: the size.
+            self.file.write(8, Buf::copy_of(&self.size.get().to_be_bytes())).await?;
+            if self.has(Bug::LazyDoubt) { Ok(()) } else { self.tables.write_again().await }
+        })
     }
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {

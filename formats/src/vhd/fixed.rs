@@ -20,6 +20,8 @@ pub struct Fixed {
     footer: RefCell<Footer>,
     /// Where the footer is.
     footer_at: Cell<u64>,
+    /// It was written.
+    moved: Cell<bool>,
 }
 
 /// The file of the image itself.
@@ -33,6 +35,7 @@ impl Fixed {
             writable,
             size: Cell::new(layout.size),
             footer_at: Cell::new(layout.data_end),
+            moved: Cell::new(false),
             footer: RefCell::new(layout.footer),
         }
     }
@@ -43,6 +46,7 @@ impl Fixed {
         if size == self.size.get() {
             return Ok(());
         }
+        self.moved.set(true);
         let (old, new) = (self.footer_at.get(), size.max(self.footer_at.get()));
         let mut footer = self.footer.borrow().clone();
         if self.file.is_device() && size > old {
@@ -149,6 +153,16 @@ impl Driver for Fixed {
 
     fn tidy(&self) -> Pending<'_, ()> {
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn write_again(&self) -> Pending<'_, ()> {
+        // A resize: its footer, of the size that counts, where it is.
+        let footer = Buf::copy_of(&self.footer.borrow().to_bytes());
+        if self.writable && self.moved.get() {
+            self.file.write(self.footer_at.get(), footer)
+        } else {
+            Box::pin(std::future::ready(Ok(())))
+        }
     }
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {

@@ -82,6 +82,8 @@ pub struct Reserve {
     growth: Cell<u64>,
     /// Footers that were damaged when the image was opened are to be written first.
     damaged_copy: Cell<bool>,
+    /// Where the footer was written that ends the file now.
+    new_footer: Cell<Option<u64>>,
     /// The end of the file was changed.
     moved: Cell<bool>,
     given_up: Cell<bool>,
@@ -127,6 +129,7 @@ impl Reserve {
                 .unwrap_or((length / SECTOR).saturating_sub(1) * SECTOR),
             growth: Cell::new(GROWTH_BLOCKS_MIN / 2),
             damaged_copy: Cell::new(footers.copy.is_err() || footers.differ),
+            new_footer: Cell::new(None),
             // A footer that is missing is written at the latest when the image is closed.
             moved: Cell::new(footers.trailing.is_err()),
             given_up: Cell::new(false),
@@ -225,8 +228,9 @@ impl Reserve {
         } else {
             self.tail.set(room.end + SECTOR);
             let moved = self.write_footer(room.end).await;
-            if moved.is_err() {
-                self.torn_end.set(self.torn_end.get().max(room.end + SECTOR));
+            match moved {
+                Ok(()) => self.new_footer.set(Some(room.end)),
+                Err(_) => self.torn_end.set(self.torn_end.get().max(room.end + SECTOR)),
             }
             moved
         };
@@ -335,6 +339,15 @@ impl Reserve {
         self.file.flush().await?;
         self.damaged_copy.set(false);
         Ok(())
+    }
+
+    /// The footer that was written at the end of the file is written once more.
+    pub async fn write_footer_again(&self) -> Result<(), Error> {
+        let _turn = self.turn.lock().await;
+        match self.new_footer.get() {
+            Some(at) => self.write_footer(at).await,
+            None => Ok(()),
+        }
     }
 
     /// Places were given up: the last block may be another one now.

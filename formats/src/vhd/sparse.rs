@@ -484,6 +484,19 @@ impl Driver for Sparse {
         Box::pin(self.write_back())
     }
 
+    fn write_again(&self) -> Pending<'_, ()> {
+        Box::pin(async move {
+            if !self.writable {
+                return Ok(());
+            }
+            self.reserve.write_footer_again().await?;
+            let until = self.last_change.get();
+            self.tables.write_again().await?;
+            self.unsettled.borrow_mut().retain(|_, change| *change > until);
+            Ok(())
+        })
+    }
+
     fn resize(&self, size: u64) -> Pending<'_, ()> {
         Box::pin(self.grow(size))
     }

@@ -299,21 +299,22 @@ impl Log {
     /// Takes a log up, and what is in it.
     pub fn new(file: Arc<LogFile>) -> (Log, Vec<LogEntry>) {
         let (first, entries) = ring::scan(&file.words);
+        let position = first + entries.len() as u64;
+        ring::wipe_behind(&file.words, first, position);
         // An idle disk needs none of its pages.
         file.words.0.drop_pages();
-        let position = first + entries.len() as u64;
         (Log { file, position: Cell::new(position), released: Cell::new(first) }, entries)
     }
 }
 
 impl AllocationLog for Log {
-    fn append(&self, entry: LogEntry) -> Result<(), LogFull> {
-        if self.room() == 0 {
+    fn append_all(&self, entries: &[LogEntry]) -> Result<(), LogFull> {
+        if self.room() < entries.len() {
             return Err(LogFull);
         }
         let number = self.position.get();
-        ring::append(&self.file.words, number, &entry);
-        self.position.set(number + 1);
+        ring::append_all(&self.file.words, number, entries);
+        self.position.set(number + entries.len() as u64);
         Ok(())
     }
 

@@ -20,7 +20,9 @@
 //! in its low half. It is stored last: a process that is killed between any two instructions leaves the entry whole or a slot
 //! whose first word is of another number. Stores are in order as the machine sees them (release), and the reader is another
 //! process on the same machine, so nothing has to be flushed. The log holds the entries from the released number on, up to the
-//! first slot that does not have the number that follows.
+//! first slot that does not have the number that follows. So entries that belong together are written from the last to the first:
+//! they are in the log when the first one is. What a process that died in between has left behind the end is wiped before the next
+//! entry is written ([`wipe_behind`]), or it would count when the numbers before it are used again.
 
 use formats::allocation_log::LogEntry;
 use formats::driver::FileIndex;
@@ -127,6 +129,23 @@ pub fn append(words: &impl Words, number: u64, entry: &LogEntry) {
         words.store(word, value);
     }
     words.store(at, seal(number, rest));
+}
+
+/// Writes entries of which all are in the log or none, however the process ends. The caller has made sure that their slots are free.
+pub fn append_all(words: &impl Words, first: u64, entries: &[LogEntry]) {
+    for (index, entry) in entries.iter().enumerate().rev() {
+        append(words, first + index as u64, entry);
+    }
+}
+
+/// Takes entries away that a process left behind the end of the log: `end` is the number of the next entry.
+pub fn wipe_behind(words: &impl Words, first: u64, end: u64) {
+    for number in end..first.saturating_add(ENTRIES) {
+        let at = slot(number);
+        if words.load(at) >> 32 == u64::from((number + 1) as u32) {
+            words.store(at, 0);
+        }
+    }
 }
 
 /// Gives up all entries before `number`.

@@ -94,6 +94,27 @@ fn wherever_it_dies_an_entry_is_whole_or_absent() {
     }
 }
 
+#[test]
+fn entries_that_belong_together_are_all_there_or_none_is() {
+    for released in [0, ring::ENTRIES - 2, 5 * ring::ENTRIES - 3, (1 << 32) - 4] {
+        let log = watched(released);
+        let entries: Vec<LogEntry> = (released..released + 5).map(entry).collect();
+        ring::append_all(&log, released, &entries);
+        let mut states = log.states.take();
+        let whole = states.pop().unwrap();
+        assert_eq!(ring::scan(&Copied(whole)), (released, entries));
+        for state in states {
+            let words = RefCell::new(state);
+            let half = Watched { words, states: RefCell::default(), watches: Cell::new(false) };
+            assert_eq!(ring::scan(&half), (released, Vec::new()), "{released}");
+            // Who goes on there does not find the rest of it behind what he writes.
+            ring::wipe_behind(&half, released, released);
+            ring::append(&half, released, &entry(released));
+            assert_eq!(ring::scan(&half), (released, vec![entry(released)]), "{released}");
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]

@@ -56,7 +56,7 @@ impl<K: Kernel> Shard<K> {
             Command::Park { disk } => self.slot(disk).and_then(|slot| self.park(slot, tag)),
             Command::CancelPark { disk } => self.slot(disk).and_then(|slot| self.cancel_park(slot)),
             Command::Resume { disk, data_in_doubt } => {
-                self.slot(disk).and_then(|slot| self.resume(slot, data_in_doubt))
+                self.slot(disk).and_then(|slot| self.resume(slot, tag, data_in_doubt))
             }
             Command::Swap { disk, backend } => self.slot(disk).and_then(|slot| self.swap(slot, tag, backend)),
             Command::Resize { disk, size_bytes } => {
@@ -148,6 +148,7 @@ impl<K: Kernel> Shard<K> {
             failed_open: None,
             resize: None,
             swap: None,
+            doubt: None,
             told: None,
             punts: false,
         }) as u32
@@ -207,6 +208,7 @@ impl<K: Kernel> Shard<K> {
             || entry.swap.is_some()
             || entry.resize.is_some()
             || entry.failed_open.is_some()
+            || entry.doubt.is_some()
             || entry.opening()
         {
             return Err(failure(
@@ -230,8 +232,12 @@ impl<K: Kernel> Shard<K> {
         Ok(None)
     }
 
-    fn resume(&mut self, slot: u32, data_in_doubt: bool) -> Outcome {
+    fn resume(&mut self, slot: u32, tag: u64, data_in_doubt: bool) -> Outcome {
         let entry = &mut self.disks[slot as usize];
+        if entry.doubt.is_some() {
+            let message = "the disk's tables are being written again: wait for that to end";
+            return Err(failure(ShardErrorKind::WrongState, message));
+        }
         if entry.swap.is_some() {
             let message = "the disk is being given another image: wait for that to end";
             return Err(failure(ShardErrorKind::WrongState, message));
@@ -244,16 +250,25 @@ impl<K: Kernel> Shard<K> {
         let mut result = Ok(());
         self.with_disk(slot, |disk, _| result = disk.may_resume(data_in_doubt));
         result?;
+        let failed = self.disks[slot as usize].disk.as_ref().is_some_and(Disk::flush_failed);
         if data_in_doubt {
             // First, so that what the disk held finds files that flush again.
             self.accept_doubt(slot);
+            if failed && self.write_again(slot, tag) {
+                return Ok(None);
+            }
         }
+        self.go_on(slot, data_in_doubt).map(Some)
+    }
+
+    /// The last step of a resume.
+    pub(super) fn go_on(&mut self, slot: u32, data_in_doubt: bool) -> Result<Reply, ShardError> {
         let mut result = Ok(());
         self.with_disk(slot, |disk, ctx| result = disk.resume(ctx, data_in_doubt));
         self.watch_pending(slot);
         result?;
         self.retry_flushes(slot);
-        Ok(Some(Reply::Done))
+        Ok(Reply::Done)
     }
 
     /// Makes a disk larger. Requests go on meanwhile, as far as its image lets them.
@@ -262,7 +277,10 @@ impl<K: Kernel> Shard<K> {
         let Some(disk) = &entry.disk else {
             return Err(failure(ShardErrorKind::WrongState, "the disk is being rebuilt"));
         };
-        let busy = entry.pending.is_some() || entry.swap.is_some() || entry.resize.is_some();
+        let busy = entry.pending.is_some()
+            || entry.swap.is_some()
+            || entry.resize.is_some()
+            || entry.doubt.is_some();
         if disk.state() != DiskState::Running || busy || entry.zombie {
             let message = format!("the disk is {:?} or busy: only a running disk is resized", disk.state());
             return Err(failure(ShardErrorKind::WrongState, message));
@@ -443,6 +461,7 @@ impl<K: Kernel> Shard<K> {
         self.disks[slot as usize].zombie = true;
         self.with_disk(slot, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));
         self.end_swap(slot, "the disk was detached by force");
+        self.end_doubt(slot, "the disk was detached by force");
         for file in self.file_slots(slot) {
             self.disks[file as usize].zombie = true;
             self.with_disk(file, |disk, ctx| disk.fail(ctx, DiskState::Zombie, "detached by force"));

@@ -146,6 +146,8 @@ struct Entry {
     resize: Option<(u64, ReqKey, u64)>,
     /// It is being given another image.
     swap: Option<swap::Swap>,
+    /// Its image writes again what no flush has covered; the resume to answer.
+    doubt: Option<u64>,
     /// When an error of its image was told last.
     told: Option<Nanos>,
     /// Its file cannot tell that it would have to wait: all I/O counts as punted.
@@ -515,6 +517,7 @@ impl<K: Kernel> Shard<K> {
         }
         self.drop_volume(slot);
         self.end_swap(slot, "the disk's code failed");
+        self.end_doubt(slot, "the disk's code failed");
         let entry = &mut self.disks[slot as usize];
         entry.panics += 1;
         entry.quarantined = true;

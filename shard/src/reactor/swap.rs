@@ -47,7 +47,11 @@ impl<K: Kernel> Shard<K> {
     pub(super) fn swap(&mut self, slot: u32, tag: u64, to: Backend) -> Result<Option<Reply>, ShardError> {
         let entry = &mut self.disks[slot as usize];
         let state = entry.disk.as_ref().map(Disk::state);
-        let busy = entry.pending.is_some() || entry.swap.is_some() || entry.zombie || entry.opening();
+        let busy = entry.pending.is_some()
+            || entry.swap.is_some()
+            || entry.doubt.is_some()
+            || entry.zombie
+            || entry.opening();
         if state != Some(DiskState::Paused) || busy {
             return Err(refused("only a paused disk at rest can be given another image".to_owned()));
         }

@@ -330,6 +330,29 @@ fn a_resume_that_is_refused_accepts_nothing() {
 }
 
 #[test]
+fn a_resume_in_doubt_waits_until_the_tables_are_durable_again() {
+    let mut rig = Rig::new(1, ErrorPolicy::Report);
+    rig.plot(1, What::Sync, 1);
+    rig.client(3, 1000);
+    rig.sim.clients[0].habits.fua = 1000;
+    rig.rest();
+    assert_eq!(rig.state(), DiskState::StorageError);
+    // The flush of what was written again fails, too: nothing is accepted.
+    rig.plot(1, What::Sync, 1);
+    rig.tell(Kind::ResumeInDoubt);
+    assert_eq!(rig.count("ResumeInDoubt refused: Failed"), 1);
+    assert_eq!((rig.state(), rig.sim.shards[rig.shard].marked_files()), (DiskState::StorageError, 1));
+    rig.tell(Kind::Resume);
+    assert_eq!(rig.count("Resume refused: DataInDoubt"), 1);
+    rig.tell(Kind::ResumeInDoubt);
+    assert_eq!((rig.count("ResumeInDoubt"), rig.state()), (1, DiskState::Running));
+    let failed = rig.count("change failed");
+    rig.client(20, 500);
+    rig.rest();
+    assert_eq!(rig.count("change failed") + rig.count("read failed"), failed);
+}
+
+#[test]
 fn a_command_that_waits_for_a_read_is_woken_by_its_end() {
     let mut rig = Rig::new(1, ErrorPolicy::Report);
     rig.client(30, 1000);

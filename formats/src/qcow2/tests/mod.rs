@@ -7,4 +7,5 @@ mod model;
 mod offline;
 mod peers;
 pub(crate) mod rig;
+mod space;
 mod subclusters;

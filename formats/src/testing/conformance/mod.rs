@@ -7,14 +7,16 @@
 //! | [`concurrency`] | overlapping and adjacent requests in flight, slow operations, callers that go away | `CONCURRENCY_SEEDS` 4 |
 //! | [`faults`] | the N-th operation fails, for every N; the store is full for a long time | `FAULT_POINTS` 15 |
 //! | [`crash`] | a concurrent run with a resize, then power losses and process deaths at any moment of it | `CRASH_SEEDS` 1, `REPLAY_STATES` 40 |
+//! | [`doubt`] | a flush fails and loses writes, an operator goes on; crashes after that | `DOUBT_SEEDS` 2, `REPLAY_STATES` 40 |
 //! | [`enumerate`] | all sequences of a few requests, a crash at each point | `ENUMERATE_LENGTH` 1 |
 //!
-//! All of it for an hour: `MODEL_SEEDS=300 CONCURRENCY_SEEDS=1000 FAULT_POINTS=100000 CRASH_SEEDS=100 REPLAY_STATES=1000
-//! ENUMERATE_LENGTH=3 cargo test --release -p formats conformance`. `SEED` is the first seed (default 1): a failure names its seed,
+//! All of it for an hour: `MODEL_SEEDS=300 CONCURRENCY_SEEDS=1000 FAULT_POINTS=100000 CRASH_SEEDS=100 DOUBT_SEEDS=100
+//! REPLAY_STATES=1000 ENUMERATE_LENGTH=3 cargo test --release -p formats conformance`. `SEED` is the first seed (default 1): a failure names its seed,
 //! and `SEED=n MODEL_SEEDS=1` runs it again.
 
 pub mod concurrency;
 pub mod crash;
+pub mod doubt;
 #[cfg(test)]
 mod drivers;
 pub mod enumerate;
@@ -68,6 +70,7 @@ pub fn all(case: &Case, oracle: Option<Oracle<'_>>) -> Result<(), String> {
     for_seeds(case, "crash", size_of_run("CRASH_SEEDS", 1), |case, seed| {
         crash::run(case, seed, states, oracle)
     })?;
+    for_seeds(case, "doubt", size_of_run("DOUBT_SEEDS", 2), |case, seed| doubt::run(case, seed, states))?;
     for_seeds(case, "enumerate", 1, |case, seed| {
         enumerate::run(case, seed, size_of_run("ENUMERATE_LENGTH", 1))
     })

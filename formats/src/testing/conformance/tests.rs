@@ -104,3 +104,9 @@ fn concurrency_catches_places_of_aborted_plans_that_are_not_zero() {
 fn the_fault_sweep_catches_places_of_aborted_plans_that_are_not_zero() {
     caught(Bug::DirtyAbort, false, |case, seed| faults::sweep(case, seed, 1000));
 }
+
+#[test]
+fn doubt_catches_tables_that_are_not_written_again() {
+    let error = caught(Bug::LazyDoubt, false, |case, seed| doubt::run(case, seed, 40));
+    assert!(!error.contains("Unsupported"), "{error}");
+}

@@ -2,7 +2,7 @@
 //! chains, with and without an allocation log.
 
 use crate::raw_driver::Raw;
-use crate::testing::conformance::{all, concurrency, crash, enumerate, faults, for_seeds, model};
+use crate::testing::conformance::{all, concurrency, crash, doubt, enumerate, faults, for_seeds, model};
 use crate::testing::rig::{Case, LayerCase};
 use crate::testing::size_of_run;
 use crate::vhd::Vhd;
@@ -29,6 +29,7 @@ fn run(cases: Vec<Case>) {
         for_seeds(&case, "faults", 1, |case, seed| faults::sweep(case, seed, 10)).unwrap();
         for_seeds(&case, "no space", 1, faults::no_space).unwrap();
         for_seeds(&case, "crash", 1, |case, seed| crash::run(case, seed, 20, None)).unwrap();
+        for_seeds(&case, "doubt", 2, |case, seed| doubt::run(case, seed, 20)).unwrap();
         for_seeds(&case, "enumerate", 1, |case, seed| enumerate::run(case, seed, 1)).unwrap();
     }
 }

@@ -52,6 +52,8 @@ enum For {
     Close,
     /// Pending mappings are written back.
     Tidy,
+    /// What no flush has covered is written again.
+    Doubt,
     /// An offline tool.
     Tool,
 }

@@ -91,6 +91,7 @@ impl<K: Kernel> Shard<K> {
             device: matches!(image.kind, FileKind::Block { .. }),
             writable,
             memory_align: image.memory_align.max(1),
+            flushes: Rc::default(),
         }
     }
 
@@ -242,20 +243,32 @@ impl<K: Kernel> Shard<K> {
             matches!(pending, Pending::Park { .. } | Pending::Remove { flush: Flush::Done, .. })
         };
         let leaves = entry.pending.as_ref().is_some_and(flushed) || entry.swap.is_some();
+        // What it wrote and no flush has covered is known to nobody else: it is needed for a resume.
+        let stays = result.is_err() && entry.disk.as_ref().is_some_and(crate::disk::Disk::flush_failed);
         let Some(engine) = &mut entry.engine else { return };
-        engine.volume = None;
-        engine.stage = Stage::Closed;
+        if stays && engine.volume.is_some() {
+            engine.stage = Stage::Open;
+        } else {
+            engine.volume = None;
+            engine.stage = Stage::Closed;
+        }
+        let reopens = engine.stage == Stage::Closed;
         if !entry.zombie {
             match result {
                 Ok(()) if leaves => {}
                 // The move was taken back meanwhile.
                 Ok(()) => self.reopen_engine(slot),
                 Err(error) => {
-                    // The files are as a crash would leave them: opened anew, the disk goes on.
                     self.tell_image_error(slot, &error);
-                    self.reopen_engine(slot);
+                    if reopens {
+                        // The files are as a crash would leave them: opened anew, the disk goes on.
+                        self.reopen_engine(slot);
+                    }
                     self.close_failed(slot, &error.message);
                     self.swap_not_closed(slot, &format!("its image could not be closed: {error}"));
+                    if !reopens {
+                        self.swap_opened(slot);
+                    }
                 }
             }
         }

@@ -6,6 +6,7 @@ use formats::error::Error;
 use formats::file::Buf as Bytes;
 
 use super::*;
+use crate::api::{ShardError, ShardErrorKind};
 use crate::image::{Job, Work};
 use crate::request::{Kind, PIECE, Via};
 
@@ -170,6 +171,7 @@ impl<K: Kernel> Shard<K> {
             For::Tool => {}
             For::Open => self.open_done(slot, result),
             For::Close => self.close_done(slot, result.map(drop)),
+            For::Doubt => self.doubt_done(slot, result.map(drop)),
             For::Tidy => {
                 if let Some(engine) = &mut self.disks[slot as usize].engine {
                     engine.tidying = false;
@@ -191,6 +193,44 @@ impl<K: Kernel> Shard<K> {
             if let Some(disk) = &mut self.disks[file as usize].disk {
                 disk.accept_doubt();
             }
+        }
+    }
+
+    /// After [`Shard::accept_doubt`]: an open image writes again what no flush has covered, and nothing new starts meanwhile. True when
+    /// `tag` is answered at the end of that.
+    pub(in crate::reactor) fn write_again(&mut self, slot: u32, tag: u64) -> bool {
+        let entry = &mut self.disks[slot as usize];
+        let Some(engine) = entry.engine.as_mut().filter(|engine| engine.stage == Stage::Open) else {
+            return false;
+        };
+        let Some(volume) = engine.volume.clone() else { return false };
+        engine.spawn(For::Doubt, Box::pin(async move { volume.write_again().await.map(|()| Outcome::Done) }));
+        entry.doubt = Some(tag);
+        self.hold_disk(slot, true);
+        self.awake.push(slot);
+        true
+    }
+
+    fn doubt_done(&mut self, slot: u32, result: Result<(), Error>) {
+        let Some(tag) = self.disks[slot as usize].doubt.take() else { return };
+        let answer = match result {
+            Ok(()) => self.go_on(slot, true),
+            Err(error) => {
+                self.tell_image_error(slot, &error);
+                let message = format!("its tables could not be written again: {error}");
+                Err(ShardError { kind: ShardErrorKind::Failed, message })
+            }
+        };
+        self.hold_disk(slot, false);
+        self.reply(tag, answer);
+    }
+
+    /// A resume that waits for [`Shard::write_again`] is answered: that will not end.
+    pub(in crate::reactor) fn end_doubt(&mut self, slot: u32, why: &str) {
+        if let Some(tag) = self.disks[slot as usize].doubt.take() {
+            self.hold_disk(slot, false);
+            let error = ShardError { kind: ShardErrorKind::Interrupted, message: why.to_owned() };
+            self.reply(tag, Err(error));
         }
     }
 
