@@ -21,6 +21,20 @@ pub const CHUNK: usize = 512 << 10;
 const SLOTS: u32 = (CHUNK / PAGE) as u32;
 const CLASSES: usize = 8;
 const NONE: u32 = u32::MAX;
+/// The free bits of an empty chunk, by class: the slots that start a piece.
+const PIECES: [u128; CLASSES] = {
+    let mut pieces = [0; CLASSES];
+    let mut class = 0;
+    while class < CLASSES {
+        let mut slot = 0;
+        while slot < SLOTS {
+            pieces[class] |= 1 << slot;
+            slot += 1 << class;
+        }
+        class += 1;
+    }
+    pieces
+};
 
 /// A buffer: unique handle to a piece of the pool.
 #[derive(Debug)]
@@ -214,16 +228,10 @@ impl Pool {
     fn carve(&mut self, class: usize) -> Option<u32> {
         let index = self.empty.pop()?;
         self.idle_floor = self.idle_floor.min(self.empty.len());
-        let step = 1u32 << class;
-        let mut free = 0u128;
-        let mut slot = 0;
-        while slot < SLOTS {
-            free |= 1u128 << slot;
-            slot += step;
-        }
         let position = self.partial[class].len() as u32;
         self.partial[class].push(index);
-        self.chunks[index as usize] = Chunk { free, class: class as u8, position, dirty: true };
+        self.chunks[index as usize] =
+            Chunk { free: PIECES[class], class: class as u8, position, dirty: true };
         Some(index)
     }
 
@@ -250,7 +258,7 @@ impl Pool {
             chunk.position = self.partial[class].len() as u32;
             self.partial[class].push(buf.chunk);
         }
-        if self.chunks[buf.chunk as usize].free.count_ones() == SLOTS >> class {
+        if self.chunks[buf.chunk as usize].free == PIECES[class] {
             self.unlist(buf.chunk);
             self.empty.push(buf.chunk);
         }
