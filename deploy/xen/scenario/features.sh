@@ -23,7 +23,7 @@ done
 
 step "both queues at once"
 fio --name=both --filename=/dev/xvda --ioengine=libaio --direct=1 --iodepth=64 --numjobs=2 --cpus_allowed=0-1 \
-    --cpus_allowed_policy=split --rw=randwrite --bs=4k --size=32M --offset_increment=64M --verify=crc32c --verify_fatal=1 \
+    --cpus_allowed_policy=split --rw=randwrite --bs=4k --size=8M --offset_increment=64M --verify=crc32c --verify_fatal=1 \
     --verify_state_save=0
 
 step "persistent grants: two rings of 16 pages are 32; the rest is data that stays mapped"
@@ -34,9 +34,9 @@ note "$grants grants in use by an idle disk"
 step "requests of 1 MiB"
 [ "$(cat /sys/block/xvda/queue/max_segments)" -ge 256 ] || fail "blkfront sees $(cat /sys/block/xvda/queue/max_segments) segments"
 requests=$(completed_requests xvda)
-dd if=/dev/zero of=/dev/xvda bs=1M count=32 seek=256 oflag=direct
+dd if=/dev/zero of=/dev/xvda bs=1M count=16 seek=256 oflag=direct
 requests=$(($(completed_requests xvda) - requests))
-[ "$requests" -eq 32 ] || fail "32 writes of 1 MiB were $requests requests"
+[ "$requests" -eq 16 ] || fail "16 writes of 1 MiB were $requests requests"
 write_and_verify /dev/xvda --bsrange=512k-1m
 
 step "metrics"
