@@ -99,6 +99,27 @@ pub enum Place {
     Encoded,
 }
 
+/// Appends an extent to the answer of a [`Driver::map`]: lengthens the last one when the new one continues it.
+#[inline]
+pub fn push_extent(out: &mut Vec<Extent>, start: u64, len: u64, place: Place) {
+    if let Some(last) = out.last_mut()
+        && last.start + last.len == start
+    {
+        let continues = match (last.place, place) {
+            (
+                Place::Data { file, offset, in_place },
+                Place::Data { file: next_file, offset: next, in_place: next_in_place },
+            ) => file == next_file && offset + last.len == next && in_place == next_in_place,
+            (before, after) => before == after,
+        };
+        if continues {
+            last.len += len;
+            return;
+        }
+    }
+    out.push(Extent { start, len, place });
+}
+
 /// What is to be done so that a range can be written.
 #[derive(Debug)]
 pub struct Plan {
@@ -424,11 +445,11 @@ pub trait Format: Sync {
     fn check(&self, open: Open, repair: Option<Repair>) -> Pending<'_, Findings>;
 
     /// Paths of the further files that [`Format::create`] wants for these options, in its order; relative ones are relative to the
-    /// folder of the image.
+    /// folder of the image, which has the name `image` there.
     ///
     /// # Errors
     /// The options make no sense.
-    fn data_files(&self, _create: &Create) -> Result<Vec<String>, Error> {
+    fn data_files(&self, _create: &Create, _image: &str) -> Result<Vec<String>, Error> {
         Ok(Vec::new())
     }
 

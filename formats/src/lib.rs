@@ -22,7 +22,9 @@ pub mod spec;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tools;
+mod unsettled;
 pub mod vhd;
+pub mod vmdk;
 pub mod volume;
 #[cfg(test)]
 mod volume_tests;

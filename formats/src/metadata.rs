@@ -21,6 +21,9 @@
 //! - Writes of a round that was dropped go on in the kernel; the next round begins when they have ended, since two writes of one
 //!   place are not ordered.
 //!
+//! Tables may lie in several files ([`Tables::over`]): then an offset is an [`address`], and one round, one log and one order serve them
+//! all.
+//!
 //! Memory: [`Budget`] is shared by all tables of a shard. Who needs room takes it from the largest holder, clean slices only, by
 //! the clock algorithm; nobody is driven below [`SLICES_MIN`] slices, or may hold over half of the budget.
 
@@ -41,6 +44,15 @@ pub const SLICES_MIN: usize = 4;
 const LOADS: usize = 32;
 /// Slices that one round writes at the same time.
 const WRITES_MAX: usize = 32;
+
+/// Bits of an address that are an offset in a file.
+const OFFSET_BITS: u32 = 48;
+
+/// The address of a byte of a file, for [`Tables::over`]: the number of the file among those given there, and the offset, below 2^48.
+pub fn address(file: usize, offset: u64) -> u64 {
+    debug_assert!(offset < 1 << OFFSET_BITS);
+    (file as u64) << OFFSET_BITS | offset
+}
 
 /// When a change may reach the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -120,10 +132,10 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// The tables of one file. See the module for what it promises.
+/// The tables of one image. See the module for what it promises.
 pub struct Tables {
-    file: Rc<dyn ImageFile>,
-    index: FileIndex,
+    /// Where they lie.
+    files: Vec<(FileIndex, Rc<dyn ImageFile>)>,
     /// Files whose payload the tables point to.
     data: Vec<Rc<dyn ImageFile>>,
     slice_bytes: usize,
@@ -155,10 +167,20 @@ impl Tables {
         budget: &Rc<Budget>,
         log: Option<Rc<dyn AllocationLog>>,
     ) -> Rc<Tables> {
+        Tables::over(vec![(index, file)], data, slice_bytes, budget, log)
+    }
+
+    /// The same of several files, which are known by their [`address`] from then on; of one file an address is an offset.
+    pub fn over(
+        files: Vec<(FileIndex, Rc<dyn ImageFile>)>,
+        data: Vec<Rc<dyn ImageFile>>,
+        slice_bytes: usize,
+        budget: &Rc<Budget>,
+        log: Option<Rc<dyn AllocationLog>>,
+    ) -> Rc<Tables> {
         debug_assert!(slice_bytes.is_power_of_two() && slice_bytes >= 512);
         let tables = Rc::new(Tables {
-            file,
-            index,
+            files,
             data,
             slice_bytes,
             budget: budget.clone(),
@@ -176,7 +198,7 @@ impl Tables {
         tables
     }
 
-    /// Looks at `len` bytes at `offset` of the file, which must not cross a slice. `None` when they are not in memory.
+    /// Looks at `len` bytes at `offset`, which must not cross a slice. `None` when they are not in memory.
     pub fn get<T>(&self, offset: u64, len: usize, look: impl FnOnce(&[u8]) -> T) -> Option<T> {
         let (number, at) = self.locate(offset, len);
         let slices = self.slices.borrow();
@@ -211,7 +233,8 @@ impl Tables {
             if self.has(number) {
                 return Ok(());
             }
-            let bytes = self.file.read(number * self.slice_bytes as u64, self.slice_bytes).await?;
+            let (_, file, offset) = self.place_of(number)?;
+            let bytes = file.read(offset, self.slice_bytes).await?;
             self.insert(number, Box::from(&bytes[..]));
             Ok(())
         })
@@ -292,8 +315,9 @@ impl Tables {
             if changed == old {
                 continue;
             }
-            let offset = number * self.slice_bytes as u64 + word as u64;
-            let entry = LogEntry { file: self.index, offset, old, new: changed };
+            // It was loaded from there.
+            let Ok((file, _, start)) = self.place_of(number) else { return false };
+            let entry = LogEntry { file, offset: start + word as u64, old, new: changed };
             assert!(log.append(entry).is_ok(), "the log had room");
         }
         true
@@ -347,8 +371,8 @@ impl Tables {
         for chunk in dirty.chunks(WRITES_MAX) {
             let mut under_way = InFlight { stray: &self.stray, writes: VecDeque::with_capacity(chunk.len()) };
             for (number, _, bytes) in chunk {
-                let write = self.file.write(*number * self.slice_bytes as u64, Buf::copy_of(bytes));
-                under_way.writes.push_back(write);
+                let (_, file, offset) = self.place_of(*number)?;
+                under_way.writes.push_back(file.write(offset, Buf::copy_of(bytes)));
             }
             for (number, changed, _) in chunk {
                 let Some(write) = under_way.writes.front_mut() else { break };
@@ -418,6 +442,18 @@ impl Tables {
         (offset / self.slice_bytes as u64, at)
     }
 
+    /// The file of a slice, and where it lies there.
+    fn place_of(&self, number: u64) -> Result<(FileIndex, &Rc<dyn ImageFile>, u64), Error> {
+        let address = number * self.slice_bytes as u64;
+        let (file, offset) = match self.files.len() {
+            1 => (0, address),
+            _ => ((address >> OFFSET_BITS) as usize, address & ((1 << OFFSET_BITS) - 1)),
+        };
+        let (index, file) =
+            self.files.get(file).ok_or_else(|| Error::invalid(format!("tables have no file {file}")))?;
+        Ok((*index, file, offset))
+    }
+
     fn has(&self, number: u64) -> bool {
         self.slices.borrow().by_number.contains_key(&number)
     }
@@ -470,7 +506,7 @@ impl Tables {
 impl std::fmt::Debug for Tables {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tables")
-            .field("file", &self.file.name())
+            .field("files", &self.files)
             .field("usage", &self.usage())
             .finish_non_exhaustive()
     }

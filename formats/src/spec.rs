@@ -112,6 +112,8 @@ pub enum ImageType {
     Vhd,
     /// A qcow2 image.
     Qcow2,
+    /// A VMDK image, of one or more extents.
+    Vmdk,
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
@@ -123,21 +125,33 @@ const TYPES: &[(&str, ImageType)] = &[
     ("raw", ImageType::Raw),
     ("vhd", ImageType::Vhd),
     ("qcow2", ImageType::Qcow2),
+    ("vmdk", ImageType::Vmdk),
     ("ram", ImageType::Ram),
     ("null", ImageType::Null),
     ("aio", ImageType::Raw),
 ];
 /// Formats of which the name is known, to be refused by name. `vhdx` and `qed` are not on the list: nobody promised them.
-const NOT_BUILT: &[&str] = &["qcow", "vmdk"];
-const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, ram and null; this version has no decorators";
+const NOT_BUILT: &[&str] = &["qcow"];
+const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, vmdk, ram and null; this version has no decorators";
 
 impl ImageType {
+    /// It lies in files: not only in memory.
+    pub fn is_file(self) -> bool {
+        self == ImageType::Raw || self.is_image()
+    }
+
+    /// It is an image of a format: it may have other images below it.
+    pub fn is_image(self) -> bool {
+        matches!(self, ImageType::Vhd | ImageType::Qcow2 | ImageType::Vmdk)
+    }
+
     /// The canonical name.
     pub fn name(self) -> &'static str {
         match self {
             ImageType::Raw => "raw",
             ImageType::Vhd => "vhd",
             ImageType::Qcow2 => "qcow2",
+            ImageType::Vmdk => "vmdk",
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -189,7 +203,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw, vhd, qcow2: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw, vhd, qcow2, vmdk: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -219,7 +233,7 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
-/// Options of an image of a format: `vhd:`, `qcow2:`.
+/// Options of an image of a format: `vhd:`, `qcow2:`, `vmdk:`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FormatOptions {
     /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
@@ -258,7 +272,7 @@ pub enum Target {
     },
     /// An image of a format, with what is below it.
     Image {
-        /// `vhd` or `qcow2`: its name in [`crate::registry`].
+        /// `vhd`, `qcow2` or `vmdk`: its name in [`crate::registry`].
         format: ImageType,
         /// Absolute.
         path: PathBuf,
@@ -312,8 +326,7 @@ impl ImageSpec {
     /// Parses and checks what was typed in the directory `base` (absolute): relative paths of files are joined to it.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<ImageSpec, SpecError> {
         let (mut spec, offsets) = parse(text)?;
-        let is_file = matches!(spec.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2);
-        if is_file && !spec.path.is_empty() {
+        if spec.image_type.is_file() && !spec.path.is_empty() {
             spec.path = joined(base, &spec.path)?;
         }
         if spec.image_type == ImageType::Ram
@@ -337,7 +350,7 @@ impl ImageSpec {
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
             }
-            ImageType::Vhd | ImageType::Qcow2 => {
+            ImageType::Vhd | ImageType::Qcow2 | ImageType::Vmdk => {
                 let keys: &[&str] =
                     if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
                 self.check_keys(keys, offsets)?;

@@ -26,11 +26,12 @@ use super::header::Header;
 use super::layout::Shape;
 use super::reserve::Reserve;
 use super::{bitmap, sparse_plan};
-use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Order, Place, Plan, Usage};
+use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Order, Place, Plan, Usage, push_extent};
 use crate::error::{Error, ErrorKind};
 use crate::file::{ImageFile, Pending};
 use crate::late::Late;
 use crate::metadata::Tables;
+use crate::unsettled::Unsettled;
 
 /// The file of the image itself.
 pub const FILE: FileIndex = FileIndex(0);
@@ -75,9 +76,8 @@ pub struct Sparse {
     pub(super) damaged: BlockSet,
     pub(super) pinned: BlockSet,
     pub(super) full: RefCell<BlockSet>,
-    /// Blocks with changes that may not be settled, and the number of the last one of each.
-    pub(super) unsettled: RefCell<BTreeMap<u32, u64>>,
-    pub(super) last_change: Cell<u64>,
+    /// Blocks with changes that may not be settled.
+    pub(super) unsettled: Unsettled,
     pub(super) reserve: Reserve,
     /// Zeroes that were being written when their caller went away.
     pub(super) late: Late,
@@ -167,17 +167,17 @@ impl Sparse {
             Found::Nowhere => {
                 let nothing =
                     if self.is_differencing() { Place::Absent } else { Place::Zero { allocated: false } };
-                push(out, from, to - from, nothing);
+                push_extent(out, from, to - from, nothing);
                 return Ok(to);
             }
             Found::At(start) => start,
         };
         let block_start = u64::from(block) * self.shape.block;
         let data = |at| self.shape.data_offset(start, at);
-        let in_place = self.writable && !self.unsettled.borrow().contains_key(&block) && self.late.is_empty();
+        let in_place = self.writable && !self.unsettled.contains(block.into()) && self.late.is_empty();
         if self.full.borrow().contains(block) || self.is_full(block, start) {
             let place = Place::Data { file: FILE, offset: data(from), in_place };
-            push(out, from, to - from, place);
+            push_extent(out, from, to - from, place);
             return Ok(to);
         }
         let mut at = from;
@@ -197,7 +197,7 @@ impl Sparse {
                 false if self.is_differencing() => Place::Absent,
                 false => Place::Zero { allocated: true },
             };
-            push(out, at, end - at, place);
+            push_extent(out, at, end - at, place);
             at = end;
         }
         Ok(to)
@@ -222,8 +222,7 @@ impl Sparse {
     pub(super) fn change(&self, block: u32, offset: u64, bytes: &[u8], order: Order) -> bool {
         let done = self.tables.set(offset, bytes, order);
         if done {
-            self.last_change.set(self.last_change.get() + 1);
-            self.unsettled.borrow_mut().insert(block, self.last_change.get());
+            self.unsettled.note(block.into());
         }
         done
     }
@@ -239,17 +238,17 @@ impl Sparse {
 
     /// What was changed before is safe against the death of the process.
     pub(super) async fn settle(&self) -> Result<(), Error> {
-        let until = self.last_change.get();
+        let so_far = self.unsettled.so_far();
         self.tables.settle().await?;
-        self.unsettled.borrow_mut().retain(|_, change| *change > until);
+        self.unsettled.settled(so_far);
         Ok(())
     }
 
     /// What was changed before is in the file.
     async fn write_back(&self) -> Result<(), Error> {
-        let until = self.last_change.get();
+        let so_far = self.unsettled.so_far();
         self.tables.write_back().await?;
-        self.unsettled.borrow_mut().retain(|_, change| *change > until);
+        self.unsettled.settled(so_far);
         Ok(())
     }
 
@@ -365,25 +364,6 @@ impl Sparse {
 
 /// Sectors whose bits are in one sector of a bitmap.
 pub const BITS: u64 = SECTOR * 8;
-
-/// Appends an extent, to the last one when it continues it.
-fn push(out: &mut Vec<Extent>, start: u64, len: u64, place: Place) {
-    if let Some(last) = out.last_mut()
-        && last.start + last.len == start
-    {
-        let continues = match (last.place, place) {
-            (Place::Data { offset: a, in_place: x, .. }, Place::Data { offset: b, in_place: y, .. }) => {
-                a + last.len == b && x == y
-            }
-            (a, b) => a == b,
-        };
-        if continues {
-            last.len += len;
-            return;
-        }
-    }
-    out.push(Extent { start, len, place });
-}
 
 impl Driver for Sparse {
     fn size(&self) -> u64 {
