@@ -37,11 +37,17 @@ pub fn mutate(format: &str, image: &mut Pages, rng: &mut fastrand::Rng) {
             2 | 3 => rng.u64(..length.min(64 << 10)),
             _ => rng.u64(..length.min(1600)),
         };
-        let number = interesting(length, rng);
+        let number = match format {
+            // Written big-endian below, and little-endian in these files.
+            "vmdk" if rng.u8(..8) != 0 => interesting(length, rng).swap_bytes(),
+            _ => interesting(length, rng),
+        };
+        // A number of 32 bits is the low half, wherever it is then.
+        let low = if format == "vmdk" { (number >> 32) as u32 } else { number as u32 };
         match rng.u8(..8) {
             0 => image.write(at, &[rng.u8(..)]),
             1 => image.write(at, &[image.bytes(at..at + 1)[0] ^ 1 << rng.u8(..8)]),
-            2 | 3 => image.write(at & !3, &(number as u32).to_be_bytes()),
+            2 | 3 => image.write(at & !3, &low.to_be_bytes()),
             4 | 5 => image.write(at & !7, &number.to_be_bytes()),
             6 => {
                 let from = rng.u64(..length) & !511;
@@ -315,21 +321,22 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// An image with some data in it.
-    fn image(layer: LayerCase) -> Pages {
+    /// A file of an image with some data in it.
+    fn image(layer: LayerCase, file: usize) -> Pages {
         let rig = Rig::create(&Case::new("seed", vec![layer]), 1).unwrap();
         let volume = rig.open(true).unwrap();
         rig.store
             .run(async {
                 for number in 0..12u64 {
                     let start = (number * volume.size() / 12) & !511;
-                    write(&volume, start, &[number as u8 + 1; 5000]).await?;
+                    let len = (volume.size() - start).min(5000) as usize;
+                    write(&volume, start, &vec![number as u8 + 1; len]).await?;
                 }
-                volume.erase(0, 70_000, Erase::Zero).await?;
+                volume.erase(0, volume.size().min(70_000), Erase::Zero).await?;
                 volume.close().await
             })
             .unwrap();
-        rig.store.pages(0)
+        rig.store.pages(file)
     }
 
     fn seeds(format: &'static dyn Format, corpus: &[Pages]) {
@@ -344,8 +351,8 @@ mod tests {
     #[test]
     #[ignore = "run by `hostile_images` in a process of its own"]
     fn inner() {
-        let qcow2 = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB));
-        let vhd = |options: &[(&str, &str)]| image(LayerCase::new(&crate::vhd::Vhd, options, 3 * MIB));
+        let qcow2 = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB), 0);
+        let vhd = |options: &[(&str, &str)]| image(LayerCase::new(&crate::vhd::Vhd, options, 3 * MIB), 0);
         match std::env::var("FUZZ_FORMAT").as_deref() {
             Ok("qcow2") => seeds(
                 &crate::qcow2::Qcow2,
@@ -356,6 +363,28 @@ mod tests {
                     qcow2(&[("cluster_size", "16k"), ("extended_l2", "on"), ("lazy_refcounts", "on")]),
                 ],
             ),
+            Ok("vmdk") => {
+                let vmdk = |options: &[(&str, &str)]| {
+                    image(LayerCase::new(&crate::vmdk::Vmdk, options, 3 * MIB), 0)
+                };
+                let cowd = LayerCase {
+                    data_files: 1,
+                    ..LayerCase::new(&crate::vmdk::Vmdk, &[("subformat", "vmfsSparse")], 3 * MIB)
+                };
+                let flat = LayerCase {
+                    data_files: 1,
+                    ..LayerCase::new(&crate::vmdk::Vmdk, &[("subformat", "monolithicFlat")], 8192)
+                };
+                seeds(
+                    &crate::vmdk::Vmdk,
+                    &[
+                        vmdk(&[]),
+                        vmdk(&[("grain_size", "4k"), ("zeroed_grain", "on")]),
+                        image(cowd, 1),
+                        image(flat, 0),
+                    ],
+                );
+            }
             _ => seeds(
                 &crate::vhd::Vhd,
                 &[
@@ -393,10 +422,15 @@ mod tests {
     }
 
     #[test]
+    fn hostile_vmdk_images() {
+        hostile_images("vmdk");
+    }
+
+    #[test]
     fn a_credulous_driver_is_caught() {
         static CREDULOUS: Toy = Toy(Some(Bug::Credulous));
         static TOY: Toy = Toy(None);
-        let corpus = [image(LayerCase::new(&TOY, &[], MIB))];
+        let corpus = [image(LayerCase::new(&TOY, &[], MIB), 0)];
         (0..200).for_each(|seed| run(&TOY, &corpus, seed).unwrap());
         assert!((0..200).any(|seed| run(&CREDULOUS, &corpus, seed).is_err()));
     }

@@ -32,8 +32,9 @@ fn save(rig: &Rig, folder: &Path) -> Result<String, String> {
 /// What they say.
 pub fn judge(rig: &Rig) -> Result<(), String> {
     match rig.case.layers[0].format.name() {
-        "qcow2" => qcow2_is_sound(rig),
+        "qcow2" => qemu_finds_leaks_at_most(rig, "qcow2"),
         "vhd" => vhd_has_footer(&rig.store.pages(rig.files(0)[0])),
+        "vmdk" => qemu_finds_leaks_at_most(rig, "vmdk"),
         _ => Ok(()),
     }
 }
@@ -70,10 +71,10 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
 }
 
 /// `qemu-img check` finds leaks at most.
-fn qcow2_is_sound(rig: &Rig) -> Result<(), String> {
+fn qemu_finds_leaks_at_most(rig: &Rig, format: &str) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
-    let Some(output) = qemu_img(folder.path(), &["check", "-f", "qcow2", &image]) else { return Ok(()) };
+    let Some(output) = qemu_img(folder.path(), &["check", "-f", format, &image]) else { return Ok(()) };
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         code => Err(format!(
