@@ -130,8 +130,8 @@ const TYPES: &[(&str, ImageType)] = &[
     ("null", ImageType::Null),
     ("aio", ImageType::Raw),
 ];
-/// Formats of which the name is known, to be refused by name. `vhdx` and `qed` are not on the list: nobody promised them.
-const NOT_BUILT: &[&str] = &["qcow"];
+/// Formats of which the name is known, to be refused by name.
+const NOT_BUILT: &[&str] = &["qcow", "vhdx", "vdi", "qed", "parallels"];
 const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, vmdk, ram and null; this version has no decorators";
 
 impl ImageType {

@@ -76,6 +76,7 @@ pub(super) struct Image {
     pub late: Late,
     plans: RefCell<BTreeMap<u64, Vec<Piece>>>,
     next_plan: Cell<u64>,
+    /// The contents have a new identity, or need none.
     changed: Cell<bool>,
     change_turn: async_lock::Mutex<()>,
 }
@@ -473,6 +474,10 @@ impl Driver for Image {
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {
         Box::pin(self.grow(size))
+    }
+
+    fn keep_identity(&self) {
+        self.changed.set(self.writable);
     }
 
     fn close(&self) -> Pending<'_, ()> {

@@ -111,7 +111,7 @@ struct Own {
 
 /// An identity (CID) as other formats have theirs.
 fn identity(cid: u32) -> Identity {
-    Identity { uuid: u128::from(cid).to_be_bytes(), modified: None }
+    Identity { uuid: u128::from(cid).to_be_bytes(), modified: None, of_contents: true }
 }
 
 /// The identity of a VMDK, out of that of an image of any format.

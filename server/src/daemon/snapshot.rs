@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use formats::driver::Create;
-use formats::spec::{ImageSpec, ImageType, Target};
+use formats::spec::{ImageSpec, Target};
 use shard::api::{Backend, ChainLayer, Command, DiskId, ImageChain};
 use tokio::sync::OwnedRwLockReadGuard;
 use tokio::time::Instant;
@@ -36,6 +36,11 @@ struct Taking {
     next: Option<OpenImage>,
     /// The shard was told to take the overlay.
     swapped: bool,
+}
+
+/// The image of a disk has an identity that a write changes.
+fn is_known_by_contents(disk: &Disk) -> bool {
+    disk.inner().live.as_ref().is_some_and(|live| live.image.is_known_by_contents())
 }
 
 impl Daemon {
@@ -79,7 +84,7 @@ impl Daemon {
         let spec = item.image.spec()?;
         let refuse = |why: String| Err(Problem::invalid(format!("disk {}: {why}", disk.name)));
         let Target::Image { options, .. } = spec.target()? else {
-            return refuse(format!("{spec} cannot be an overlay: use qcow2:FILE or vhd:FILE"));
+            return refuse(format!("{spec} cannot be an overlay: use qcow2:FILE, vhd:FILE or vmdk:FILE"));
         };
         if options.snapshot.is_some() {
             return refuse(format!("{spec} names a snapshot inside an image; an overlay is a new file"));
@@ -103,7 +108,7 @@ impl Daemon {
         if read_only {
             return refuse("is read-only, so there is nothing that a snapshot could keep".into());
         }
-        if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
+        if !image.image_type.is_file() {
             return refuse(format!("is of type {}: only files and devices have snapshots", image.image_type));
         }
         Ok(Taking { disk, spec, paused, made: false, next: None, swapped: false })
@@ -114,10 +119,14 @@ impl Daemon {
         taking: &mut [Taking],
         deadline: Instant,
     ) -> Result<(), Problem> {
-        for one in taking.iter_mut() {
+        // Overlays over images that are known by their contents have to wait until nobody writes: the others make the pause short.
+        for one in taking.iter_mut().filter(|one| !is_known_by_contents(&one.disk)) {
             self.make_overlay(one, deadline).await.map_err(|problem| named(&one.disk, problem))?;
         }
         self.pause_all(taking, deadline).await?;
+        for one in taking.iter_mut().filter(|one| is_known_by_contents(&one.disk)) {
+            self.make_overlay(one, deadline).await.map_err(|problem| named(&one.disk, problem))?;
+        }
         for one in taking.iter_mut() {
             self.swap_to_overlay(one).await.map_err(|problem| named(&one.disk, problem))?;
         }
@@ -133,15 +142,18 @@ impl Daemon {
 
     /// Makes the new file over the disk's image, and opens it.
     async fn make_overlay(&self, one: &mut Taking, deadline: Instant) -> Result<(), Problem> {
-        let (link, below, spec, size) = {
+        let (mut link, below, spec, size, measure) = {
             let inner = one.disk.inner();
             let spec = inner.attachment.image.clone();
             let image = inner.live.as_ref().map(|live| &live.image);
             let Some((image, file)) = image.and_then(|image| Some((image, image.file()?))) else {
                 return Err(Problem::failed("it has no file"));
             };
-            (image.link(&spec), file, spec, image.size_bytes)
+            (image.link(&spec), file, spec, image.size_bytes, image.measure())
         };
+        if link.identity.is_some_and(|identity| identity.of_contents) {
+            link.identity = self.images.identity_now(&measure, &spec, deadline).await?;
+        }
         let create = Create { size: None, backing: Some((link, size)), options: Vec::new() };
         self.images.create_overlay(&one.spec, create, &one.disk.name, deadline).await?;
         one.made = true;
@@ -382,7 +394,7 @@ impl Daemon {
     ) -> Result<(), Problem> {
         let (id, shard) = live(disk)?;
         let image = disk.inner().attachment.image.clone();
-        if !matches!(image.image_type, ImageType::Raw | ImageType::Vhd | ImageType::Qcow2) {
+        if !image.image_type.is_file() {
             return Err(Problem::invalid(format!(
                 "disk {} is paused; {image} has no file to release",
                 disk.name
