@@ -184,7 +184,7 @@ fn headers_that_cannot_be_are_refused() {
         (8, &[0x0b], "flags"),
         (12, &[0xff; 8], "capacity"),
         (12, &[0; 8], "grain tables"),
-        (12, &[0, 0, 0, 0, 0, 0x10, 0, 0], "grain tables are"),
+        (12, &[0, 0, 0, 0, 0x10, 0, 0, 0], "grain tables are"),
         (20, &[9], "grains of 4608"),
         (20, &[0; 8], "grains of 0"),
         (20, &[0, 0x20], "grains of 4194304"),

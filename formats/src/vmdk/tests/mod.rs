@@ -26,7 +26,8 @@ fn qemu(folder: &Path, arguments: &[&str]) -> Result<String, String> {
     let output = output.unwrap();
     assert!(output.status.code() != Some(127), "{}: install qemu-utils", arguments[0]);
     let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
-    if output.status.success() { Ok(text) } else { Err(format!("{arguments:?}: {text}")) }
+        let line = text.lines().find(|line| line.contains("fail") || line.contains("error")).unwrap_or(&text);
+    if output.status.success() { Ok(text) } else { Err(format!("{}: {line}", arguments[0])) }
 }
 
 /// The files of an image.

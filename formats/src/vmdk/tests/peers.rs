@@ -34,7 +34,7 @@ fn places(size: u64, round: u8) -> Writes {
         (2 * GIB - 1024 - shift, 5000),
         (4 * GIB - 512, 1024),
         (4 * GIB + 17 * MIB + shift, 200_000),
-        (size - size.min(700), 512),
+        (size - size.min(512), 512),
     ];
     let places = places.into_iter().filter(|(at, _)| *at < size).enumerate();
     places.map(|(number, (at, len))| (at, (len / 512 * 512).max(512).min(size - at), number as u8 * 16 + round + 1)).collect()
@@ -62,13 +62,13 @@ fn qemu_writes(folder: &Path, writes: &Writes) {
 }
 
 /// QEMU finds the last write of each place.
-fn qemu_reads(folder: &Path, writes: &Writes, what: &str) {
+fn qemu_reads(folder: &Path, writes: &Writes, size: u64, what: &str) {
     let mut commands = Vec::new();
     for (start, len, _) in writes {
         for at in (*start..start + len).step_by(512) {
             commands.push(format!("read -P {} {at} 512", expected(writes, at)));
         }
-        if start + len + 1024 < 4 * GIB {
+        if start + len + 512 <= size {
             commands.push(format!("read -P {} {} 512", expected(writes, start + len), start + len));
         }
     }
@@ -92,7 +92,8 @@ fn round_trip(folder: &Path, what: &str, size: u64) {
     for round in 0..4 {
         let new: Writes = places(size, round).into_iter().filter(|(at, len, _)| at + len <= size).collect();
         writes.extend(new.iter().copied());
-        if round % 2 == 0 {
+        // Where there is no grain table yet QEMU writes over the header of the extent: of COWD extents it only reads.
+        if round % 2 == 0 && !what.contains("vmfsSparse") {
             qemu_writes(folder, &new);
         } else {
             let volume = open(&path, true).unwrap();
@@ -109,7 +110,7 @@ fn round_trip(folder: &Path, what: &str, size: u64) {
             wait(volume.close()).unwrap();
         }
         we_read(&open(&path, false).unwrap(), &writes, what);
-        qemu_reads(folder, &writes, what);
+        qemu_reads(folder, &writes, size, what);
         qemu(folder, &["qemu-img", "check", "-q", "-f", "vmdk", "a.vmdk"]).unwrap();
         assert_clean(&path, what);
     }
