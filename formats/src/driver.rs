@@ -55,6 +55,7 @@
 use std::ops::Range;
 use std::rc::Rc;
 
+use crate::codec::Method;
 use crate::error::Error;
 use crate::file::{ImageFile, Pending};
 
@@ -163,6 +164,17 @@ pub enum Under {
     Decoded,
 }
 
+/// How an image takes encoded units, for [`Driver::write_encoded`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encoding {
+    /// The method.
+    pub method: Method,
+    /// Bytes of the disk that are encoded together, a power of two.
+    pub unit: u64,
+    /// A longer form is not taken: such a unit is written as it is.
+    pub encoded_max: usize,
+}
+
 /// What a zeroed range shall leave behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Erase {
@@ -266,10 +278,24 @@ pub trait Driver {
     /// used afterwards. Dropping a driver without this is what a crash does.
     fn close(&self) -> Pending<'_, ()>;
 
-    /// Decodes the bytes of a range that `map` called [`Place::Encoded`], into memory of exactly its length.
+    /// Decodes bytes of a range that `map` called [`Place::Encoded`], from its start on: those that one encoded unit has, at least one
+    /// byte and at most the range. ([`crate::codec::Decoded`] does that within bounds of memory and time.)
     fn decode(&self, range: Range<u64>) -> Pending<'_, crate::file::Buf> {
         let message = format!("nothing at {} is encoded", range.start);
         Box::pin(std::future::ready(Err(Error::invalid(message))))
+    }
+
+    /// How this image takes encoded units; `None` when it takes none.
+    fn encoding(&self) -> Option<Encoding> {
+        None
+    }
+
+    /// Stores units in encoded form: pairs of the offset on the disk, ascending multiples of [`Encoding::unit`], and the encoded bytes
+    /// of the whole unit (behind the end of the disk it is zero). As visible and safe when it is done as after a commit. The caller
+    /// keeps everybody away from these units meanwhile, and gives a bounded number of them at a time.
+    fn write_encoded(&self, _units: Vec<(u64, Vec<u8>)>) -> Pending<'_, ()> {
+        let message = "this image takes nothing that is compressed";
+        Box::pin(std::future::ready(Err(Error::new(crate::error::ErrorKind::Unsupported, message))))
     }
 
     /// Figures.

@@ -7,6 +7,7 @@
 
 pub mod allocation_log;
 pub mod blocking;
+pub mod codec;
 pub mod driver;
 pub mod error;
 pub mod file;

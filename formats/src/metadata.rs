@@ -24,8 +24,9 @@
 //! Tables may lie in several files ([`Tables::over`]): then an offset is an [`address`], and one round, one log and one order serve them
 //! all.
 //!
-//! Memory: [`Budget`] is shared by all tables of a shard. Who needs room takes it from the largest holder, clean slices only, by
-//! the clock algorithm; nobody is driven below [`SLICES_MIN`] slices, or may hold over half of the budget.
+//! Memory: [`Budget`] is shared by all tables of a shard, and by the units that were decoded ([`crate::codec::Decoded`]). Who needs
+//! room takes it from the largest holder: of tables clean slices only, by the clock algorithm. No table is driven below
+//! [`SLICES_MIN`] slices, and nobody may hold over half of the budget.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
@@ -63,12 +64,29 @@ pub enum Order {
     AfterData,
 }
 
+/// Who holds memory of a [`Budget`] that others may need more.
+pub(crate) trait Holder {
+    /// Bytes that it holds.
+    fn held_bytes(&self) -> usize;
+
+    /// It could give some of them up.
+    fn may_evict(&self) -> bool;
+
+    /// Gives some of them up. False when there are none to give.
+    fn evict(&self) -> bool;
+}
+
 /// Memory for tables, shared by all tables of a shard (or of an offline tool).
-#[derive(Debug)]
 pub struct Budget {
     limit_bytes: usize,
     used_bytes: Cell<usize>,
-    holders: RefCell<Vec<Weak<Tables>>>,
+    holders: RefCell<Vec<Weak<dyn Holder>>>,
+}
+
+impl std::fmt::Debug for Budget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Budget({} of {} bytes)", self.used_bytes.get(), self.limit_bytes)
+    }
 }
 
 impl Budget {
@@ -82,8 +100,33 @@ impl Budget {
         self.used_bytes.get()
     }
 
-    /// Makes room for `need` bytes of `asker`, as far as clean slices go.
-    fn make_room(&self, asker: &Tables, need: usize) {
+    /// What all may hold together.
+    pub(crate) fn limit_bytes(&self) -> usize {
+        self.limit_bytes
+    }
+
+    /// Somebody will hold memory of it.
+    pub(crate) fn join(&self, holder: &Rc<dyn Holder>) {
+        self.holders.borrow_mut().push(Rc::downgrade(holder));
+    }
+
+    /// A holder is being dropped.
+    pub(crate) fn leave(&self) {
+        self.holders.borrow_mut().retain(|holder| holder.strong_count() > 0);
+    }
+
+    /// A holder has so many bytes more.
+    pub(crate) fn take(&self, bytes: usize) {
+        self.used_bytes.set(self.used_bytes.get() + bytes);
+    }
+
+    /// A holder has so many bytes less.
+    pub(crate) fn give_back(&self, bytes: usize) {
+        self.used_bytes.set(self.used_bytes.get() - bytes);
+    }
+
+    /// Makes room for `need` bytes of `asker`, as far as others can give some up.
+    pub(crate) fn make_room(&self, asker: &dyn Holder, need: usize) {
         while asker.held_bytes() + need > self.limit_bytes / 2 && asker.evict() {}
         while self.used_bytes.get() + need > self.limit_bytes {
             let largest = {
@@ -194,7 +237,7 @@ impl Tables {
             hits: Cell::new(0),
             misses: Cell::new(0),
         });
-        budget.holders.borrow_mut().push(Rc::downgrade(&tables));
+        budget.join(&(tables.clone() as Rc<dyn Holder>));
         tables
     }
 
@@ -416,7 +459,7 @@ impl Tables {
             if let Some(key) = slices.by_number.remove(&number) {
                 let slice = slices.slab.remove(key);
                 slices.dirty -= usize::from(slice.changed > 0);
-                self.budget.used_bytes.set(self.budget.used_bytes.get() - self.slice_bytes);
+                self.budget.give_back(self.slice_bytes);
             }
         }
     }
@@ -464,15 +507,17 @@ impl Tables {
         let slice = Slice { number, bytes, recent: Cell::new(true), changed: 0, after_data: 0 };
         let key = slices.slab.insert(slice);
         slices.by_number.insert(number, key);
-        self.budget.used_bytes.set(self.budget.used_bytes.get() + self.slice_bytes);
-    }
-
-    fn held_bytes(&self) -> usize {
-        self.slices.borrow().slab.len() * self.slice_bytes
+        self.budget.take(self.slice_bytes);
     }
 
     fn dirty_bytes(&self) -> usize {
         self.slices.borrow().dirty * self.slice_bytes
+    }
+}
+
+impl Holder for Tables {
+    fn held_bytes(&self) -> usize {
+        self.slices.borrow().slab.len() * self.slice_bytes
     }
 
     fn may_evict(&self) -> bool {
@@ -480,7 +525,7 @@ impl Tables {
         slices.slab.len() > SLICES_MIN && slices.dirty < slices.slab.len()
     }
 
-    /// Gives up the clean slice that the clock's hand finds first. False when there is none to give.
+    /// The clean slice that the clock's hand finds first.
     fn evict(&self) -> bool {
         if !self.may_evict() {
             return false;
@@ -495,7 +540,7 @@ impl Tables {
                 let number = slice.number;
                 slices.slab.remove(key);
                 slices.by_number.remove(&number);
-                self.budget.used_bytes.set(self.budget.used_bytes.get() - self.slice_bytes);
+                self.budget.give_back(self.slice_bytes);
                 return true;
             }
         }
@@ -514,8 +559,7 @@ impl std::fmt::Debug for Tables {
 
 impl Drop for Tables {
     fn drop(&mut self) {
-        let held = self.held_bytes();
-        self.budget.used_bytes.set(self.budget.used_bytes.get() - held);
-        self.budget.holders.borrow_mut().retain(|holder| holder.strong_count() > 0);
+        self.budget.give_back(self.held_bytes());
+        self.budget.leave();
     }
 }

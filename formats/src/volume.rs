@@ -363,20 +363,32 @@ impl Volume {
                 Source::File { id, offset } => reads.push(payload.read(id, offset, at, len)),
                 Source::Zero => payload.zero(at, len),
                 Source::Encoded { layer } => {
-                    let driver = &self.layers[usize::from(layer)].driver;
-                    let bytes = driver.decode(piece.start..piece.start + piece.len).await;
-                    match bytes {
-                        Ok(bytes) => payload.put(at, bytes),
-                        Err(error) => {
-                            // What was begun owns nothing of ours, but the caller's memory must be still when we answer.
-                            let _ = all(reads).await;
-                            return Err(error);
-                        }
+                    let range = piece.start..piece.start + piece.len;
+                    let put = |start: u64, bytes| payload.put((start - origin) as usize, bytes);
+                    if let Err(error) = self.decode(usize::from(layer), range, put).await {
+                        // What was begun owns nothing of ours, but the caller's memory must be still when we answer.
+                        let _ = all(reads).await;
+                        return Err(error);
                     }
                 }
             }
         }
         all(reads).await
+    }
+
+    /// Decodes a range of a layer, unit by unit: gives `put` the bytes with their offset on the disk.
+    async fn decode(&self, layer: usize, range: Range<u64>, put: impl Fn(u64, Buf)) -> Result<(), Error> {
+        let mut at = range.start;
+        while at < range.end {
+            let bytes = self.layers[layer].driver.decode(at..range.end).await?;
+            let len = bytes.len() as u64;
+            if len == 0 || len > range.end - at {
+                return Err(Error::new(ErrorKind::Io(5), format!("a driver decoded {len} bytes at {at}")));
+            }
+            put(at, bytes);
+            at += len;
+        }
+        Ok(())
     }
 
     /// Writes `len` bytes at `offset` from the payload. Done means: safe against the death of the process, not yet against power
@@ -521,8 +533,9 @@ impl Volume {
                     around.put(at, &bytes);
                 }
                 Under::Decoded => {
-                    let bytes = self.layers[0].driver.decode(edge.clone()).await?;
-                    around.put(at, &bytes);
+                    let put =
+                        |start: u64, bytes: Buf| around.put((start - fill.range.start) as usize, &bytes);
+                    self.decode(0, edge.clone(), put).await?;
                 }
             }
         }
@@ -535,6 +548,23 @@ impl Volume {
         bytes[at..at + part_len].copy_from_slice(&payload.get(part_at, part_len).await?);
         let file = self.file(id).ok_or_else(no_such_file)?;
         file.write(fill.offset, bytes).await
+    }
+
+    /// Stores encoded units, see [`Driver::write_encoded`].
+    pub async fn write_encoded(&self, units: Vec<(u64, Vec<u8>)>) -> Result<(), Error> {
+        let top = &self.layers[0].driver;
+        let unit = top.encoding().map_or(1, |encoding| encoding.unit);
+        let (Some((first, _)), Some((last, _))) = (units.first(), units.last()) else { return Ok(()) };
+        let sound = units.windows(2).all(|pair| pair[0].0 < pair[1].0)
+            && units.iter().all(|(at, _)| at.is_multiple_of(unit));
+        if !sound || *last >= self.size() {
+            return Err(Error::invalid("encoded units are whole, ascending and inside the disk"));
+        }
+        // Their old places may be given up.
+        let _guard = self.locks.take(*first..*last + unit, Use::Erase).await;
+        let written = top.write_encoded(units).await;
+        self.failed_commits.set(self.failed_commits.get() + u64::from(written.is_err()));
+        written
     }
 
     /// Waits until a copy of `len` bytes fits into what copies may hold.

@@ -24,7 +24,7 @@ for wrong in "ring-ref rubbish" "ring-ref 4294967295" "event-channel 4294967295"
     xenstore-write "$front/${wrong% *}" "${wrong#* }"
     xenstore-write "$front/state" 3
     is_given_up() { [ "$(xenstore-read "$back/state")" -ge 5 ]; }
-    wait_until 60 "the backend closes" is_given_up
+    wait_until "the backend closes" is_given_up
     kill -0 "$daemon" || fail "the daemon is gone"
     fio --name=other --ioengine=nbd --uri="nbd+unix:///other?socket=$run_dir/nbd/other.sock" --rw=randread --bs=4k --size=1M
     xenstore-write "$front/state" 6

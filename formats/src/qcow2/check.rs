@@ -399,8 +399,8 @@ impl<'a> Survey<'a> {
                 self.findings.allocated_bytes +=
                     if entry.compressed.is_some() { geometry.cluster() } else { data };
             }
-            if let Some((start, len)) = entry.compressed {
-                for cluster in start >> bits..=(start + len - 1) >> bits {
+            if let Some(encoded) = entry.compressed {
+                for cluster in encoded.clusters(geometry) {
                     let before = counts.add(cluster, DATA, uses.references).unwrap_or(0);
                     if before & (TABLE | L2 | ACTIVE) != 0 {
                         self.damage(format!(

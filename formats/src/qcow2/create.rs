@@ -16,6 +16,7 @@ use super::extensions;
 use super::header::{self, Geometry, KNOWN_BYTES, L1_MAX_BYTES, MAGIC, RawHeader, V2_BYTES};
 use super::l2::Entry;
 use super::refcount;
+use crate::codec::Method;
 use crate::driver::{Budget, Create, Open, Order, Space};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
@@ -43,10 +44,11 @@ struct Options {
     lazy_refcounts: bool,
     data_file: Option<String>,
     data_file_raw: bool,
+    compression: Method,
     preallocation: Preallocation,
 }
 
-const KNOWN: &str = "cluster_size, compat, data_file, data_file_raw, extended_l2, lazy_refcounts, preallocation, refcount_bits";
+const KNOWN: &str = "cluster_size, compat, compression_type, data_file, data_file_raw, extended_l2, lazy_refcounts, preallocation, refcount_bits";
 
 fn parse_options(create: &Create) -> Result<Options, Error> {
     let mut geometry =
@@ -56,6 +58,7 @@ fn parse_options(create: &Create) -> Result<Options, Error> {
         lazy_refcounts: false,
         data_file: None,
         data_file_raw: false,
+        compression: Method::Deflate,
         preallocation: Preallocation::Off,
     };
     for (name, value) in &create.options {
@@ -78,6 +81,13 @@ fn parse_options(create: &Create) -> Result<Options, Error> {
                     "0.10" | "v2" => 2,
                     "1.1" | "v3" => 3,
                     _ => return Err(bad("0.10 or 1.1")),
+                }
+            }
+            "compression_type" => {
+                options.compression = match value.as_str() {
+                    "zlib" => Method::Deflate,
+                    "zstd" => Method::Zstd,
+                    _ => return Err(bad("zlib or zstd")),
                 }
             }
             "refcount_bits" => {
@@ -120,10 +130,11 @@ impl Options {
             && (geometry.extended_l2
                 || self.lazy_refcounts
                 || geometry.data_file
+                || self.compression != Method::Deflate
                 || geometry.refcount_order != 4)
         {
             return refuse(
-                "compat=0.10 has refcounts of 16 bits, and no lazy_refcounts, extended_l2 or data_file: use compat=1.1",
+                "compat=0.10 has refcounts of 16 bits, zlib, and no lazy_refcounts, extended_l2 or data_file: use compat=1.1",
             );
         }
         if geometry.extended_l2 && geometry.cluster_bits < 14 {
@@ -191,13 +202,15 @@ impl Options {
             snapshots: U32::new(0),
             snapshots_offset: U64::new(0),
             incompatible: U64::new(
-                flag(geometry.data_file, header::DATA_FILE) | flag(geometry.extended_l2, header::EXTENDED_L2),
+                flag(geometry.data_file, header::DATA_FILE)
+                    | flag(geometry.extended_l2, header::EXTENDED_L2)
+                    | flag(self.compression != Method::Deflate, header::COMPRESSION),
             ),
             compatible: U64::new(flag(self.lazy_refcounts, header::LAZY_REFCOUNTS)),
             autoclear: U64::new(flag(self.data_file_raw, header::DATA_FILE_RAW)),
             refcount_order: U32::new(geometry.refcount_order),
             header_len: U32::new(KNOWN_BYTES as u32),
-            compression_type: 0,
+            compression_type: u8::from(self.compression == Method::Zstd),
             padding: [0; 7],
         };
         let mut first = raw.as_bytes()[..header_len].to_vec();

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::header::{self, Header};
 use super::image::{Image, Parts};
 use super::{bitmap, repair, snapshot};
-use crate::driver::{Driver, Erase, Erased, Extent, Open, Plan, Usage};
+use crate::driver::{Driver, Encoding, Erase, Erased, Extent, Open, Plan, Usage};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, Pending};
 
@@ -218,7 +218,15 @@ impl Driver for Qcow2Driver {
     }
 
     fn decode(&self, range: Range<u64>) -> Pending<'_, Buf> {
-        Box::pin(std::future::ready(Err(self.image.compressed(range.start))))
+        Box::pin(self.image.decode(range))
+    }
+
+    fn encoding(&self) -> Option<Encoding> {
+        self.image.encoding()
+    }
+
+    fn write_encoded(&self, units: Vec<(u64, Vec<u8>)>) -> Pending<'_, ()> {
+        Box::pin(self.image.write_encoded(units))
     }
 
     fn usage(&self) -> Usage {

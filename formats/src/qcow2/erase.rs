@@ -21,6 +21,8 @@ enum Change {
     Fill { subclusters: u32 },
     /// Zeroes have to be written as data.
     Write,
+    /// A part of a compressed cluster: it needs a place of its own first.
+    Decode,
 }
 
 impl Image {
@@ -79,7 +81,7 @@ impl Image {
                 0 => Entry::default(),
                 at => self.load_l2_entry(at, guest).await?,
             };
-            let change = self.erased(&old, guest, &part, how)?;
+            let change = self.erased(&old, guest, &part, how);
             if !matches!(change, Change::Nothing | Change::Write) && table.is_none() {
                 table = Some(self.own_table(guest).await?);
                 // The copy of a shared table has other flags: look again.
@@ -88,10 +90,17 @@ impl Image {
             match change {
                 Change::Nothing => {}
                 Change::Write => erased = Erased::WriteZeroes,
+                Change::Decode => {
+                    self.unshare(read_table, guest).await?;
+                    continue;
+                }
                 Change::Set { .. } => {
                     let Some((old, frees)) = self.set_erased(read_table, guest, &part, how).await? else {
                         continue;
                     };
+                    if old.compressed.is_some() {
+                        self.free_places(&old);
+                    }
                     if let Some(host) = old.host.filter(|_| !matches!(how, Erase::ZeroKeep)) {
                         if frees && !geometry.data_file {
                             let cluster = host >> geometry.cluster_bits;
@@ -129,7 +138,7 @@ impl Image {
     ) -> Result<Option<(Entry, bool)>, Error> {
         let mut freed = None;
         let erase = |now: &Entry| match self.erased(now, guest, part, how) {
-            Ok(Change::Set { entry, frees }) => {
+            Change::Set { entry, frees } => {
                 freed = Some(frees);
                 Some(entry)
             }
@@ -143,19 +152,17 @@ impl Image {
     }
 
     /// What becomes of the granules `part` of the cluster at `guest`.
-    fn erased(&self, old: &Entry, guest: u64, part: &Range<u64>, how: Erase) -> Result<Change, Error> {
+    fn erased(&self, old: &Entry, guest: u64, part: &Range<u64>, how: Erase) -> Change {
         let geometry = &self.geometry;
-        if old.compressed.is_some() {
-            return Err(self.compressed(guest));
-        }
         let granule = geometry.granule();
         let bits = mask(((part.start - guest) / granule) as u32, ((part.end - guest) / granule) as u32);
-        let whole = bits == geometry.all_subclusters();
+        let ends = part.start == guest && part.end >= self.size.get();
+        let whole = bits == geometry.all_subclusters() || (ends && old.compressed.is_some());
         let below = self.below_has(guest);
         let v3 = geometry.version >= 3;
         if how == Erase::ZeroKeep {
             let keeps = old.host.is_some() && (old.copied || geometry.data_file);
-            return Ok(match keeps {
+            return match keeps {
                 true if v3 && old.zero & bits == bits => Change::Nothing,
                 true if v3 => {
                     let entry = Entry { data: old.data & !bits, zero: old.zero | bits, ..*old };
@@ -166,24 +173,28 @@ impl Image {
                     Change::Write
                 }
                 false => Change::Fill { subclusters: bits },
-            });
+            };
         }
         let explicit = v3 && (how == Erase::Zero || below);
         let settled =
             (0..geometry.subclusters()).filter(|sub| bits >> sub & 1 == 1).all(|sub| match old.state(sub) {
-                State::Data => false,
+                State::Data | State::Compressed => false,
                 State::Zero => true,
                 State::Absent => !below,
             });
         if settled && (old.host.is_none() || !whole) {
-            return Ok(Change::Nothing);
+            return Change::Nothing;
         }
         if whole {
             let zero = if explicit { geometry.all_subclusters() } else { 0 };
-            return Ok(Change::Set { entry: Entry { zero, ..Entry::default() }, frees: true });
+            return Change::Set { entry: Entry { zero, ..Entry::default() }, frees: true };
+        }
+        if old.compressed.is_some() {
+            // A part of it cannot be called zero; and a discard shall not take more space than there was.
+            return if how == Erase::Discard { Change::Nothing } else { Change::Decode };
         }
         let entry = Entry { data: old.data & !bits, zero: old.zero | bits, ..*old };
-        Ok(Change::Set { entry, frees: false })
+        Change::Set { entry, frees: false }
     }
 
     /// Maps a new cluster that reads as zero.
@@ -194,10 +205,7 @@ impl Image {
         let entry = Entry { host, copied: true, data: subclusters, zero: 0, compressed: None };
         match self.change_l2_entry(table, guest, Order::Anytime, |_| Some(entry)).await {
             Ok(old) => {
-                if let Some(host) = old.host {
-                    let cluster = host >> self.geometry.cluster_bits;
-                    self.reserve.free(cluster..cluster + 1);
-                }
+                self.free_places(&old);
                 Ok(())
             }
             Err(error) => {

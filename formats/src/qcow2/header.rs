@@ -31,6 +31,7 @@ use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::extensions::{self, Extensions};
+use crate::codec::Method;
 use crate::error::{Error, ErrorKind};
 use crate::file::ImageFile;
 
@@ -215,8 +216,8 @@ pub(super) struct Header {
     pub backing: Option<String>,
     /// Header extensions.
     pub extensions: Extensions,
-    /// Compression type of compressed clusters, by name.
-    pub compression: &'static str,
+    /// How compressed clusters are encoded.
+    pub compression: Method,
 }
 
 impl Header {
@@ -255,13 +256,19 @@ impl Header {
         }
         let compression_known = v3 && header_len > V3_MIN_BYTES as usize;
         let compression = match (compression_known, raw.compression_type) {
-            (false, _) | (true, 0) => "zlib",
-            (true, 1) => "zstd",
+            (false, _) | (true, 0) => Method::Deflate,
+            (true, 1) => Method::Zstd,
             (true, other) => {
                 let what = format!("its compression type is {other}; 0 (zlib) and 1 (zstd) are known");
                 return Err(Error::unsupported(name, what));
             }
         };
+        if (compression != Method::Deflate) != (incompatible & COMPRESSION != 0) {
+            let (what, bit) = (compression_name(compression), incompatible & COMPRESSION != 0);
+            let what =
+                format!("its compression type is {what}, and the feature bit for others than zlib is {bit}");
+            return Err(Error::corrupt(name, what));
+        }
         let header = Header {
             geometry,
             size: raw.size.get(),
@@ -336,6 +343,11 @@ impl Header {
         }
         Ok(())
     }
+}
+
+/// QEMU's name of a compression type.
+pub(super) fn compression_name(method: Method) -> &'static str {
+    if method == Method::Zstd { "zstd" } else { "zlib" }
 }
 
 /// Checks what must be known before anything else is read.

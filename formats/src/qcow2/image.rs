@@ -11,6 +11,7 @@ use super::header::{self, Geometry, Header, TablePlace};
 use super::l1::L1Entry;
 use super::l2::{Entry, State};
 use super::plan::{Joined, Piece};
+use crate::codec::Decoded;
 use crate::driver::{Extent, FileIndex, Place};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, ImageFile, Pending};
@@ -69,6 +70,10 @@ pub(super) struct Image {
     pub unsettled: RefCell<HashMap<u64, u32, foldhash::fast::FixedState>>,
     /// Operations whose caller went away before they ended: nothing may rely on their range until they have.
     pub late: Late,
+    /// Clusters that were decoded last.
+    pub decoded: Rc<Decoded>,
+    /// Held for reading by who reads encoded bytes: with subclusters a cluster may get another place meanwhile.
+    pub encoded_reads: async_lock::RwLock<()>,
     change_turn: async_lock::Mutex<()>,
     changed: Cell<bool>,
 }
@@ -142,6 +147,8 @@ impl Image {
             joined: RefCell::default(),
             unsettled: RefCell::default(),
             late: Late::default(),
+            decoded: Decoded::new(&budget),
+            encoded_reads: async_lock::RwLock::new(()),
             change_turn: async_lock::Mutex::new(()),
             changed: Cell::new(false),
             file,
@@ -257,11 +264,16 @@ impl Image {
     }
 
     /// Decodes an L2 entry and checks that it points to no metadata that we know of.
-    fn decode(&self, bytes: &[u8], table: u64, guest: u64, end: u64) -> Result<Entry, Error> {
+    fn checked_entry(&self, bytes: &[u8], table: u64, guest: u64, end: u64) -> Result<Entry, Error> {
         let entry =
             Entry::decode(&self.geometry, bytes, guest, end).map_err(|why| self.damaged("L2", guest, why))?;
         if let (Some(host), false) = (entry.host, self.geometry.data_file)
             && (host == table || self.on_fixed(host))
+        {
+            return Err(self.damaged("L2", guest, "points to metadata"));
+        }
+        if let Some(place) = entry.compressed
+            && (self.on_fixed(place.offset) || self.on_fixed(place.offset + place.len - 1))
         {
             return Err(self.damaged("L2", guest, "points to metadata"));
         }
@@ -274,7 +286,7 @@ impl Image {
         let cluster_start = guest & !(self.geometry.cluster() - 1);
         loop {
             let end = self.end();
-            let look = |bytes: &[u8]| self.decode(bytes, table, cluster_start, end);
+            let look = |bytes: &[u8]| self.checked_entry(bytes, table, cluster_start, end);
             if let Some(entry) = self.maps.get(at, self.geometry.entry_bytes() as usize, look) {
                 return entry;
             }
@@ -349,7 +361,7 @@ impl Image {
         self.maps.get(entry_at, (entries * entry_bytes) as usize, |bytes| {
             let mut guest = first;
             for bytes in bytes.chunks_exact(entry_bytes as usize) {
-                match self.decode(bytes, table, guest, end) {
+                match self.checked_entry(bytes, table, guest, end) {
                     Ok(entry) => self.push_entry(&entry, guest, range.start.max(guest)..stop, own, out),
                     Err(error) if guest <= range.start => return Err(error),
                     Err(_) => return Ok(guest),
@@ -364,9 +376,6 @@ impl Image {
     #[inline]
     fn push_entry(&self, entry: &Entry, guest: u64, wanted: Range<u64>, own: usize, out: &mut Vec<Extent>) {
         let cluster_end = (guest + self.geometry.cluster()).min(wanted.end);
-        if entry.compressed.is_some() {
-            return push(out, own, wanted.start, cluster_end - wanted.start, Place::Encoded);
-        }
         let granule = self.geometry.granule();
         let in_place = self.writable && entry.copied && !self.is_unsettled(guest) && self.late.is_empty();
         let mut at = wanted.start;
@@ -379,7 +388,8 @@ impl Image {
                     Place::Data { file: self.payload().0, offset: host + (at - guest), in_place }
                 }
                 (State::Zero, host) => Place::Zero { allocated: host.is_some() },
-                _ => Place::Absent,
+                (State::Compressed, _) => Place::Encoded,
+                (State::Data | State::Absent, _) => Place::Absent,
             };
             push(out, own, at, run_end - at, place);
             at = run_end;

@@ -10,6 +10,10 @@
 //!
 //! An extended entry has eight bytes more: bits 0-31 say which of 32 subclusters are allocated, bits 32-63 which read as zero.
 //! We treat a standard entry as one with a single subcluster, so that all code has one path.
+//!
+//! A compressed entry has, with clusters of `1 << n` bytes: bits 0 to 69-n the offset of the encoded bytes, which may begin anywhere; the
+//! bits from there to 61 how many sectors they reach into behind the first. They may go on into the next cluster of the file,
+//! and clusters of the file may hold the bytes of several entries: each of them is a reference.
 
 use super::header::Geometry;
 use super::l1::{COPIED, OFFSET_MASK};
@@ -28,8 +32,43 @@ pub(super) struct Entry {
     pub data: u32,
     /// Subclusters that read as zero.
     pub zero: u32,
-    /// Start and bytes of compressed data, whole sectors.
-    pub compressed: Option<(u64, u64)>,
+    /// Where the bytes are when they are compressed; then there is nothing else.
+    pub compressed: Option<Compressed>,
+}
+
+/// A place of compressed bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Compressed {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes up to the end of the last sector: the stream ends somewhere in it.
+    pub len: u64,
+}
+
+impl Compressed {
+    /// The clusters of the file that hold it, by number.
+    pub fn clusters(&self, geometry: &Geometry) -> std::ops::Range<u64> {
+        self.offset >> geometry.cluster_bits..((self.offset + self.len - 1) >> geometry.cluster_bits) + 1
+    }
+
+    /// Bits of the offset.
+    fn offset_bits(geometry: &Geometry) -> u32 {
+        62 - (geometry.cluster_bits - 8)
+    }
+
+    /// The place of `len` bytes at `offset`, if an entry can name it.
+    pub fn of_stream(geometry: &Geometry, offset: u64, len: u64) -> Option<Compressed> {
+        let sectors = (offset + len).div_ceil(512) - offset / 512;
+        let bits = Compressed::offset_bits(geometry);
+        let fits = len > 0 && offset < 1 << bits && sectors <= 1 << (62 - bits);
+        fits.then_some(Compressed { offset, len: (offset / 512 + sectors) * 512 - offset })
+    }
+
+    /// The entry.
+    fn encode(&self, geometry: &Geometry) -> u64 {
+        let sectors = (self.offset + self.len) / 512 - self.offset / 512;
+        COMPRESSED | (sectors - 1) << Compressed::offset_bits(geometry) | self.offset
+    }
 }
 
 impl Entry {
@@ -86,25 +125,33 @@ impl Entry {
         bitmap: u64,
         end: u64,
     ) -> Result<Entry, &'static str> {
-        let offset_bits = 62 - (geometry.cluster_bits - 8);
+        let offset_bits = Compressed::offset_bits(geometry);
         let offset = word & ((1 << offset_bits) - 1);
         let sectors = ((word & (COMPRESSED - 1)) >> offset_bits) + 1;
-        let start = offset & !511;
+        let behind = (offset & !511) + sectors * 512;
         if geometry.data_file {
             return Err("is compressed, which a data file excludes");
         }
         if word & COPIED != 0 || bitmap != 0 {
             return Err("is compressed and has flags that exclude that");
         }
-        // The last sectors may lie behind the end: writers round up.
-        if offset == 0 || start >= end {
+        if offset < geometry.cluster() {
+            return Err("points to compressed bytes in the header");
+        }
+        // The last sectors may lie behind the end of the file, but not behind its last cluster: writers round up to sectors.
+        if behind > end {
             return Err("points behind the end of the file");
         }
-        Ok(Entry { compressed: Some((start, sectors * 512)), ..Entry::default() })
+        Ok(Entry { compressed: Some(Compressed { offset, len: behind - offset }), ..Entry::default() })
     }
 
     /// As it lies in the file; the second word belongs to extended entries only.
     pub fn encode(&self, geometry: &Geometry) -> [u8; 16] {
+        if let Some(compressed) = &self.compressed {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&compressed.encode(geometry).to_be_bytes());
+            return bytes;
+        }
         let mut word = self.host.unwrap_or(0) | if self.copied { COPIED } else { 0 };
         if !geometry.extended_l2 && self.zero != 0 {
             word |= ZERO;
@@ -119,6 +166,9 @@ impl Entry {
     /// What a subcluster is.
     #[inline]
     pub fn state(&self, subcluster: u32) -> State {
+        if self.compressed.is_some() {
+            return State::Compressed;
+        }
         match (self.data >> subcluster & 1, self.zero >> subcluster & 1) {
             (1, _) => State::Data,
             (_, 1) => State::Zero,
@@ -143,10 +193,55 @@ pub(super) enum State {
     Zero,
     /// The layer below has it.
     Absent,
+    /// Its bytes are encoded, with those of all others of the cluster.
+    Compressed,
 }
 
 /// The bits of the subclusters `first..end`.
 pub(super) fn mask(first: u32, end: u32) -> u32 {
     let below = |bit: u32| if bit >= 32 { u32::MAX } else { (1 << bit) - 1 };
     below(end) & !below(first)
+}
+
+#[cfg(test)]
+mod tests {
+    //! Goal: entries of compressed clusters say what was put into them, and hostile ones nothing that is not in the file. Method: places
+    //! around the borders of sectors and clusters, for all sizes of clusters; words with all kinds of bits.
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn geometry(cluster_bits: u32) -> Geometry {
+        Geometry { version: 3, cluster_bits, refcount_order: 4, extended_l2: false, data_file: false }
+    }
+
+    proptest! {
+        #[test]
+        fn compressed_entries_there_and_back(bits in 9u32..22, at in 0u64..1 << 30, len in 1u64..1 << 21) {
+            let geometry = geometry(bits);
+            let (offset, len) = (geometry.cluster() + at, len.min(geometry.cluster() - 1));
+            let place = Compressed::of_stream(&geometry, offset, len).unwrap();
+            prop_assert!(place.len >= len && place.len < len + 512 && (offset + place.len) % 512 == 0);
+            let entry = Entry { compressed: Some(place), ..Entry::default() };
+            let bytes = entry.encode(&geometry);
+            let end = geometry.round_up(offset + len);
+            prop_assert_eq!(Entry::decode(&geometry, &bytes[..8], 0, end), Ok(entry));
+            prop_assert!(Entry::decode(&geometry, &bytes[..8], 0, end - geometry.cluster()).is_err());
+            let clusters = place.clusters(&geometry);
+            prop_assert_eq!(clusters.start, offset / geometry.cluster());
+            prop_assert_eq!(clusters.end, (offset + len).div_ceil(geometry.cluster()));
+        }
+
+        #[test]
+        fn hostile_entries_name_places_in_the_file(bits in 9u32..22, word in any::<u64>(), end in 0u64..1 << 40) {
+            let geometry = geometry(bits);
+            let end = geometry.round_up(end);
+            if let Ok(Entry { compressed: Some(place), .. }) =
+                Entry::decode(&geometry, &(word | COMPRESSED).to_be_bytes(), 0, end)
+            {
+                prop_assert!(place.offset >= geometry.cluster() && place.offset + place.len <= end);
+                prop_assert!(place.clusters(&geometry).count() <= 3);
+            }
+        }
+    }
 }

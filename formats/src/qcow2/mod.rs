@@ -10,6 +10,7 @@
 //! | `image` | an opened image: look-ups, map, the first change |
 //! | `clusters`, `growth` | free clusters, the reserve, refcounts while the image is in use |
 //! | `plan`, `erase`, `resize` | changes |
+//! | `encoded` | compressed clusters |
 //! | `driver` | the interface |
 //! | `create`, `check`, `repair`, `snapshots` | offline work |
 //!
@@ -17,7 +18,7 @@
 //! refers to bytes that are durable or read as zero durably. Order is kept by `clusters` (flush ahead) and by
 //! [`crate::metadata::Tables`] (payload before mapping).
 //!
-//! Refused by name: encryption, unknown incompatible features. Ranges that are compressed are refused one by one.
+//! Refused by name: encryption, unknown incompatible features.
 
 use std::rc::Rc;
 
@@ -33,6 +34,7 @@ mod check;
 mod clusters;
 mod create;
 mod driver;
+mod encoded;
 mod erase;
 mod extensions;
 mod growth;
@@ -161,7 +163,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         ("refcount_bits", (1u32 << geometry.refcount_order).to_string()),
         ("lazy_refcounts", yes(header.compatible & header::LAZY_REFCOUNTS != 0)),
         ("extended_l2", yes(geometry.extended_l2)),
-        ("compression_type", format!("{} (compressed ranges are refused)", header.compression)),
+        ("compression_type", header::compression_name(header.compression).to_owned()),
         ("dirty", yes(header.incompatible & header::DIRTY != 0)),
         ("corrupt", yes(header.incompatible & header::CORRUPT != 0)),
         ("snapshots", header.snapshots.to_string()),

@@ -5,11 +5,12 @@
 //! | nothing, nothing below; zero | new cluster, `Kept` | any time: both read as zero |
 //! | nothing, bytes below | new cluster, `Below` | after data |
 //! | cluster shared with a snapshot | new cluster, `Copied` | after data |
+//! | compressed cluster | new cluster, `Decoded` | after data |
 //! | own cluster that is called zero, or subclusters without data | same place, `Zeroes` or `Below` | after data: old bytes are in it |
 //! | external data file | its own place there, as the line above | after data |
 //!
-//! With subclusters several plans can be out for one cluster: they share its new place through [`Joined`]. A shared cluster with
-//! subclusters is copied by the driver first, as a whole, since a plan covers a part of it only.
+//! With subclusters several plans can be out for one cluster: they share its new place through [`Joined`]. A shared or compressed cluster
+//! with subclusters is copied by the driver first, as a whole, since a plan covers a part of it only.
 
 use std::ops::Range;
 
@@ -119,13 +120,11 @@ impl Image {
         let table = self.own_table(guest).await?;
         let (entry, host, fresh) = loop {
             let entry = self.load_l2_entry(table, guest).await?;
-            if entry.compressed.is_some() {
-                return Err(self.compressed(guest));
-            }
+            let is_elsewhere = entry.host.is_some() || entry.compressed.is_some();
             match entry.host {
                 _ if self.geometry.data_file => break (entry, guest, false),
                 Some(host) if entry.copied => break (entry, host, false),
-                Some(_) if self.geometry.extended_l2 => self.unshare(table, guest).await?,
+                _ if self.geometry.extended_l2 && is_elsewhere => self.unshare(table, guest).await?,
                 _ => {
                     let joined = self.has_joined(guest).then(|| self.join(guest)).flatten();
                     if let Some(host) = joined.or_else(|| draft.take_cluster()) {
@@ -186,6 +185,7 @@ impl Image {
         match (entry.state(sub), entry.host) {
             (State::Data, Some(old)) if fresh => Under::Copied { file: self.payload().0, offset: old },
             (State::Data, _) => Under::Kept,
+            (State::Compressed, _) => Under::Decoded,
             (State::Absent, _) if self.below_has(start) => Under::Below,
             _ if fresh => Under::Kept,
             _ => Under::Zeroes,
@@ -251,9 +251,8 @@ impl Image {
             if piece.fresh {
                 self.leave(piece, true);
             }
-            if let Some(host) = old.host.filter(|host| *host != piece.host) {
-                let cluster = host >> self.geometry.cluster_bits;
-                self.reserve.free(cluster..cluster + 1);
+            if old.host != Some(piece.host) {
+                self.free_places(&old);
             }
             left.pieces.remove(0);
         }
@@ -310,22 +309,30 @@ impl Image {
         self.file.flush().await
     }
 
-    /// Gives a shared cluster with subclusters a place of its own, with all its bytes.
-    async fn unshare(&self, table: u64, guest: u64) -> Result<(), Error> {
+    /// Gives up what an entry referred to that nobody reads any more: its cluster, or those that hold a part of its encoded bytes.
+    pub fn free_places(&self, old: &Entry) {
+        if let Some(host) = old.host.filter(|_| !self.geometry.data_file) {
+            let cluster = host >> self.geometry.cluster_bits;
+            self.reserve.free(cluster..cluster + 1);
+        }
+        if let Some(place) = old.compressed {
+            self.decoded.forget(place.offset);
+            self.reserve.free(place.clusters(&self.geometry));
+        }
+    }
+
+    /// Gives a shared or compressed cluster with subclusters a place of its own, with all its bytes.
+    pub async fn unshare(&self, table: u64, guest: u64) -> Result<(), Error> {
         let _turn = self.tables_turn.lock().await;
         let entry = self.load_l2_entry(table, guest).await?;
-        let Some(old) = entry.host.filter(|_| !entry.copied) else { return Ok(()) };
+        if entry.copied || (entry.host.is_none() && entry.compressed.is_none()) {
+            return Ok(());
+        }
         let mut draft = Draft { image: self, pieces: Vec::new(), pool: self.allocate(1).await? };
         let Some(host) = draft.pool.first().map(|range| range.start << self.geometry.cluster_bits) else {
             return Ok(());
         };
-        let granule = self.geometry.granule();
-        let mut copy = Buf::zeroed(self.geometry.cluster() as usize);
-        let bytes = self.file.read(old, copy.len()).await?;
-        for sub in (0..self.geometry.subclusters()).filter(|sub| entry.state(*sub) == State::Data) {
-            let at = (u64::from(sub) * granule) as usize..(u64::from(sub + 1) * granule) as usize;
-            copy[at.clone()].copy_from_slice(&bytes[at]);
-        }
+        let (copy, data) = self.bytes_of(&entry, guest).await?;
         // Written to from now on: it must not go back as clean.
         let taken = draft.pool.remove(0);
         let written = self.file.write(host, copy).await;
@@ -335,8 +342,9 @@ impl Image {
             // Other subclusters may have been erased meanwhile: what the entry says of them now counts.
             Ok(()) => {
                 let with_place = |now: &Entry| {
-                    moved = now.host == Some(old) && !now.copied;
-                    moved.then_some(Entry { host: Some(host), copied: true, ..*now })
+                    moved = (now.host, now.compressed, now.copied) == (entry.host, entry.compressed, false);
+                    let data = if now.compressed.is_some() { data } else { now.data };
+                    moved.then_some(Entry { host: Some(host), copied: true, data, compressed: None, ..*now })
                 };
                 self.change_l2_entry(table, guest, Order::AfterData, with_place).await.map(drop)
             }
@@ -344,13 +352,34 @@ impl Image {
         };
         if !moved || set.is_err() {
             self.reserve.free(taken);
-        } else {
+        } else if let Some(old) = entry.host {
             self.leave_shared(old).await;
+        } else {
+            // Who has begun to read the encoded bytes ends first; whoever comes later sees the new entry.
+            drop(self.encoded_reads.write().await);
+            self.free_places(&entry);
         }
         set?;
         self.maps.settle().await?;
         unsettled.settled();
         Ok(())
+    }
+
+    /// The bytes of a cluster with subclusters, and which of them it has.
+    pub async fn bytes_of(&self, entry: &Entry, guest: u64) -> Result<(Buf, u32), Error> {
+        let granule = self.geometry.granule();
+        let mut copy = Buf::zeroed(self.geometry.cluster() as usize);
+        if let Some(place) = entry.compressed {
+            copy.copy_from_slice(&self.decode_cluster(place, guest).await?);
+            return Ok((copy, self.geometry.all_subclusters()));
+        }
+        let Some(old) = entry.host else { return Ok((copy, 0)) };
+        let bytes = self.file.read(old, copy.len()).await?;
+        for sub in (0..self.geometry.subclusters()).filter(|sub| entry.state(*sub) == State::Data) {
+            let at = (u64::from(sub) * granule) as usize..(u64::from(sub + 1) * granule) as usize;
+            copy[at.clone()].copy_from_slice(&bytes[at]);
+        }
+        Ok((copy, entry.data))
     }
 
     /// Gives up our reference to a cluster that the entry called shared, and that others may be reading at this moment: they hold
@@ -368,15 +397,6 @@ impl Image {
             Ok(_) if references > 1 => self.reserve.free(cluster..cluster + 1),
             _ => self.reserve.abandon(cluster),
         }
-    }
-
-    /// A range cannot be served because it is compressed.
-    pub fn compressed(&self, guest: u64) -> Error {
-        let what = format!(
-            "offset {guest} of the disk is compressed ({}); convert the image with `qemu-img convert` to use this range",
-            self.header.compression
-        );
-        Error::unsupported(self.name(), what)
     }
 }
 

@@ -110,7 +110,7 @@ impl Image {
         if whole < below_end {
             self.erase_granules(whole..below_end, how).await?;
         }
-        self.erase_granules(below_end..end, Erase::Discard).await?;
+        self.erase_granules(below_end..end, Erase::Zero).await?;
         Ok(())
     }
 
@@ -121,9 +121,6 @@ impl Image {
             0 => Default::default(),
             table => self.load_l2_entry(table, cluster_start).await?,
         };
-        if entry.compressed.is_some() {
-            return Err(self.compressed(old));
-        }
         let sub = ((old - cluster_start) / self.geometry.granule()) as u32;
         match (entry.state(sub), entry.host) {
             (State::Data, Some(host)) if entry.copied || self.geometry.data_file => {
@@ -132,13 +129,19 @@ impl Image {
                 file.write(at, Buf::zeroed((whole - old) as usize)).await?;
                 file.flush().await
             }
-            (State::Data, Some(host)) => {
-                // Shared: the bytes before the end get a place of their own, with zeroes behind them.
+            (State::Data | State::Compressed, _) => {
+                // Shared or encoded: the bytes before the end get a place of their own, with zeroes behind them.
                 let granule = self.geometry.granule();
-                let plan = self.plan_write(old & !(granule - 1), granule).await?;
                 let start = old & !(granule - 1);
-                let mut bytes = self.file.read(host + (start - cluster_start), granule as usize).await?;
-                bytes[(old - start) as usize..].fill(0);
+                let (cluster, _) = self.bytes_of(&entry, cluster_start).await?;
+                let mut bytes =
+                    Buf::copy_of(&cluster[(start - cluster_start) as usize..][..granule as usize]);
+                let tail = &mut bytes[(old - start) as usize..];
+                if tail.iter().all(|byte| *byte == 0) {
+                    return Ok(());
+                }
+                tail.fill(0);
+                let plan = self.plan_write(start, granule).await?;
                 let place = plan.fills.first().map(|fill| fill.offset);
                 let written = match place {
                     Some(place) => self.file.write(place, bytes).await,
@@ -175,7 +178,7 @@ impl Image {
                 other => other?,
             }
         }
-        self.erase_granules(whole..self.size.get().next_multiple_of(granule), Erase::Discard).await?;
+        self.erase_granules(whole..self.size.get().next_multiple_of(granule), Erase::Zero).await?;
         self.maps.write_back().await?;
         self.file.flush().await?;
         self.write_size(size).await

@@ -1,18 +1,10 @@
 //! Judges of images besides our own drivers: `qemu-img`, and the rule for the footers of a VHD.
 
 use std::path::Path;
-use std::process::{Command, Output};
 
 use super::pages::Pages;
+use super::programs;
 use super::rig::{Rig, read_all};
-
-/// Runs `qemu-img` in a folder (it looks for data files there), with a deadline; `None` when the host has none.
-fn qemu_img(folder: &Path, arguments: &[&str]) -> Option<Output> {
-    let mut command = Command::new("timeout");
-    command.args(["-s", "KILL", "60", "qemu-img"]).args(arguments).current_dir(folder);
-    // 127: timeout did not find the program.
-    command.output().ok().filter(|output| output.status.code() != Some(127))
-}
 
 /// Saves all files of a chain into a folder, under the names by which its images know each other.
 fn save(rig: &Rig, folder: &Path) -> Result<String, String> {
@@ -58,8 +50,8 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
     let image = save(rig, folder.path())?;
     let raw = folder.path().join("converted.raw");
     let format = rig.case.layers[0].format.name();
-    let arguments = ["convert", "-f", format, "-O", "raw", &image, &raw.display().to_string()];
-    let Some(output) = qemu_img(folder.path(), &arguments) else { return Ok(()) };
+    let command = ["qemu-img", "convert", "-f", format, "-O", "raw", &image, &raw.display().to_string()];
+    let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     if !output.status.success() {
         return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
     }
@@ -74,7 +66,8 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
 fn qemu_finds_leaks_at_most(rig: &Rig, format: &str) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
-    let Some(output) = qemu_img(folder.path(), &["check", "-f", format, &image]) else { return Ok(()) };
+    let command = ["qemu-img", "check", "-f", format, &image];
+    let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         code => Err(format!(

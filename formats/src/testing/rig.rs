@@ -26,13 +26,21 @@ pub struct LayerCase {
     pub data_files: usize,
     /// Its (first) file is a block device of this many bytes, full of junk.
     pub device_bytes: Option<u64>,
+    /// It holds compressed data from the start.
+    pub encoded: bool,
 }
 
 impl LayerCase {
     /// A layer in one regular file.
     pub fn new(format: &'static dyn Format, options: &[(&str, &str)], size: u64) -> LayerCase {
         let options = options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        LayerCase { format, options, size, data_files: 0, device_bytes: None }
+        LayerCase { format, options, size, data_files: 0, device_bytes: None, encoded: false }
+    }
+
+    /// The same with compressed data in it.
+    #[must_use]
+    pub fn encoded(self) -> LayerCase {
+        LayerCase { encoded: true, ..self }
     }
 }
 
@@ -167,6 +175,9 @@ impl Rig {
         for index in (0..case.layers.len()).rev() {
             rig.create_layer(index)?;
             rig.initial.resize(case.layers[index].size as usize, 0);
+            if case.layers[index].encoded {
+                rig.fill_encoded(index, &mut rng)?;
+            }
             if index > 0 {
                 rig.fill_parent(index, &mut rng)?;
             }
@@ -189,6 +200,40 @@ impl Rig {
         let mut files = self.open_files(index, true);
         let first = files.remove(0);
         self.store.run(layer.format.create(first, files, &create))
+    }
+
+    /// Puts encoded units into the layer `index` while it is on top: about every second one.
+    fn fill_encoded(&mut self, index: usize, rng: &mut fastrand::Rng) -> Result<(), Error> {
+        let volume = self.open_from(index, true)?;
+        let Some(encoding) = volume.layers()[0].driver.encoding() else {
+            return Err(Error::invalid("this case has a layer that takes nothing encoded"));
+        };
+        let (size, unit) = (volume.size(), encoding.unit);
+        let mut units = Vec::new();
+        for at in (0..size).step_by(unit as usize) {
+            if rng.bool() {
+                continue;
+            }
+            let mut bytes = vec![0; unit as usize];
+            let inside = unit.min(size - at) as usize;
+            // Sectors that differ, and get shorter by different amounts.
+            for sector in bytes[..inside].chunks_mut(512) {
+                sector.fill(rng.u8(1..));
+                let noise = rng.usize(..sector.len() / 2);
+                rng.fill(&mut sector[..noise]);
+            }
+            if let Some(encoded) = crate::codec::encode(encoding.method, &bytes, encoding.encoded_max) {
+                self.initial[at as usize..at as usize + inside].copy_from_slice(&bytes[..inside]);
+                units.push((at, encoded));
+            }
+        }
+        assert!(!units.is_empty(), "nothing is encoded in this case");
+        self.store.clone().run(async {
+            let rest = units.split_off(units.len() / 2);
+            volume.write_encoded(units).await?;
+            volume.write_encoded(rest).await?;
+            volume.close().await
+        })
     }
 
     /// Writes to the layer `index` while it is on top.

@@ -2,7 +2,7 @@
 //! and [`ImageFile`](crate::file::ImageFile)s: they open nothing, lock nothing and print nothing.
 //!
 //! ```text
-//! layers ─▶ volume ─▶ walk (where is what) ─▶ copy · compare · coalesce · rebase · measure · map
+//! layers ─▶ volume ─▶ walk (where is what) ─▶ copy · encode · compare · coalesce · rebase · measure · map
 //! ```
 //! - Nothing is read that is known to be zero, and nothing is written that is zero already.
 //! - Many chunks are in flight at a time ([`IN_FLIGHT`] of at most [`CHUNK`] bytes), so memory is bounded whatever an image says.
@@ -13,6 +13,7 @@ mod chunk;
 pub mod coalesce;
 pub mod compare;
 pub mod copy;
+pub mod encode;
 pub mod layers;
 pub mod map;
 pub mod measure;

@@ -153,6 +153,9 @@ pub struct ConvertArgs {
     /// Write into an image that exists and is large enough; can be run again when it was interrupted
     #[arg(long, conflicts_with_all = ["force", "options"])]
     pub in_place: bool,
+    /// Compress, on all cores; for how see the options of the format, like compression_type=zstd of qcow2
+    #[arg(short = 'c', long, conflicts_with = "in_place")]
+    pub compress: bool,
     /// How
     #[command(flatten)]
     pub new: NewArgs,

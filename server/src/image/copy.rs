@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use formats::driver::Create;
 use formats::tools::copy::{Target, copy};
+use formats::tools::encode::copy_encoded;
 use formats::tools::layers;
 use formats::tools::walk::Depth;
 use serde_json::json;
@@ -15,6 +16,7 @@ use super::file::{OpenFile, Want};
 use super::make::{NewImage, make};
 use super::name::ImageName;
 use super::progress::Bar;
+use super::threads::AllCores;
 use super::{engine, output};
 
 /// Where a copy goes.
@@ -23,6 +25,17 @@ enum Goal {
     New(Box<Create>, NewImage),
     /// One that exists.
     Used(Chain),
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// `convert`.
+    Plain,
+    /// `convert -c`.
+    Encoded,
+    /// `dd`.
+    Part,
 }
 
 impl Goal {
@@ -66,7 +79,8 @@ pub fn convert(args: &ConvertArgs, gate: &Gate, json: bool) -> Result<u8, Failur
             args.source
         )));
     }
-    run(&args.source, &args.target, source, 0..size, goal, 0, "convert", json)
+    let how = if args.compress { How::Encoded } else { How::Plain };
+    run(&args.source, &args.target, source, 0..size, goal, 0, how, json)
 }
 
 /// `dd`.
@@ -102,7 +116,7 @@ pub fn dd(args: &DdArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
             Goal::New(Box::new(create), image)
         }
     };
-    run(&args.source, &args.target, source, skip..skip + len, goal, to, "dd", json)
+    run(&args.source, &args.target, source, skip..skip + len, goal, to, How::Part, json)
 }
 
 fn is_device(name: &ImageName) -> bool {
@@ -117,7 +131,7 @@ fn run(
     range: Range<u64>,
     goal: Goal,
     to: u64,
-    what: &'static str,
+    how: How,
     json: bool,
 ) -> Result<u8, Failure> {
     let shape = source.shape();
@@ -139,8 +153,11 @@ fn run(
             }
         };
         let target = layers::open(&images, true, &budget).await?;
-        let bar = Bar::new(what);
-        let copied = copy((&source, Depth::Chain), range, (&target, kind), to, &bar).await;
+        let bar = Bar::new(if how == How::Part { "dd" } else { "convert" });
+        let copied = match how {
+            How::Encoded => copy_encoded(&source, &target, &AllCores, &bar).await,
+            How::Plain | How::Part => copy((&source, Depth::Chain), range, (&target, kind), to, &bar).await,
+        };
         // Also after an error: what an existing image was given is sound.
         let finished = layers::finish(&target).await;
         copied.and_then(|copied| finished.map(|()| copied))

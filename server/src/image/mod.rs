@@ -20,6 +20,7 @@ mod output;
 mod overlay;
 mod progress;
 mod target;
+mod threads;
 
 use args::{ImageArgs, ImageCommand};
 use chain::Gate;

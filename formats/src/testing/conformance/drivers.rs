@@ -72,6 +72,14 @@ cases! {
     qcow2_on_qcow2_on_vhd: [qcow2(MIB, &[]), qcow2(2 * MIB, &[("cluster_size", "4k")]), vhd(3 * MIB, &[])],
         |case| case.logged(1000);
     qcow2_on_device: [LayerCase { device_bytes: Some(8 * MIB), ..qcow2(2 * MIB, &[]) }];
+    qcow2_compressed: [qcow2(3 * MIB + 512, &[]).encoded()];
+    qcow2_compressed_512_log: [qcow2(600 * KIB, &[("cluster_size", "512")]).encoded()], |case| case.logged(1000);
+    qcow2_compressed_zstd_extended: [qcow2(2 * MIB, &[("compression_type", "zstd"), ("extended_l2", "on")]).encoded()];
+    qcow2_compressed_v2_on_raw:
+        [qcow2(MIB, &[("compat", "0.10"), ("cluster_size", "16k")]).encoded(), raw(900 * KIB)];
+    qcow2_on_compressed_log:
+        [qcow2(MIB, &[("cluster_size", "4k")]), qcow2(MIB, &[("compression_type", "zstd"), ("refcount_bits", "1")]).encoded()],
+        |case| case.logged(1000);
     vhd_dynamic_64k_log: [vhd(2 * MIB, &[("block_size", "64k")])], |case| case.logged(1000);
     vhd_on_raw: [vhd(5 * MIB, &[]), raw(5 * MIB)];
     vhd_on_raw_log: [vhd(5 * MIB, &[]), raw(5 * MIB)], |case| case.logged(1000);
