@@ -3,7 +3,7 @@
 use crate::driver::Format;
 
 /// All formats with a driver.
-pub static ALL: &[&dyn Format] = 
+pub static ALL: &[&dyn Format] =
     &[&crate::raw_driver::Raw, &crate::qcow2::Qcow2, &crate::vhd::Vhd, &crate::vmdk::Vmdk];
 
 /// The format of a type name.

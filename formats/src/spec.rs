@@ -132,7 +132,8 @@ const TYPES: &[(&str, ImageType)] = &[
 ];
 /// Formats of which the name is known, to be refused by name.
 const NOT_BUILT: &[&str] = &["qcow", "vhdx", "vdi", "qed", "parallels"];
-const KNOWN: &str = "the types are raw (or aio), vhd, qcow2, vmdk, ram and null; this version has no decorators";
+const KNOWN: &str =
+    "the types are raw (or aio), vhd, qcow2, vmdk, ram and null; this version has no decorators";
 
 impl ImageType {
     /// It lies in files: not only in memory.

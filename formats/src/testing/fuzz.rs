@@ -339,6 +339,24 @@ mod tests {
         rig.store.pages(file)
     }
 
+    /// An image that takes nothing but encoded units, with some of them.
+    fn encoded_image(layer: LayerCase) -> Pages {
+        let rig = Rig::create(&Case::new("seed", vec![layer]), 1).unwrap();
+        let volume = rig.open(true).unwrap();
+        let driver = &volume.layers()[0].driver;
+        let encoding = driver.encoding().unwrap();
+        let unit = |number: u64| {
+            let bytes = vec![number as u8; encoding.unit as usize];
+            (
+                number * 5 * encoding.unit,
+                crate::codec::encode(encoding.method, &bytes, encoding.encoded_max).unwrap(),
+            )
+        };
+        rig.store.run(driver.write_encoded((0..8).map(unit).collect())).unwrap();
+        rig.store.run(volume.close()).unwrap();
+        rig.store.pages(0)
+    }
+
     fn seeds(format: &'static dyn Format, corpus: &[Pages]) {
         let first = size_of_run("SEED", 1);
         let mut failures = Vec::new();
@@ -351,7 +369,8 @@ mod tests {
     #[test]
     #[ignore = "run by `hostile_images` in a process of its own"]
     fn inner() {
-        let qcow2 = |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB), 0);
+        let qcow2 =
+            |options: &[(&str, &str)]| image(LayerCase::new(&crate::qcow2::Qcow2, options, 3 * MIB), 0);
         let vhd = |options: &[(&str, &str)]| image(LayerCase::new(&crate::vhd::Vhd, options, 3 * MIB), 0);
         match std::env::var("FUZZ_FORMAT").as_deref() {
             Ok("qcow2") => seeds(
@@ -364,13 +383,14 @@ mod tests {
                 ],
             ),
             Ok("vmdk") => {
-                let vmdk = |options: &[(&str, &str)]| {
-                    image(LayerCase::new(&crate::vmdk::Vmdk, options, 3 * MIB), 0)
-                };
+                let vmdk =
+                    |options: &[(&str, &str)]| image(LayerCase::new(&crate::vmdk::Vmdk, options, 3 * MIB), 0);
                 let cowd = LayerCase {
                     data_files: 1,
                     ..LayerCase::new(&crate::vmdk::Vmdk, &[("subformat", "vmfsSparse")], 3 * MIB)
                 };
+                let options = [("subformat", "streamOptimized")];
+                let stream = LayerCase::new(&crate::vmdk::Vmdk, &options, 3 * MIB);
                 let flat = LayerCase {
                     data_files: 1,
                     ..LayerCase::new(&crate::vmdk::Vmdk, &[("subformat", "monolithicFlat")], 8192)
@@ -382,6 +402,7 @@ mod tests {
                         vmdk(&[("grain_size", "4k"), ("zeroed_grain", "on")]),
                         image(cowd, 1),
                         image(flat, 0),
+                        encoded_image(stream),
                     ],
                 );
             }

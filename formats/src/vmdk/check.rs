@@ -100,7 +100,8 @@ impl Extent<'_> {
         self.copies(mends).await?;
         let free: u64 = walk.free.iter().map(|range| range.end - range.start).sum();
         if free > 0 {
-            let line = format!("{} bytes between grains that nothing refers to: new grains will take them", free);
+            let line =
+                format!("{} bytes between grains that nothing refers to: new grains will take them", free);
             self.findings.remarks.push(line);
         }
         self.findings.allocated_bytes += walk.used * self.shape.grain;
@@ -124,7 +125,9 @@ impl Extent<'_> {
             let (first, copy) = (self.directory.first[index], self.directory.copy[index]);
             match (place(&first), place(&copy)) {
                 (Err(_), Ok(Some(from))) if mends => {
-                    self.findings.corruption(format!("grain table {index} is said to be at sector {first:#x}; its copy is used"));
+                    self.findings.corruption(format!(
+                        "grain table {index} is said to be at sector {first:#x}; its copy is used"
+                    ));
                     // The copy is the only one that is left, so it becomes the first; both directories name it no more than once.
                     let at = self.file.length().next_multiple_of(self.shape.grain);
                     let table = self.file.read(from, bytes as usize).await?;
@@ -138,7 +141,9 @@ impl Extent<'_> {
                     self.findings.repaired_total += 1;
                 }
                 (Ok(_), Err(sector)) => {
-                    self.findings.corruption(format!("the copy of grain table {index} is said to be at sector {sector:#x}"));
+                    self.findings.corruption(format!(
+                        "the copy of grain table {index} is said to be at sector {sector:#x}"
+                    ));
                 }
                 (Ok(Some(_)), Ok(None)) => {
                     self.findings.corruption(format!("grain table {index} has no copy"));
@@ -155,7 +160,9 @@ impl Extent<'_> {
         let mut changed = std::collections::BTreeMap::new();
         for Damage { number, entry, problem } in &walk.damages {
             let (table, at) = ((number / self.shape.entries) as usize, number % self.shape.entries * 4);
-            let place = |list: &[u32]| Directory::place(list.get(table), self.shape.table_bytes(), length).ok().flatten();
+            let place = |list: &[u32]| {
+                Directory::place(list.get(table), self.shape.table_bytes(), length).ok().flatten()
+            };
             if matches!(problem, Problem::NoTable | Problem::TablesOverlap) {
                 continue;
             }
@@ -172,7 +179,8 @@ impl Extent<'_> {
         }
         let mut mended = directory::walk(self.file, self.shape, &self.directory).await?;
         // A copy that is no better was not the right one.
-        let worse: Vec<_> = mended.damages.iter().filter_map(|damage| changed.remove(&damage.number)).collect();
+        let worse: Vec<_> =
+            mended.damages.iter().filter_map(|damage| changed.remove(&damage.number)).collect();
         for (at, entry) in &worse {
             self.file.write(*at, Buf::copy_of(&entry.to_le_bytes())).await?;
         }
@@ -187,7 +195,9 @@ impl Extent<'_> {
     async fn copies(&mut self, mends: bool) -> Result<(), Error> {
         let mut differ = 0;
         for (first, copy) in self.directory.first.iter().zip(&self.directory.copy) {
-            let place = |entry| Directory::place(Some(entry), self.shape.table_bytes(), self.file.length()).ok().flatten();
+            let place = |entry| {
+                Directory::place(Some(entry), self.shape.table_bytes(), self.file.length()).ok().flatten()
+            };
             let (Some(first), Some(copy)) = (place(first), place(copy)) else { continue };
             let bytes = self.shape.table_bytes() as usize;
             let (first, copy) = (self.file.read(first, bytes), self.file.read(copy, bytes));
@@ -198,10 +208,13 @@ impl Extent<'_> {
         }
         let name = self.file.name();
         if self.shape.unclean {
-            let line = format!("{name}: it was not closed cleanly, and {differ} copies of grain tables are behind: opening it for writing mends them");
+            let line = format!(
+                "{name}: it was not closed cleanly, and {differ} copies of grain tables are behind: opening it for writing mends them"
+            );
             self.findings.remarks.push(line);
         } else {
-            self.findings.corruption(format!("{name}: {differ} copies of grain tables differ from those that count"));
+            self.findings
+                .corruption(format!("{name}: {differ} copies of grain tables differ from those that count"));
         }
         if mends {
             let mended = directory::make_equal(self.file, self.shape, &self.directory).await?;

@@ -2,7 +2,7 @@
 //!
 //! | option | values | what |
 //! |---|---|---|
-//! | `subformat` | `monolithicSparse`, `monolithicFlat`, `twoGbMaxExtentSparse`, `twoGbMaxExtentFlat`, `vmfs`, `vmfsSparse` | the type of the disk; flat ones have no parent |
+//! | `subformat` | `monolithicSparse`, `monolithicFlat`, `twoGbMaxExtentSparse`, `twoGbMaxExtentFlat`, `streamOptimized`, `vmfs`, `vmfsSparse` | the type of the disk; flat ones have no parent |
 //! | `adapter_type` | `ide`, `buslogic`, `lsilogic`, `legacyESX` | for the machine that will use it |
 //! | `hwversion`, `compat6` | number; `on`, `off` | version of the machine, 4 unless given; `compat6=on` is 6 |
 //! | `toolsversion` | number | of the guest's tools |
@@ -13,12 +13,13 @@
 use std::rc::Rc;
 
 use zerocopy::IntoBytes;
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::{U16, U32, U64};
 
 use super::descriptor::{self, EXTENTS_MAX, New};
 use super::header::{
-    COWD_HEADER_BYTES, COWD_MAGIC, COWD_TABLE_ENTRIES, CowdHeader, DIRECTORY_ENTRIES_MAX, FLAG_NEWLINES,
-    FLAG_REDUNDANT, FLAG_ZEROED, GRAIN_BYTES_MAX, SECTOR, SECTORS_MAX, SparseHeader, TABLE_ENTRIES,
+    COWD_HEADER_BYTES, COWD_MAGIC, COWD_TABLE_ENTRIES, CowdHeader, DIRECTORY_ENTRIES_MAX, FLAG_COMPRESSED,
+    FLAG_MARKERS, FLAG_NEWLINES, FLAG_REDUNDANT, FLAG_ZEROED, GRAIN_BYTES_MAX, SECTOR, SECTORS_MAX,
+    SparseHeader, TABLE_ENTRIES,
 };
 use crate::driver::{Create, Link, Space};
 use crate::error::Error;
@@ -48,12 +49,55 @@ struct Subformat {
 }
 
 const SUBFORMATS: &[Subformat] = &[
-    Subformat { name: "monolithicSparse", kind: "SPARSE", single: true, suffix: "", split: false, flat: false },
-    Subformat { name: "monolithicFlat", kind: "FLAT", single: false, suffix: "-flat", split: false, flat: true },
-    Subformat { name: "twoGbMaxExtentSparse", kind: "SPARSE", single: false, suffix: "-s", split: true, flat: false },
-    Subformat { name: "twoGbMaxExtentFlat", kind: "FLAT", single: false, suffix: "-f", split: true, flat: true },
+    Subformat {
+        name: "monolithicSparse",
+        kind: "SPARSE",
+        single: true,
+        suffix: "",
+        split: false,
+        flat: false,
+    },
+    Subformat {
+        name: "monolithicFlat",
+        kind: "FLAT",
+        single: false,
+        suffix: "-flat",
+        split: false,
+        flat: true,
+    },
+    Subformat {
+        name: "twoGbMaxExtentSparse",
+        kind: "SPARSE",
+        single: false,
+        suffix: "-s",
+        split: true,
+        flat: false,
+    },
+    Subformat {
+        name: "twoGbMaxExtentFlat",
+        kind: "FLAT",
+        single: false,
+        suffix: "-f",
+        split: true,
+        flat: true,
+    },
+    Subformat {
+        name: "streamOptimized",
+        kind: "SPARSE",
+        single: true,
+        suffix: "",
+        split: false,
+        flat: false,
+    },
     Subformat { name: "vmfs", kind: "VMFS", single: false, suffix: "-flat", split: false, flat: true },
-    Subformat { name: "vmfsSparse", kind: "VMFSSPARSE", single: false, suffix: "-delta", split: false, flat: false },
+    Subformat {
+        name: "vmfsSparse",
+        kind: "VMFSSPARSE",
+        single: false,
+        suffix: "-delta",
+        split: false,
+        flat: false,
+    },
 ];
 
 /// Options, understood.
@@ -69,12 +113,14 @@ struct Options {
     size: u64,
 }
 
-const KNOWN: &str = "subformat, adapter_type, hwversion, compat6, toolsversion, zeroed_grain, grain_size, extent_size";
+const KNOWN: &str =
+    "subformat, adapter_type, hwversion, compat6, toolsversion, zeroed_grain, grain_size, extent_size";
 
 impl Options {
     fn parse(create: &Create) -> Result<Options, Error> {
         let size = create.size.or(create.backing.as_ref().map(|(_, size)| *size));
-        let size = size.ok_or_else(|| Error::invalid("a new image needs a size, or a parent to take it from"))?;
+        let size =
+            size.ok_or_else(|| Error::invalid("a new image needs a size, or a parent to take it from"))?;
         let mut parsed = Options {
             subformat: SUBFORMATS[0],
             adapter: "ide".to_owned(),
@@ -93,12 +139,11 @@ impl Options {
                 "off" | "no" | "false" => Ok(false),
                 _ => Err(refuse("on or off is expected")),
             };
-            let size = || parse_size(value).map_err(|problem| Error::invalid(format!("option {key}: {problem}")));
-            let is_number = !value.is_empty() && value.len() < 12 && value.bytes().all(|byte| byte.is_ascii_digit());
+            let size =
+                || parse_size(value).map_err(|problem| Error::invalid(format!("option {key}: {problem}")));
+            let is_number =
+                !value.is_empty() && value.len() < 12 && value.bytes().all(|byte| byte.is_ascii_digit());
             match key.as_str() {
-                "subformat" if value == "streamOptimized" => {
-                    return Err(Error::unsupported("subformat=streamOptimized", "writing compressed grains"));
-                }
                 "subformat" => {
                     let names: Vec<_> = SUBFORMATS.iter().map(|subformat| subformat.name).collect();
                     let known = SUBFORMATS.iter().find(|subformat| subformat.name == value);
@@ -126,7 +171,9 @@ impl Options {
             }
         }
         if compat6 && !parsed.hardware.is_empty() {
-            return Err(Error::invalid("options compat6 and hwversion say different things: give one of them"));
+            return Err(Error::invalid(
+                "options compat6 and hwversion say different things: give one of them",
+            ));
         }
         if parsed.hardware.is_empty() {
             parsed.hardware = if compat6 { "6" } else { "4" }.to_owned();
@@ -138,8 +185,12 @@ impl Options {
     fn check(&mut self, create: &Create) -> Result<(), Error> {
         let name = self.subformat.name;
         if self.subformat.flat && (create.backing.is_some() || self.zeroed || self.grain != 0) {
-            let what = format!("subformat={name} is flat: it has no parent, no zeroed_grain and no grain_size");
+            let what =
+                format!("subformat={name} is flat: it has no parent, no zeroed_grain and no grain_size");
             return Err(Error::invalid(what));
+        }
+        if self.is_stream() && (create.backing.is_some() || self.zeroed) {
+            return Err(Error::invalid("subformat=streamOptimized has no parent and no zeroed_grain"));
         }
         if self.is_cowd() && self.zeroed {
             return Err(Error::invalid("subformat=vmfsSparse has no zeroed_grain"));
@@ -149,21 +200,38 @@ impl Options {
             self.grain = default;
         }
         if !self.grain.is_power_of_two() || !(least..=GRAIN_BYTES_MAX).contains(&self.grain) {
-            let what = format!("option grain_size={}: a power of two from {least} to 2M is expected", self.grain);
+            let what =
+                format!("option grain_size={}: a power of two from {least} to 2M is expected", self.grain);
             return Err(Error::invalid(what));
         }
-        let most = if self.subformat.split { self.extent * EXTENTS_MAX as u64 } else { (SECTORS_MAX * SECTOR) - (4 << 30) };
+        let most = if self.subformat.split {
+            self.extent * EXTENTS_MAX as u64
+        } else {
+            (SECTORS_MAX * SECTOR) - (4 << 30)
+        };
         let flat_max = 1 << 62;
         let most = if self.subformat.flat && !self.subformat.split { flat_max } else { most };
         if self.size == 0 || self.size > most {
-            let what = format!("a size of {}: {name} has from 512 bytes to {}", format_size(self.size), format_size(most));
+            let what = format!(
+                "a size of {}: {name} has from 512 bytes to {}",
+                format_size(self.size),
+                format_size(most)
+            );
             return Err(Error::invalid(what));
         }
         if !self.subformat.flat && self.tables(self.size) > DIRECTORY_ENTRIES_MAX {
-            let what = format!("a disk of {} in grains of {}: take a larger grain_size", format_size(self.size), self.grain);
+            let what = format!(
+                "a disk of {} in grains of {}: take a larger grain_size",
+                format_size(self.size),
+                self.grain
+            );
             return Err(Error::invalid(what));
         }
         Ok(())
+    }
+
+    fn is_stream(&self) -> bool {
+        self.subformat.name == "streamOptimized"
     }
 
     fn is_cowd(&self) -> bool {
@@ -218,7 +286,11 @@ pub(super) fn space(create: &Create) -> Result<Space, Error> {
     }
     let tables = options.extents().into_iter().map(|bytes| {
         let layout = Layout::new(&options, bytes);
-        if options.is_cowd() { layout.tables * COWD_TABLE_ENTRIES * 4 + layout.overhead } else { layout.overhead }
+        if options.is_cowd() {
+            layout.tables * COWD_TABLE_ENTRIES * 4 + layout.overhead
+        } else {
+            layout.overhead
+        }
     });
     Ok(Space { unit: options.grain, unit_space: options.grain, overhead: tables.sum() })
 }
@@ -231,11 +303,13 @@ pub(super) fn parent_of(link: &Link) -> Result<(u32, &str), Error> {
     let Some(path) = link.paths.first() else { return Err(Error::invalid("a parent without a path")) };
     let format = link.format.as_deref().unwrap_or("unknown");
     if format != "vmdk" {
-        let message = format!("the parent {path} is of type {format}: a VMDK can name parents of type vmdk alone");
+        let message =
+            format!("the parent {path} is of type {format}: a VMDK can name parents of type vmdk alone");
         return Err(Error::invalid(message));
     }
     let cid = super::cid_of(link.identity).filter(|cid| *cid != 0);
-    let cid = cid.ok_or_else(|| Error::invalid(format!("the parent {path} has no identity (CID) to be known by")))?;
+    let cid =
+        cid.ok_or_else(|| Error::invalid(format!("the parent {path} has no identity (CID) to be known by")))?;
     Ok((cid, path))
 }
 
@@ -265,7 +339,9 @@ pub async fn create(
     for (extent, bytes) in files.iter().zip(&sizes) {
         let name = base_name(extent);
         if name.contains(['"', '\n', '\r', '\0']) {
-            return Err(Error::invalid(format!("{name:?} cannot stand in a VMDK: quotes and ends of lines do not")));
+            return Err(Error::invalid(format!(
+                "{name:?} cannot stand in a VMDK: quotes and ends of lines do not"
+            )));
         }
         let offset = if options.subformat.kind == "FLAT" { " 0" } else { "" };
         lines.push(format!("RW {} {} \"{name}\"{offset}", bytes / SECTOR, options.subformat.kind));
@@ -275,7 +351,10 @@ pub async fn create(
     let text = descriptor::compose(&New { cid, parent, create_type, extents: &lines, database: &database })?;
     for (extent, bytes) in files.iter().zip(&sizes) {
         if extent.is_device() && !options.subformat.flat {
-            return Err(Error::unsupported(extent.name(), "a sparse extent on a block device: it has no end to grow at"));
+            return Err(Error::unsupported(
+                extent.name(),
+                "a sparse extent on a block device: it has no end to grow at",
+            ));
         }
         match options.subformat.flat {
             true => extent.extend(*bytes).await?,
@@ -285,7 +364,10 @@ pub async fn create(
     }
     let at = if options.subformat.single { SECTOR } else { 0 };
     if options.subformat.single && text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR {
-        return Err(Error::invalid(format!("the path of the parent has {} bytes, which is too long", text.len())));
+        return Err(Error::invalid(format!(
+            "the path of the parent has {} bytes, which is too long",
+            text.len()
+        )));
     }
     file.write(at, Buf::copy_of(&text)).await?;
     file.flush().await
@@ -312,19 +394,26 @@ impl Layout {
         let before = if options.subformat.single { 1 + DESCRIPTOR_SECTORS } else { 1 };
         let redundant = (before * SECTOR).next_multiple_of(4096);
         let stored = directory_bytes + tables * TABLE_ENTRIES * 4;
-        let directory = redundant + stored;
+        // Streams have no copy.
+        let directory = if options.is_stream() { redundant } else { redundant + stored };
         let overhead = (directory + stored).next_multiple_of(options.grain.max(4096));
         Layout { tables, directory_bytes, redundant, directory, overhead }
     }
 }
 
 /// Makes an empty sparse extent.
-async fn write_extent(file: &Rc<dyn ImageFile>, options: &Options, bytes: u64, child: bool) -> Result<(), Error> {
+async fn write_extent(
+    file: &Rc<dyn ImageFile>,
+    options: &Options,
+    bytes: u64,
+    child: bool,
+) -> Result<(), Error> {
     let layout = Layout::new(options, bytes);
     let sectors = |bytes: u64| U64::new(bytes / SECTOR);
     file.extend(layout.overhead).await?;
     if options.is_cowd() {
-        let geometry = if child { [0; 3] } else { [(bytes / (63 * 255 * SECTOR)).clamp(1, 65535) as u32, 255, 63] };
+        let geometry =
+            if child { [0; 3] } else { [(bytes / (63 * 255 * SECTOR)).clamp(1, 65535) as u32, 255, 63] };
         let header = CowdHeader {
             magic: COWD_MAGIC,
             version: U32::new(1),
@@ -338,7 +427,8 @@ async fn write_extent(file: &Rc<dyn ImageFile>, options: &Options, bytes: u64, c
         };
         return file.write(0, Buf::copy_of(header.as_bytes())).await;
     }
-    for directory in [layout.redundant, layout.directory] {
+    let stream = options.is_stream();
+    for directory in [layout.redundant, layout.directory].into_iter().skip(usize::from(stream)) {
         let first = (directory + layout.directory_bytes) / SECTOR;
         let entries: Vec<u8> = (0..layout.tables)
             .flat_map(|table| ((first + table * TABLE_ENTRIES * 4 / SECTOR) as u32).to_le_bytes())
@@ -348,13 +438,21 @@ async fn write_extent(file: &Rc<dyn ImageFile>, options: &Options, bytes: u64, c
     let zeroed = if options.zeroed { FLAG_ZEROED } else { 0 };
     let single = options.subformat.single;
     let header = SparseHeader {
-        version: U32::new(if options.zeroed { 2 } else { 1 }),
-        flags: U32::new(FLAG_NEWLINES | FLAG_REDUNDANT | zeroed),
+        version: U32::new(match (stream, options.zeroed) {
+            (true, _) => 3,
+            (false, zeroed) => 1 + u32::from(zeroed),
+        }),
+        flags: U32::new(
+            FLAG_NEWLINES | zeroed | if stream { FLAG_COMPRESSED | FLAG_MARKERS } else { FLAG_REDUNDANT },
+        ),
+        // Until its last grain is there.
+        unclean: u8::from(stream),
+        compression: U16::new(u16::from(stream)),
         capacity: sectors(bytes),
         grain: sectors(options.grain),
         descriptor: U64::new(if single { 1 } else { 0 }),
         descriptor_len: U64::new(if single { DESCRIPTOR_SECTORS } else { 0 }),
-        redundant: sectors(layout.redundant),
+        redundant: sectors(if stream { 0 } else { layout.redundant }),
         directory: sectors(layout.directory),
         overhead: sectors(layout.overhead),
         ..SparseHeader::new()

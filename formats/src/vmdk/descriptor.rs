@@ -134,7 +134,10 @@ impl Descriptor {
             start += bytes.len() + 1;
             let Ok(line) = std::str::from_utf8(bytes) else {
                 // Names in another encoding would be names of other files.
-                return Err(Error::unsupported(name, format!("line {} of its descriptor, which is not UTF-8,", number + 1)));
+                return Err(Error::unsupported(
+                    name,
+                    format!("line {} of its descriptor, which is not UTF-8,", number + 1),
+                ));
             };
             let at = at + line.len() - line.trim_start().len();
             let line = line.trim();
@@ -145,12 +148,19 @@ impl Descriptor {
                 let extent = extent.map_err(|what| bad(name, number, what))?;
                 parsed.extents.push(extent);
                 if parsed.extents.len() > EXTENTS_MAX {
-                    return Err(Error::unsupported(name, format!("a disk of more than {EXTENTS_MAX} extents")));
+                    return Err(Error::unsupported(
+                        name,
+                        format!("a disk of more than {EXTENTS_MAX} extents"),
+                    ));
                 }
                 continue;
             }
             let Some((key, value)) = line.split_once('=') else {
-                return Err(bad(name, number, format!("is neither an extent nor KEY=VALUE: {}", shown(line))));
+                return Err(bad(
+                    name,
+                    number,
+                    format!("is neither an extent nor KEY=VALUE: {}", shown(line)),
+                ));
             };
             let value_at = at + key.len() + 1 + (value.len() - value.trim_start().len());
             let (key, value) = (key.trim(), value.trim());
@@ -167,19 +177,31 @@ impl Descriptor {
             }
         }
         if parsed.create_type.is_empty() {
-            return Err(Error::corrupt(name, "its descriptor does not say of which type the disk is (createType)"));
+            return Err(Error::corrupt(
+                name,
+                "its descriptor does not say of which type the disk is (createType)",
+            ));
         }
         let total = parsed.extents.iter().try_fold(0u64, |sum, extent| sum.checked_add(extent.bytes));
         if total.is_none_or(|bytes| bytes > 1 << 62) || total == Some(0) {
-            return Err(Error::corrupt(name, "the extents of its descriptor come to no size that a disk can have"));
+            return Err(Error::corrupt(
+                name,
+                "the extents of its descriptor come to no size that a disk can have",
+            ));
         }
         Ok(parsed)
     }
 
     fn set(&mut self, name: &str, key: &str, value: &str, value_at: usize) -> Result<(), Problem> {
         let number = |what: &str| {
-            let number = u32::from_str_radix(value, 16).ok().filter(|_| value.len() <= 8 && !value.starts_with('+'));
-            number.ok_or_else(|| Problem::Damage(format!("says that {what} is {}: up to 8 hexadecimal digits are expected", shown(value))))
+            let number =
+                u32::from_str_radix(value, 16).ok().filter(|_| value.len() <= 8 && !value.starts_with('+'));
+            number.ok_or_else(|| {
+                Problem::Damage(format!(
+                    "says that {what} is {}: up to 8 hexadecimal digits are expected",
+                    shown(value)
+                ))
+            })
         };
         match key {
             "version" if !matches!(value, "1" | "2" | "3") => {
@@ -274,7 +296,11 @@ fn extent_line(line: &str, at: usize) -> Result<Option<ExtentLine>, String> {
         _ => return Ok(None),
     };
     let (sectors, sectors_at) = word();
-    let bytes = sectors.parse::<u64>().ok().and_then(|sectors| sectors.checked_mul(SECTOR)).filter(|bytes| *bytes > 0);
+    let bytes = sectors
+        .parse::<u64>()
+        .ok()
+        .and_then(|sectors| sectors.checked_mul(SECTOR))
+        .filter(|bytes| *bytes > 0);
     let bytes = bytes.ok_or_else(|| format!("is an extent of {} sectors", shown(sectors)))?;
     let kind = match word().0 {
         "FLAT" | "VMFS" => Kind::Flat,
@@ -311,9 +337,12 @@ fn extent_line(line: &str, at: usize) -> Result<Option<ExtentLine>, String> {
 /// The lines of a descriptor that name a parent: its identity, and where it is. The first has to follow that of the image's own
 /// identity: QEMU drops what is between the two.
 fn parent_lines(parent: Option<(u32, &str)>) -> Result<(String, String), Error> {
-    let Some((cid, hint)) = parent else { return Ok((format!("parentCID={NO_PARENT:08x}\n"), String::new())) };
+    let Some((cid, hint)) = parent else {
+        return Ok((format!("parentCID={NO_PARENT:08x}\n"), String::new()));
+    };
     if hint.is_empty() || hint.contains(['"', '\n', '\r', '\0']) {
-        let message = format!("the parent's path {hint:?} cannot stand in a VMDK: quotes and ends of lines do not");
+        let message =
+            format!("the parent's path {hint:?} cannot stand in a VMDK: quotes and ends of lines do not");
         return Err(Error::invalid(message));
     }
     Ok((format!("parentCID={cid:08x}\n"), format!("parentFileNameHint=\"{hint}\"\n")))
@@ -349,7 +378,8 @@ pub struct New<'a> {
 pub fn compose(new: &New<'_>) -> Result<Vec<u8>, Error> {
     let (identity, hint) = parent_lines(new.parent)?;
     let (cid, create_type) = (new.cid, new.create_type);
-    let head = format!("{SIGNATURE}\nversion=1\nCID={cid:08x}\n{identity}createType=\"{create_type}\"\n{hint}");
+    let head =
+        format!("{SIGNATURE}\nversion=1\nCID={cid:08x}\n{identity}createType=\"{create_type}\"\n{hint}");
     let mut text = head.into_bytes();
     let end = (text.len() + 1).next_multiple_of(SECTOR as usize);
     pad(&mut text, end);
@@ -367,7 +397,12 @@ pub fn compose(new: &New<'_>) -> Result<Vec<u8>, Error> {
 
 /// The one write that makes `new` of the descriptor `old` in its space: `place` of the file, which is all of it when the descriptor has
 /// a file of its own.
-fn one_write(name: &str, place: &Range<u64>, old: &[u8], mut new: Vec<u8>) -> Result<Option<(u64, Buf)>, Error> {
+fn one_write(
+    name: &str,
+    place: &Range<u64>,
+    old: &[u8],
+    mut new: Vec<u8>,
+) -> Result<Option<(u64, Buf)>, Error> {
     let own_file = place.start == 0;
     // A text of its own file gets no shorter, one inside an extent is followed by zeroes.
     let filler = if own_file { b'\n' } else { 0 };
@@ -403,7 +438,12 @@ pub fn check(file: &Rc<dyn ImageFile>, place: &Range<u64>, old: &[u8], new: &[u8
 ///
 /// # Errors
 /// It takes more than that; I/O.
-pub async fn write(file: &Rc<dyn ImageFile>, place: &Range<u64>, old: &[u8], new: Vec<u8>) -> Result<(), Error> {
+pub async fn write(
+    file: &Rc<dyn ImageFile>,
+    place: &Range<u64>,
+    old: &[u8],
+    new: Vec<u8>,
+) -> Result<(), Error> {
     match one_write(file.name(), place, old, new)? {
         Some((at, bytes)) => file.write(at, bytes).await,
         None => Ok(()),

@@ -97,7 +97,11 @@ pub async fn for_each_piece(
 }
 
 /// Writes the tables that count over their copies where these differ. A table that has no sound entries is not spread.
-pub async fn make_equal(file: &Rc<dyn ImageFile>, shape: &Shape, directory: &Directory) -> Result<u64, Error> {
+pub async fn make_equal(
+    file: &Rc<dyn ImageFile>,
+    shape: &Shape,
+    directory: &Directory,
+) -> Result<u64, Error> {
     let mut changed = 0;
     for (first, copy) in directory.first.iter().zip(&directory.copy) {
         let place = |entry| Directory::place(Some(entry), shape.table_bytes(), file.length()).ok().flatten();
@@ -184,7 +188,9 @@ impl std::fmt::Display for Damage {
         let Damage { number, entry, problem } = self;
         match problem {
             Problem::TablesOverlap => write!(f, "a table is said to be at sector {entry:#x}, {problem}"),
-            Problem::NoTable => write!(f, "grain table {number} is said to be at sector {entry:#x}, {problem}"),
+            Problem::NoTable => {
+                write!(f, "grain table {number} is said to be at sector {entry:#x}, {problem}")
+            }
             _ => write!(f, "grain {number} is said to be at sector {entry:#x}, {problem}"),
         }
     }
@@ -215,7 +221,12 @@ impl Walk {
 }
 
 /// Ranges of the file that hold headers, descriptor, directories and tables: sorted, adjacent ones together. Two that overlap are damage.
-fn metadata(file: &Rc<dyn ImageFile>, shape: &Shape, directory: &Directory, walk: &mut Walk) -> Vec<Range<u64>> {
+fn metadata(
+    file: &Rc<dyn ImageFile>,
+    shape: &Shape,
+    directory: &Directory,
+    walk: &mut Walk,
+) -> Vec<Range<u64>> {
     let mut ranges = vec![0..if shape.cowd { super::header::COWD_HEADER_BYTES } else { SECTOR }];
     ranges.push(shape.descriptor.clone());
     for at in [Some(shape.directory.get()), shape.redundant.get()].into_iter().flatten() {
@@ -252,7 +263,8 @@ pub async fn walk(file: &Rc<dyn ImageFile>, shape: &Shape, directory: &Directory
     let mut unit = shape.grain;
     loop {
         if file.length() / unit > PLACES_MAX {
-            let what = format!("grains at multiples of {unit} bytes in a file of {}: convert it", file.length());
+            let what =
+                format!("grains at multiples of {unit} bytes in a file of {}: convert it", file.length());
             return Err(Error::unsupported(file.name(), what));
         }
         match walk_in(file, shape, directory, unit).await? {
@@ -330,7 +342,8 @@ fn free(places: &[u64], unit: u64, shape: &Shape, end: u64) -> Vec<Range<u64>> {
             at += 64 * unit;
             continue;
         }
-        let taken = |place: u64| places.get((place / 64) as usize).is_none_or(|word| word >> (place % 64) & 1 == 1);
+        let taken =
+            |place: u64| places.get((place / 64) as usize).is_none_or(|word| word >> (place % 64) & 1 == 1);
         if !(at / unit..(at + shape.grain) / unit).any(taken) {
             match free.last_mut() {
                 Some(last) if last.end == at => last.end += shape.grain,

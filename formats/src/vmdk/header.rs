@@ -201,7 +201,8 @@ impl Shape {
     pub fn parse_hosted(name: &str, sector: &[u8]) -> Result<SparseHeader, Error> {
         let Some(header) = SparseHeader::read_from_bytes(sector).ok().filter(|header| header.magic == MAGIC)
         else {
-            let message = format!("{name} is no sparse extent of a VMDK: it begins with neither KDMV nor COWD");
+            let message =
+                format!("{name} is no sparse extent of a VMDK: it begins with neither KDMV nor COWD");
             return Err(Error::new(crate::error::ErrorKind::WrongFormat, message));
         };
         if header.flags.get() & FLAG_NEWLINES != 0 && header.newlines != NEWLINES {
@@ -214,10 +215,16 @@ impl Shape {
     fn of_hosted(name: &str, header: &SparseHeader) -> Result<Shape, Error> {
         let (version, flags) = (header.version.get(), header.flags.get());
         if !(1..=3).contains(&version) {
-            return Err(Error::unsupported(name, format!("version {version} of a sparse extent: 1 to 3 are known")));
+            return Err(Error::unsupported(
+                name,
+                format!("version {version} of a sparse extent: 1 to 3 are known"),
+            ));
         }
         if flags & !FLAGS_KNOWN != 0 {
-            return Err(Error::unsupported(name, format!("flags {:#x} of a sparse extent", flags & !FLAGS_KNOWN)));
+            return Err(Error::unsupported(
+                name,
+                format!("flags {:#x} of a sparse extent", flags & !FLAGS_KNOWN),
+            ));
         }
         if u64::from(header.entries.get()) != TABLE_ENTRIES {
             let what = format!("grain tables of {} entries: 512 are", header.entries);
@@ -227,7 +234,9 @@ impl Shape {
             (0, false) => false,
             (1, true) => true,
             (method, flag) => {
-                let what = format!("compression method {method} with the flag for compressed grains at {flag}: none (0) or deflate (1) is");
+                let what = format!(
+                    "compression method {method} with the flag for compressed grains at {flag}: none (0) or deflate (1) is"
+                );
                 return Err(Error::unsupported(name, what));
             }
         };
@@ -235,7 +244,8 @@ impl Shape {
             let bytes = sectors.get().checked_mul(SECTOR).filter(|bytes| *bytes < 1 << 47);
             bytes.ok_or_else(|| Error::corrupt(name, format!("its header says {sectors} sectors for {what}")))
         };
-        let (descriptor, len) = (bytes(header.descriptor, "the descriptor")?, bytes(header.descriptor_len, "the descriptor")?);
+        let (descriptor, len) =
+            (bytes(header.descriptor, "the descriptor")?, bytes(header.descriptor_len, "the descriptor")?);
         let redundant = match flags & FLAG_REDUNDANT != 0 && header.redundant.get() != 0 {
             true => Some(bytes(header.redundant, "the redundant grain directory")?),
             false => None,
@@ -307,19 +317,25 @@ impl Shape {
             );
             return Err(Error::unsupported(name, what));
         }
-        for (what, at) in [("grain directory", Some(self.directory.get())), ("redundant grain directory", self.redundant.get())] {
+        for (what, at) in [
+            ("grain directory", Some(self.directory.get())),
+            ("redundant grain directory", self.redundant.get()),
+        ] {
             let Some(at) = at else { continue };
             if at < SECTOR || at.saturating_add(self.tables() * 4) > length {
-                let what = format!("the {what} is said to be at {at}, which is not in the file of {length} bytes");
+                let what =
+                    format!("the {what} is said to be at {at}, which is not in the file of {length} bytes");
                 return Err(Error::corrupt(name, what));
             }
         }
         if !self.descriptor.is_empty() && (self.descriptor.start < SECTOR || self.descriptor.end > length) {
-            let what = format!("its descriptor is said to be at {:?}, which is not in the file", self.descriptor);
+            let what =
+                format!("its descriptor is said to be at {:?}, which is not in the file", self.descriptor);
             return Err(Error::corrupt(name, what));
         }
         if self.overhead > length.next_multiple_of(SECTOR) {
-            let what = format!("it has {length} bytes, and {} of tables alone: it was cut off", self.overhead);
+            let what =
+                format!("it has {length} bytes, and {} of tables alone: it was cut off", self.overhead);
             return Err(Error::corrupt(name, what));
         }
         Ok(())
@@ -335,7 +351,8 @@ impl Shape {
 /// The header that the end of a stream has, between its marker and the one that ends the stream.
 async fn read_footer(file: &Rc<dyn ImageFile>) -> Result<SparseHeader, Error> {
     let name = file.name();
-    let cut = |what: &str| Err(Error::corrupt(name, format!("{what}: the stream was cut off; copy it again")));
+    let cut =
+        |what: &str| Err(Error::corrupt(name, format!("{what}: the stream was cut off; copy it again")));
     let Some(at) = (file.length() / SECTOR * SECTOR).checked_sub(3 * SECTOR) else {
         return cut("it is too short for the footer that its header promises");
     };
@@ -354,7 +371,12 @@ async fn read_footer(file: &Rc<dyn ImageFile>) -> Result<SparseHeader, Error> {
 impl SparseHeader {
     /// The header of a new extent; what is not given is zero.
     pub fn new() -> SparseHeader {
-        SparseHeader { magic: MAGIC, newlines: NEWLINES, entries: U32::new(TABLE_ENTRIES as u32), ..SparseHeader::new_zeroed() }
+        SparseHeader {
+            magic: MAGIC,
+            newlines: NEWLINES,
+            entries: U32::new(TABLE_ENTRIES as u32),
+            ..SparseHeader::new_zeroed()
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use super::directory::Place as Grain;
 use super::header::SECTOR;
 use super::sparse::Sparse;
 use crate::driver::{
-    Driver, Erase, Erased, Extent, FileIndex, Fill, Order, Place, Plan, Under, Usage, push_extent,
+    Driver, Encoding, Erase, Erased, Extent, FileIndex, Fill, Order, Place, Plan, Under, Usage, push_extent,
 };
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, ImageFile, Pending};
@@ -74,6 +74,8 @@ pub(super) struct Image {
     pub descriptor_place: Range<u64>,
     pub unsettled: Unsettled,
     pub late: Late,
+    /// Grains that were decoded last.
+    pub decoded: Rc<crate::codec::Decoded>,
     plans: RefCell<BTreeMap<u64, Vec<Piece>>>,
     next_plan: Cell<u64>,
     /// The contents have a new identity, or need none.
@@ -88,6 +90,7 @@ pub(super) struct Parts {
     pub writable: bool,
     pub below: u64,
     pub tables: Rc<Tables>,
+    pub decoded: Rc<crate::codec::Decoded>,
     pub slice_bytes: u64,
     pub descriptor: super::descriptor::Descriptor,
     pub descriptor_place: Range<u64>,
@@ -116,7 +119,9 @@ impl Drop for Draft<'_> {
 pub(super) fn new_cid(old: Option<(u32, usize)>) -> u32 {
     loop {
         let random = uuid::Uuid::new_v4().as_u128() as u32;
-        let cid = old.map_or(random, |(_, digits)| random & u32::MAX.checked_shr(32 - 4 * digits.clamp(1, 8) as u32).unwrap_or(0));
+        let cid = old.map_or(random, |(_, digits)| {
+            random & u32::MAX.checked_shr(32 - 4 * digits.clamp(1, 8) as u32).unwrap_or(0)
+        });
         // The last two mean that there is no parent, or that the identity is elsewhere.
         if cid < u32::MAX - 1 && old.is_none_or(|(old, _)| old != cid) {
             return cid;
@@ -142,6 +147,7 @@ impl Image {
             descriptor_place: parts.descriptor_place,
             unsettled: Unsettled::default(),
             late: Late::default(),
+            decoded: parts.decoded,
             plans: RefCell::default(),
             next_plan: Cell::new(0),
             changed: Cell::new(false),
@@ -164,6 +170,17 @@ impl Image {
     /// The sparse extents.
     pub fn all_sparse(&self) -> impl Iterator<Item = &Sparse> {
         (0..self.parts.len()).filter_map(|part| self.sparse(part))
+    }
+
+    /// The sparse extent that has a byte of the disk, and where it begins.
+    pub fn sparse_at(&self, offset: u64) -> Option<(u64, &Sparse)> {
+        let part = self.part_at(offset);
+        Some((self.parts[part].start, self.sparse(part)?))
+    }
+
+    /// Where the extent ends that has a byte of the disk.
+    pub fn end_of_extent(&self, offset: u64) -> u64 {
+        self.parts[self.part_at(offset)].end.get()
     }
 
     /// The extent that has a byte of the disk.
@@ -199,7 +216,12 @@ impl Image {
         let sparse = match &part.kind {
             Kind::Flat(file, offset) => {
                 let offset = offset + (range.start - part.start);
-                push_extent(out, range.start, range.end - range.start, Place::Data { file: *file, offset, in_place });
+                push_extent(
+                    out,
+                    range.start,
+                    range.end - range.start,
+                    Place::Data { file: *file, offset, in_place },
+                );
                 return Ok(range.end);
             }
             Kind::Zero => {
@@ -248,7 +270,9 @@ impl Image {
             let new = new_cid(Some((old, digits)));
             let text = format!("{new:0digits$x}").into_bytes();
             self.late.wait().await;
-            self.late.finish(file.write(self.descriptor_place.start + at.start as u64, Buf::copy_of(&text))).await?;
+            self.late
+                .finish(file.write(self.descriptor_place.start + at.start as u64, Buf::copy_of(&text)))
+                .await?;
             file.flush().await?;
             let mut descriptor = self.descriptor.borrow_mut();
             descriptor.text[at.clone()].copy_from_slice(&text);
@@ -276,7 +300,8 @@ impl Image {
                 }
                 Kind::Sparse(sparse) => {
                     let grain_bytes = sparse.shape.grain;
-                    let grains = (piece.start - part.start) / grain_bytes..(piece.end - part.start).div_ceil(grain_bytes);
+                    let grains = (piece.start - part.start) / grain_bytes
+                        ..(piece.end - part.start).div_ceil(grain_bytes);
                     for grain in grains {
                         fills.push(self.plan_grain(&mut draft, number, sparse, grain).await?);
                     }
@@ -289,9 +314,19 @@ impl Image {
         Ok(Plan { id, fills })
     }
 
-    async fn plan_grain(&self, draft: &mut Draft<'_>, part: usize, sparse: &Sparse, grain: u64) -> Result<Fill, Error> {
+    async fn plan_grain(
+        &self,
+        draft: &mut Draft<'_>,
+        part: usize,
+        sparse: &Sparse,
+        grain: u64,
+    ) -> Result<Fill, Error> {
         let range = self.grain_range(&self.parts[part], sparse.shape.grain, grain);
         let old = sparse.place_of(&self.tables, grain).await?;
+        if sparse.shape.stream {
+            let what = "writing to a stream, which takes compressed grains alone, once: make it by `image convert -c`";
+            return Err(Error::unsupported(self.name(), what));
+        }
         if let Grain::At(offset) = old {
             return Ok(Fill { range, file: sparse.index, offset, under: Under::Kept });
         }
@@ -307,19 +342,28 @@ impl Image {
 
     async fn commit_plan(&self, id: u64) -> Result<(), Error> {
         let pieces = self.plans.borrow_mut().remove(&id);
-        let pieces = pieces.ok_or_else(|| Error::invalid(format!("{}: there is no plan {id}", self.name())))?;
+        let pieces =
+            pieces.ok_or_else(|| Error::invalid(format!("{}: there is no plan {id}", self.name())))?;
         let mut draft = Draft { image: self, pieces };
         while let Some(piece) = draft.pieces.last() {
             if let Some(sparse) = self.sparse(piece.part) {
                 sparse.note_used(piece.place + sparse.shape.grain);
-                self.set_entry(sparse, piece.part, piece.grain, (piece.place / SECTOR) as u32, piece.order).await?;
+                self.set_entry(sparse, piece.part, piece.grain, (piece.place / SECTOR) as u32, piece.order)
+                    .await?;
             }
             draft.pieces.pop();
         }
         self.settle().await
     }
 
-    async fn set_entry(&self, sparse: &Sparse, part: usize, grain: u64, entry: u32, order: Order) -> Result<(), Error> {
+    async fn set_entry(
+        &self,
+        sparse: &Sparse,
+        part: usize,
+        grain: u64,
+        entry: u32,
+        order: Order,
+    ) -> Result<(), Error> {
         self.unsettled.note(self.grain_range(&self.parts[part], sparse.shape.grain, grain).start);
         sparse.set(&self.tables, grain, entry, order).await
     }
@@ -356,7 +400,8 @@ impl Image {
                 }
                 Kind::Sparse(sparse) => {
                     let grain_bytes = sparse.shape.grain;
-                    let grains = (piece.start - part.start) / grain_bytes..(piece.end - part.start).div_ceil(grain_bytes);
+                    let grains = (piece.start - part.start) / grain_bytes
+                        ..(piece.end - part.start).div_ceil(grain_bytes);
                     for grain in grains {
                         if !self.erase_grain(number, sparse, grain, &piece).await? {
                             erased = Erased::WriteZeroes;
@@ -370,7 +415,17 @@ impl Image {
     }
 
     /// Makes a grain read as zero without space; false: the format cannot say that.
-    async fn erase_grain(&self, number: usize, sparse: &Sparse, grain: u64, erased: &Range<u64>) -> Result<bool, Error> {
+    async fn erase_grain(
+        &self,
+        number: usize,
+        sparse: &Sparse,
+        grain: u64,
+        erased: &Range<u64>,
+    ) -> Result<bool, Error> {
+        if sparse.shape.stream {
+            // What is there stays, and what is not there is zero.
+            return Ok(sparse.place_of(&self.tables, grain).await? == Grain::Absent);
+        }
         let range = self.grain_range(&self.parts[number], sparse.shape.grain, grain);
         let below = range.start < self.below;
         let entry = match (below, sparse.shape.zeroed) {
@@ -392,7 +447,10 @@ impl Image {
         if let Some(at) = place {
             // What the entry shows after power loss was asked to be zero, and is. Only then the place may get another owner: the zeroes
             // must not meet it. Not giving the bytes back costs space only.
-            let _ = self.late.finish(sparse.file.zero(at..(at + sparse.shape.grain).min(sparse.file.length()))).await;
+            let _ = self
+                .late
+                .finish(sparse.file.zero(at..(at + sparse.shape.grain).min(sparse.file.length())))
+                .await;
             sparse.release(grain, at);
         }
         Ok(true)
@@ -406,6 +464,9 @@ impl Image {
         lost.into_iter().for_each(|pieces| drop(Draft { image: self, pieces }));
         self.late.wait().await;
         self.write_back().await?;
+        for sparse in self.all_sparse() {
+            sparse.end_stream().await?;
+        }
         for file in self.files.iter().filter(|file| file.is_writable()) {
             file.flush().await?;
         }
@@ -485,8 +546,19 @@ impl Driver for Image {
     }
 
     fn decode(&self, range: Range<u64>) -> Pending<'_, Buf> {
-        let message = format!("{}: decoding {} bytes at {}: compressed grains", self.name(), range.end - range.start, range.start);
-        Box::pin(std::future::ready(Err(Error::new(ErrorKind::Unsupported, message))))
+        Box::pin(self.decode_grain(range))
+    }
+
+    fn encoding(&self) -> Option<Encoding> {
+        self.stream_encoding()
+    }
+
+    fn write_encoded(&self, units: Vec<(u64, Vec<u8>)>) -> Pending<'_, ()> {
+        Box::pin(async move {
+            self.begin_changes().await?;
+            self.late.wait().await;
+            self.append_grains(units).await
+        })
     }
 
     fn usage(&self) -> Usage {

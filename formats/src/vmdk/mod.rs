@@ -10,6 +10,7 @@
 //! | [`directory`] | grain directories and tables: reading, walking, keeping both copies equal |
 //! | `sparse`, `reserve` | a sparse extent at run time, and places for its new grains |
 //! | `image` | the driver |
+//! | `stream` | compressed grains |
 //! | [`create`], [`check`], `resize` | what they say |
 //!
 //! # What a crash leaves
@@ -18,7 +19,7 @@
 //! cleanly, the first table counts, and the next opening for writing makes them equal. Left over may be unreferenced space at the end.
 //!
 //! # What is not done
-//! Disks are not made smaller, and COWD extents and full 2-GB extents not larger. Streams are read. Images whose changes are tracked by ESX
+//! Disks are not made smaller, and COWD extents and full 2-GB extents not larger. A stream is written once, by who makes it. Images whose changes are tracked by ESX
 //! (version 3, `changeTrackPath`), with read-only or ZERO extents, and sparse extents on block devices are not written. `seSparse` is not
 //! documented, and disks on raw devices are not files: both are refused by name, as are encryption and I/O filters.
 
@@ -31,6 +32,7 @@ mod image;
 mod reserve;
 mod resize;
 mod sparse;
+mod stream;
 
 #[cfg(test)]
 mod tests;
@@ -131,7 +133,10 @@ impl Own {
             return Err(Error::new(ErrorKind::WrongFormat, format!("{name} is no VMDK: it {what}")));
         }
         if file.length() > TEXT_BYTES_MAX {
-            return Err(Error::unsupported(&name, format!("a descriptor of {} bytes: up to 1 MiB is", file.length())));
+            return Err(Error::unsupported(
+                &name,
+                format!("a descriptor of {} bytes: up to 1 MiB is", file.length()),
+            ));
         }
         let text = file.read(0, file.length() as usize).await?;
         let descriptor = Descriptor::parse(&name, &text)?;
@@ -150,7 +155,9 @@ impl Own {
         let text = text.filter(|text| text[0] != 0);
         let descriptor = match text {
             Some(text) => Descriptor::parse(&name, &text)?,
-            None if shape.root => Descriptor { create_type: "vmfsSparse".to_owned(), ..Descriptor::default() },
+            None if shape.root => {
+                Descriptor { create_type: "vmfsSparse".to_owned(), ..Descriptor::default() }
+            }
             None => {
                 let what = "it is an extent of a disk whose descriptor is in another file: name that one";
                 return Err(Error::new(ErrorKind::Missing, format!("{name}: {what}")));
@@ -198,13 +205,20 @@ impl Own {
 
     /// Whether the image can be written, as far as its own file says.
     fn writable(&self) -> Result<(), String> {
-        if self.shape.as_ref().is_some_and(|shape| shape.stream) {
-            return Err("it is stream-optimized, which is written once: convert it into a monolithicSparse one".to_owned());
+        let stream = self.shape.as_ref().is_some_and(|shape| shape.stream);
+        if self.shape.as_ref().is_some_and(|shape| shape.stream && !shape.unclean) {
+            return Err(
+                "it is stream-optimized, which is written once: convert it into a monolithicSparse one"
+                    .to_owned(),
+            );
         }
-        if self.descriptor.change_tracking || self.shape.as_ref().is_some_and(|shape| shape.version == 3) {
+        if self.descriptor.change_tracking
+            || self.shape.as_ref().is_some_and(|shape| shape.version == 3 && !stream)
+        {
             return Err("its changes are tracked in another file (ESX), which would miss ours".to_owned());
         }
-        let closed = |extent: &&descriptor::ExtentLine| extent.access == Access::ReadOnly || extent.kind == Kind::Zero;
+        let closed =
+            |extent: &&descriptor::ExtentLine| extent.access == Access::ReadOnly || extent.kind == Kind::Zero;
         if let Some(extent) = self.descriptor.extents.iter().find(closed) {
             return Err(format!("it has an extent {:?} of {:?} for reading alone", extent.file, extent.kind));
         }
@@ -270,7 +284,10 @@ async fn open_image(open: Open) -> Result<Image, Error> {
         return Err(Error::unsupported(&name, format!("writing to it: {reason}")));
     }
     if own.descriptor.parent_cid.is_some() && open.below_size.is_none() {
-        return Err(Error::new(ErrorKind::Missing, format!("{name} has a parent: it cannot be read without it")));
+        return Err(Error::new(
+            ErrorKind::Missing,
+            format!("{name} has a parent: it cannot be read without it"),
+        ));
     }
     if own.descriptor.parent_cid.is_none() && open.below_size.is_some() {
         return Err(Error::invalid(format!("{name} has no parent")));
@@ -290,6 +307,7 @@ async fn open_image(open: Open) -> Result<Image, Error> {
     let tables = Tables::over(tables, data.collect(), slice_bytes, &open.budget, open.log.clone());
     Ok(Image::new(Parts {
         parts,
+        decoded: crate::codec::Decoded::new(&open.budget),
         writable: open.writable,
         below: open.below_size.unwrap_or(0),
         tables,
@@ -319,7 +337,11 @@ async fn open_parts(own: &Own, open: &Open) -> Result<Vec<Part>, Error> {
             Some((Kind::Zero, _)) => image::Kind::Zero,
             Some((Kind::Flat, offset)) => {
                 if offset + bytes > file.length() {
-                    let what = format!("it has {} bytes, and extent {number} of {} says {bytes} at {offset}", file.length(), own.name);
+                    let what = format!(
+                        "it has {} bytes, and extent {number} of {} says {bytes} at {offset}",
+                        file.length(),
+                        own.name
+                    );
                     return Err(Error::corrupt(file.name(), what));
                 }
                 flat.push((index, offset..offset + bytes));
@@ -342,15 +364,22 @@ async fn open_parts(own: &Own, open: &Open) -> Result<Vec<Part>, Error> {
 fn check_sparse(own: &Own, sparse: &Sparse, start: u64, bytes: u64, writable: bool) -> Result<(), Error> {
     let (name, shape) = (sparse.file.name(), &sparse.shape);
     if shape.capacity.get() < bytes {
-        let what = format!("its header says {} bytes, and {} expects {bytes}", shape.capacity.get(), own.name);
+        let what =
+            format!("its header says {} bytes, and {} expects {bytes}", shape.capacity.get(), own.name);
         return Err(Error::corrupt(name, what));
     }
-    if writable && (shape.stream || shape.version == 3) {
-        return Err(Error::unsupported(name, "writing to a stream-optimized or change-tracked extent: convert the disk"));
+    if writable && if shape.stream { !shape.unclean } else { shape.version == 3 } {
+        return Err(Error::unsupported(
+            name,
+            "writing to a stream-optimized or change-tracked extent: convert the disk",
+        ));
     }
     // A grain would lie in two units of the disk, and two requests could plan it at a time.
     if writable && !start.is_multiple_of(shape.grain) {
-        let what = format!("writing to it: it begins at byte {start} of the disk, which is no multiple of its grains of {}", shape.grain);
+        let what = format!(
+            "writing to it: it begins at byte {start} of the disk, which is no multiple of its grains of {}",
+            shape.grain
+        );
         return Err(Error::unsupported(name, what));
     }
     Ok(())
@@ -365,7 +394,9 @@ fn check_shared(own: &Own, parts: &[Part], mut flat: Vec<(FileIndex, Range<u64>)
     flat.extend(sparse);
     flat.sort_unstable_by_key(|(file, range)| (*file, range.start));
     let shared = flat.windows(2).find(|pair| pair[0].0 == pair[1].0 && pair[0].1.end > pair[1].1.start);
-    shared.map_or(Ok(()), |_| Err(Error::corrupt(&own.name, "two of its extents lie over each other in one file")))
+    shared.map_or(Ok(()), |_| {
+        Err(Error::corrupt(&own.name, "two of its extents lie over each other in one file"))
+    })
 }
 
 /// Bytes of a slice of tables: 4 KiB where all tables are there and nothing else is in the same 4 KiB, 512 where the disk's bytes may be
@@ -375,7 +406,8 @@ fn slice_bytes(own: &Own, parts: &[Part]) -> usize {
     let text_end = own.place.start + own.descriptor.text.len() as u64;
     let is_apart = |sparse: &Sparse| {
         let (shape, directory) = (&sparse.shape, sparse.directory.borrow());
-        let tables = || directory.first.iter().chain(&directory.copy).map(|sector| u64::from(*sector) * SECTOR);
+        let tables =
+            || directory.first.iter().chain(&directory.copy).map(|sector| u64::from(*sector) * SECTOR);
         let directories = [Some(shape.directory.get()), shape.redundant.get()];
         let first = tables().chain(directories.into_iter().flatten()).min().unwrap_or(0);
         let last = tables().max().unwrap_or(0) + shape.table_bytes();
@@ -397,7 +429,10 @@ fn slice_bytes(own: &Own, parts: &[Part]) -> usize {
 async fn set_backing(file: Rc<dyn ImageFile>, backing: Option<(Link, u64)>) -> Result<(), Error> {
     let own = Own::read(&file).await?;
     if own.descriptor.cid.is_none() {
-        return Err(Error::unsupported(&own.name, "another parent: it has no descriptor that could name one"));
+        return Err(Error::unsupported(
+            &own.name,
+            "another parent: it has no descriptor that could name one",
+        ));
     }
     let parent = match &backing {
         Some((link, _)) => Some(create::parent_of(link)?),

@@ -107,7 +107,9 @@ impl Reserve {
             return self.recycle(tables).await;
         }
         match self.grow(len).await {
-            Err(error) if error.kind == ErrorKind::NoSpace && len == self.grain && waiting() > 0 => self.recycle(tables).await,
+            Err(error) if error.kind == ErrorKind::NoSpace && len == self.grain && waiting() > 0 => {
+                self.recycle(tables).await
+            }
             other => other,
         }
     }
@@ -116,7 +118,10 @@ impl Reserve {
     async fn grow(&self, len: u64) -> Result<(), Error> {
         let before = self.tail.get();
         let start = before.next_multiple_of(self.grain);
-        let wanted = (self.growth.get() * 2).clamp(GROWTH_BYTES_MIN, GROWTH_BYTES_MAX).next_multiple_of(self.grain).max(len);
+        let wanted = (self.growth.get() * 2)
+            .clamp(GROWTH_BYTES_MIN, GROWTH_BYTES_MAX)
+            .next_multiple_of(self.grain)
+            .max(len);
         let end = (start + wanted).min(SECTORS_MAX * SECTOR / self.grain * self.grain);
         if end < start + len {
             let what = format!("a sparse extent has at most 2 TiB, and this one has {start} bytes");

@@ -27,18 +27,26 @@ impl Image {
         }
         let refuse = |what: String| Err(Error::unsupported(name, what));
         if size < old {
-            return refuse(format!("making a VMDK smaller ({old} to {size} bytes): convert it into a new image of that size"));
+            return refuse(format!(
+                "making a VMDK smaller ({old} to {size} bytes): convert it into a new image of that size"
+            ));
         }
         let Some(part) = self.parts.last().filter(|_| size.is_multiple_of(SECTOR)) else {
-            return Err(Error::invalid(format!("{name}: a size of {size} bytes: a multiple of 512 is expected")));
+            return Err(Error::invalid(format!(
+                "{name}: a size of {size} bytes: a multiple of 512 is expected"
+            )));
         };
         if self.below > old {
-            return refuse("growing over a larger parent, whose bytes would come to light: convert it".to_owned());
+            return refuse(
+                "growing over a larger parent, whose bytes would come to light: convert it".to_owned(),
+            );
         }
         let (bytes, text) = (size - part.start, self.descriptor.borrow().with_last_size(size - part.start));
         let split = self.descriptor.borrow().create_type.to_ascii_lowercase().contains("gbmaxextent");
         if split && bytes > SPLIT_BYTES_MAX {
-            return refuse(format!("growing its last extent to {bytes} bytes: it is split into extents of up to 2 GiB; convert it"));
+            return refuse(format!(
+                "growing its last extent to {bytes} bytes: it is split into extents of up to 2 GiB; convert it"
+            ));
         }
         self.begin_changes().await?;
         self.late.wait().await;
@@ -47,7 +55,8 @@ impl Image {
         match &part.kind {
             Kind::Zero => return refuse("growing an extent of type ZERO".to_owned()),
             Kind::Flat(file, offset) => {
-                let shared = self.parts.iter().filter(|other| matches!(other.kind, Kind::Flat(of, _) if of == *file));
+                let shared =
+                    self.parts.iter().filter(|other| matches!(other.kind, Kind::Flat(of, _) if of == *file));
                 if shared.count() > 1 {
                     return refuse("growing an extent whose file has others".to_owned());
                 }
@@ -61,7 +70,8 @@ impl Image {
                 let grain = sparse.shape.grain;
                 let tail = old - part.start;
                 if !tail.is_multiple_of(grain)
-                    && let super::directory::Place::At(at) = sparse.place_of(&self.tables, tail / grain).await?
+                    && let super::directory::Place::At(at) =
+                        sparse.place_of(&self.tables, tail / grain).await?
                 {
                     let zeroes = at + tail % grain..at + (bytes - tail / grain * grain).min(grain);
                     self.late.finish(sparse.file.zero(zeroes)).await?;
@@ -82,12 +92,22 @@ impl Image {
 
 impl Sparse {
     /// Makes room for `bytes` bytes of the disk, of which `old` are in use. Durable when it is done.
-    async fn grow(&self, tables: &Tables, old: u64, bytes: u64, late: &crate::late::Late) -> Result<(), Error> {
+    async fn grow(
+        &self,
+        tables: &Tables,
+        old: u64,
+        bytes: u64,
+        late: &crate::late::Late,
+    ) -> Result<(), Error> {
         let name = self.file.name();
         let shape = &self.shape;
-        let grown = super::header::Shape { capacity: std::cell::Cell::new(bytes.max(shape.capacity.get())), ..shape.clone() };
-        if shape.cowd || grown.tables() > DIRECTORY_ENTRIES_MAX {
-            let what = format!("growing this sparse extent to {bytes} bytes: convert the disk into a new image");
+        let grown = super::header::Shape {
+            capacity: std::cell::Cell::new(bytes.max(shape.capacity.get())),
+            ..shape.clone()
+        };
+        if shape.cowd || shape.stream || grown.tables() > DIRECTORY_ENTRIES_MAX {
+            let what =
+                format!("growing this sparse extent to {bytes} bytes: convert the disk into a new image");
             return Err(Error::unsupported(name, what));
         }
         self.mark().await?;
@@ -105,12 +125,15 @@ impl Sparse {
         if added > 0 {
             let copies = if shape.redundant.get().is_some() { 2 } else { 1 };
             let directory_bytes = grown.directory_bytes();
-            let len = (copies * (directory_bytes + added * shape.table_bytes())).next_multiple_of(shape.grain);
+            let len =
+                (copies * (directory_bytes + added * shape.table_bytes())).next_multiple_of(shape.grain);
             let place = self.take_clean(tables, len).await?;
             self.note_used(place + len);
             tables.forget(address(self.tables_file, place)..address(self.tables_file, place + len));
             let mut at = place + copies * directory_bytes;
-            for (copy, list) in [&mut directory.first, &mut directory.copy].into_iter().take(copies as usize).enumerate() {
+            for (copy, list) in
+                [&mut directory.first, &mut directory.copy].into_iter().take(copies as usize).enumerate()
+            {
                 for _ in 0..added {
                     list.push((at / SECTOR) as u32);
                     at += shape.table_bytes();
@@ -128,7 +151,8 @@ impl Sparse {
             (48, grown.redundant.get().unwrap_or(0)),
             (56, grown.directory.get()),
         ];
-        for (at, number) in numbers.into_iter().filter(|(at, _)| *at != 48 || grown.redundant.get().is_some()) {
+        for (at, number) in numbers.into_iter().filter(|(at, _)| *at != 48 || grown.redundant.get().is_some())
+        {
             header[at..at + 8].copy_from_slice(&(number / SECTOR).to_le_bytes());
         }
         late.finish(self.file.write(0, header)).await?;

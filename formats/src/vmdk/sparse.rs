@@ -22,6 +22,8 @@ use crate::metadata::{Tables, address};
 pub struct Writable {
     /// Places for new grains.
     pub reserve: Reserve,
+    /// Where the next grain of a stream goes.
+    pub append: Cell<u64>,
     /// First byte behind everything that is referred to, unless grains were given up.
     used_end: Cell<u64>,
     /// Grains were given up: the last one may be another one now.
@@ -83,8 +85,11 @@ impl Sparse {
         let (table, at) = (grain / self.shape.entries, grain % self.shape.entries * 4);
         let directory = self.directory.borrow();
         let place = |list: &[u32]| {
-            let place = Directory::place(list.get(table as usize), self.shape.table_bytes(), self.file.length());
-            place.map_err(|sector| self.damaged(format!("grain table {table} is said to be at sector {sector:#x}")))
+            let place =
+                Directory::place(list.get(table as usize), self.shape.table_bytes(), self.file.length());
+            place.map_err(|sector| {
+                self.damaged(format!("grain table {table} is said to be at sector {sector:#x}"))
+            })
         };
         let Some(first) = place(&directory.first)? else { return Ok(None) };
         // A copy that cannot be found is not written; no copy is an extent for writing opened with.
@@ -166,7 +171,13 @@ impl Sparse {
         self.set_both(tables, (first, copy), entry, order).await
     }
 
-    async fn set_both(&self, tables: &Tables, (first, copy): (u64, Option<u64>), entry: u32, order: Order) -> Result<(), Error> {
+    async fn set_both(
+        &self,
+        tables: &Tables,
+        (first, copy): (u64, Option<u64>),
+        entry: u32,
+        order: Order,
+    ) -> Result<(), Error> {
         let entry = entry.to_le_bytes();
         let halves = self.writable.as_ref().map(|writable| &writable.halves);
         halves.inspect(|halves| halves.set(halves.get() + 1));
@@ -196,7 +207,13 @@ impl Sparse {
     ///
     /// # Errors
     /// No space; I/O.
-    pub async fn take(&self, tables: &Tables, grain: u64, reuse: bool, late: &crate::late::Late) -> Result<(u64, bool), Error> {
+    pub async fn take(
+        &self,
+        tables: &Tables,
+        grain: u64,
+        reuse: bool,
+        late: &crate::late::Late,
+    ) -> Result<(u64, bool), Error> {
         let writable = self.writable()?;
         let old = if reuse { writable.abandoned.borrow_mut().remove(&grain) } else { None };
         if let Some(place) = old {
@@ -224,7 +241,12 @@ impl Sparse {
     ///
     /// # Errors
     /// No space; I/O.
-    pub async fn own_table(&self, tables: &Tables, grain: u64, late: &crate::late::Late) -> Result<(), Error> {
+    pub async fn own_table(
+        &self,
+        tables: &Tables,
+        grain: u64,
+        late: &crate::late::Late,
+    ) -> Result<(), Error> {
         if self.entry_addresses(grain)?.is_some() {
             return Ok(());
         }
@@ -241,7 +263,8 @@ impl Sparse {
         tables.forget(address(self.tables_file, place)..address(self.tables_file, place + len));
         let index = grain / self.shape.entries;
         let sector = |at: u64| (at / SECTOR) as u32;
-        let entries = [(self.shape.redundant.get(), place + bytes), (Some(self.shape.directory.get()), place)];
+        let entries =
+            [(self.shape.redundant.get(), place + bytes), (Some(self.shape.directory.get()), place)];
         for (directory, table) in entries {
             let Some(at) = directory else { continue };
             let entry = Buf::copy_of(&sector(table).to_le_bytes());
@@ -296,7 +319,9 @@ impl Sparse {
     /// # Errors
     /// I/O.
     pub async fn close(&self) -> Result<(), Error> {
-        let Some(writable) = self.writable.as_ref().filter(|writable| writable.marked.get()) else { return Ok(()) };
+        let Some(writable) = self.writable.as_ref().filter(|writable| writable.marked.get()) else {
+            return Ok(());
+        };
         let mut end = writable.used_end.get();
         if writable.given_up.get() {
             let directory = self.directory.borrow().clone();
@@ -316,19 +341,32 @@ impl Writable {
     async fn open(file: &Rc<dyn ImageFile>, shape: &Shape, directory: &Directory) -> Result<Writable, Error> {
         let name = file.name();
         if file.is_device() {
-            return Err(Error::unsupported(name, "writing to a sparse extent on a block device: it has no end to grow at"));
+            return Err(Error::unsupported(
+                name,
+                "writing to a sparse extent on a block device: it has no end to grow at",
+            ));
         }
-        let walk = directory::walk(file, shape, directory).await?;
+        let walk = match shape.stream {
+            // It is new.
+            true => directory::Walk { end: file.length(), ..directory::Walk::default() },
+            false => directory::walk(file, shape, directory).await?,
+        };
         if let Some(damage) = walk.damages.first() {
             let total = walk.damages_total;
-            let what = format!("{damage} ({total} such entries); it can be opened read-only, or repaired by `blktapd image repair`");
+            let what = format!(
+                "{damage} ({total} such entries); it can be opened read-only, or repaired by `blktapd image repair`"
+            );
             return Err(Error::corrupt(name, what));
         }
-        if shape.unclean && shape.redundant.get().is_some() && directory::make_equal(file, shape, directory).await? > 0 {
+        if shape.unclean
+            && shape.redundant.get().is_some()
+            && directory::make_equal(file, shape, directory).await? > 0
+        {
             file.flush().await?;
         }
         Ok(Writable {
             reserve: Reserve::new(file.clone(), shape, walk.end, walk.free),
+            append: Cell::new(file.length().next_multiple_of(SECTOR)),
             used_end: Cell::new(walk.end),
             given_up: Cell::new(false),
             abandoned: RefCell::default(),

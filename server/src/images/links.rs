@@ -178,7 +178,9 @@ mod tests {
 
     #[test]
     fn a_type_is_stated_and_built_in() {
-        for (name, expected) in [("raw", "raw"), ("vpc", "vhd"), ("vhd", "vhd"), ("qcow2", "qcow2"), ("vmdk", "vmdk")] {
+        for (name, expected) in
+            [("raw", "raw"), ("vpc", "vhd"), ("vhd", "vhd"), ("qcow2", "qcow2"), ("vmdk", "vmdk")]
+        {
             assert_eq!(parent_format(&link(Some(name)), "c").unwrap().name(), expected);
         }
         for (name, words) in

@@ -55,7 +55,8 @@ fn a_parent_that_was_written_is_another_one() {
         if ours {
             create(&child, None, Some(&parent), &[("zeroed_grain", "on")]).unwrap();
         } else {
-            let arguments = ["qemu-img", "create", "-q", "-f", "vmdk", "-b", "p.vmdk", "-F", "vmdk", "c.vmdk"];
+            let arguments =
+                ["qemu-img", "create", "-q", "-f", "vmdk", "-b", "p.vmdk", "-F", "vmdk", "c.vmdk"];
             qemu(folder.path(), &arguments).unwrap();
         }
         let link = || wait(Vmdk.describe(Blocking::open(&child, false).unwrap())).unwrap().backing.unwrap();
@@ -64,11 +65,17 @@ fn a_parent_that_was_written_is_another_one() {
         let volume = open(&child, true).unwrap();
         write(&volume, 101_000, &[8; 500]);
         wait(volume.close()).unwrap();
-        let io = |pattern: &str| qemu(folder.path(), &["qemu-io", "-r", "-f", "vmdk", "-c", pattern, "c.vmdk"]);
-        for pattern in ["read -P 7 100000 1000", "read -P 8 101000 500", "read -P 7 101500 1500", "read -P 0 200000 512"] {
+        let io =
+            |pattern: &str| qemu(folder.path(), &["qemu-io", "-r", "-f", "vmdk", "-c", pattern, "c.vmdk"]);
+        for pattern in
+            ["read -P 7 100000 1000", "read -P 8 101000 500", "read -P 7 101500 1500", "read -P 0 200000 512"]
+        {
             assert!(!io(pattern).unwrap().contains("failed"), "{pattern}");
         }
-        assert_eq!(read(&open(&child, false).unwrap(), 100_900, 700), [vec![7; 100], vec![8; 500], vec![7; 100]].concat());
+        assert_eq!(
+            read(&open(&child, false).unwrap(), 100_900, 700),
+            [vec![7; 100], vec![8; 500], vec![7; 100]].concat()
+        );
         assert_clean(&child, "child");
         let volume = open(&parent, true).unwrap();
         write(&volume, 0, &[1; 512]);
@@ -100,7 +107,11 @@ fn a_crash_leaves_the_old_parent_or_the_new_one() {
             let file = left.store.open(left.files(0)[0], false);
             let described = left.store.run(Vmdk.describe(file)).map_err(|error| error.message)?;
             let path = described.backing.map(|link| link.paths[0].clone());
-            if path == old || path == new { Ok(()) } else { Err(format!("{old:?} to {new:?}: it is {path:?}")) }
+            if path == old || path == new {
+                Ok(())
+            } else {
+                Err(format!("{old:?} to {new:?}: it is {path:?}"))
+            }
         })
         .unwrap();
         rig = rig.after_death(round as u64).unwrap();

@@ -76,7 +76,13 @@ const CASES: &[Case] = &[
         false,
         None,
     ),
-    ("two at one place", |b| b.set(b.entry(600, false), b.number(b.entry(1, false))), "overlaps", true, Some(89)),
+    (
+        "two at one place",
+        |b| b.set(b.entry(600, false), b.number(b.entry(1, false))),
+        "overlaps",
+        true,
+        Some(89),
+    ),
     (
         "two at one place in both",
         |b| {
@@ -87,8 +93,20 @@ const CASES: &[Case] = &[
         false,
         Some(2),
     ),
-    ("half over another", |b| b.set(b.entry(600, false), b.number(b.entry(1, false)) + 4), "overlaps", true, Some(89)),
-    ("a copy that differs", |b| b.set(b.entry(600, true), 0), "copies of grain tables differ", true, Some(89)),
+    (
+        "half over another",
+        |b| b.set(b.entry(600, false), b.number(b.entry(1, false)) + 4),
+        "overlaps",
+        true,
+        Some(89),
+    ),
+    (
+        "a copy that differs",
+        |b| b.set(b.entry(600, true), 0),
+        "copies of grain tables differ",
+        true,
+        Some(89),
+    ),
 ];
 
 /// Where the directory's entry for grain 600 is.
@@ -108,7 +126,11 @@ fn damage_is_found_repaired_or_left_alone() {
         let found = check(&path, None);
         assert!(found.corruptions.iter().any(|line| line.contains(words)), "{name}: {:?}", found.corruptions);
         let of_tables = words.contains("copies");
-        assert_eq!(open(&path, true).err().map(|error| error.kind), (!of_tables).then_some(ErrorKind::Corrupt), "{name}");
+        assert_eq!(
+            open(&path, true).err().map(|error| error.kind),
+            (!of_tables).then_some(ErrorKind::Corrupt),
+            "{name}"
+        );
         // Read-only the rest is served, whatever is wrong with one grain.
         let volume = open(&path, false).unwrap();
         assert_eq!(read(&volume, 700 * GRAIN, 4), [189; 4], "{name}");
@@ -118,7 +140,12 @@ fn damage_is_found_repaired_or_left_alone() {
         assert_eq!(Bytes::of(&path).0, bytes.0, "{name}: leaks are no damage");
         let repaired = check(&path, Some(Repair::All));
         let clean = check(&path, None).corruptions.is_empty();
-        assert_eq!((clean, repaired.repaired_total > 0), (*mends, *mends), "{name}: {:?}", check(&path, None).corruptions);
+        assert_eq!(
+            (clean, repaired.repaired_total > 0),
+            (*mends, *mends),
+            "{name}: {:?}",
+            check(&path, None).corruptions
+        );
         if let Some(then) = then {
             let volume = open(&path, *mends).unwrap();
             assert_eq!(read(&volume, 600 * GRAIN, 4), [*then; 4], "{name}");
@@ -261,7 +288,9 @@ fn extents_must_be_what_the_descriptor_says() {
 #[test]
 fn shapes_of_both_kinds_are_read() {
     let folder = tempfile::tempdir().unwrap();
-    let shape = |path: &Path| wait(Shape::read(&(Blocking::open(path, false).unwrap() as Rc<dyn ImageFile>))).unwrap();
+    let shape = |path: &Path| {
+        wait(Shape::read(&(Blocking::open(path, false).unwrap() as Rc<dyn ImageFile>))).unwrap()
+    };
     let hosted = shape(&image(folder.path(), &[("zeroed_grain", "on")]));
     assert_eq!((hosted.tables(), hosted.grains(), hosted.version, hosted.zeroed), (2, 768, 2, true));
     let path = folder.path().join("c.vmdk");

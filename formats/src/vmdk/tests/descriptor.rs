@@ -32,13 +32,18 @@ fn parse(text: &str) -> Result<Descriptor, String> {
 #[test]
 fn what_others_write_is_understood() {
     let parsed = parse(SPLIT).unwrap();
-    assert_eq!(parsed.cid.as_ref().map(|(cid, at)| (*cid, &SPLIT[at.clone()])), Some((0x0012_3abc, "123abc")));
+    assert_eq!(
+        parsed.cid.as_ref().map(|(cid, at)| (*cid, &SPLIT[at.clone()])),
+        Some((0x0012_3abc, "123abc"))
+    );
     assert_eq!((parsed.parent_cid, parsed.create_type.as_str()), (None, "2GbMaxExtentSparse"));
     assert_eq!((parsed.adapter.as_deref(), parsed.hardware.as_deref()), (Some("lsilogic"), Some("7")));
     let extents: Vec<_> = parsed
         .extents
         .iter()
-        .map(|extent| (extent.access, extent.bytes / 512, extent.kind, extent.file.as_str(), extent.offset / 512))
+        .map(|extent| {
+            (extent.access, extent.bytes / 512, extent.kind, extent.file.as_str(), extent.offset / 512)
+        })
         .collect();
     use Access::{ReadOnly, ReadWrite};
     assert_eq!(
@@ -90,7 +95,8 @@ fn what_is_wrong_is_said_with_its_line() {
         let said = parse(&spoilt).unwrap_err();
         assert!(said.contains(words) && said.contains("d.vmdk"), "{to}: {said}");
     }
-    let latin = SPLIT.as_bytes().iter().map(|byte| if *byte == b'b' { 0xe9 } else { *byte }).collect::<Vec<_>>();
+    let latin =
+        SPLIT.as_bytes().iter().map(|byte| if *byte == b'b' { 0xe9 } else { *byte }).collect::<Vec<_>>();
     assert!(Descriptor::parse("d", &latin).unwrap_err().message.contains("UTF-8"));
 }
 
@@ -98,7 +104,8 @@ fn what_is_wrong_is_said_with_its_line() {
 fn changes_leave_the_rest_where_it_is() {
     let extents = ["RW 2048 SPARSE \"a.vmdk\"".to_owned()];
     let database = [("adapterType", "ide".to_owned())];
-    let new = New { cid: 7, parent: None, create_type: "monolithicSparse", extents: &extents, database: &database };
+    let new =
+        New { cid: 7, parent: None, create_type: "monolithicSparse", extents: &extents, database: &database };
     let text = compose(&new).unwrap();
     let first = Descriptor::parse("d", &text).unwrap();
     assert_eq!((first.cid.clone().map(|cid| cid.0), first.size()), (Some(7), 1 << 20));
@@ -118,5 +125,8 @@ fn changes_leave_the_rest_where_it_is() {
     // A text of others, without room: everything else stays.
     let other = parse(SPLIT).unwrap();
     let changed = parse(std::str::from_utf8(&other.with_parent(Some((1, "x"))).unwrap()).unwrap()).unwrap();
-    assert_eq!((changed.extents.len(), changed.parent_cid, changed.cid.map(|cid| cid.0)), (4, Some(1), Some(0x0012_3abc)));
+    assert_eq!(
+        (changed.extents.len(), changed.parent_cid, changed.cid.map(|cid| cid.0)),
+        (4, Some(1), Some(0x0012_3abc))
+    );
 }

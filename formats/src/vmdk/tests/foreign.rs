@@ -14,7 +14,8 @@ const GRAIN: u64 = 65536;
 /// An image of 70 MiB whose directories (at sectors 24 and 25) are empty, and the next sector is free.
 fn bare(path: &Path, redundant: bool) {
     let extents = ["RW 143360 SPARSE \"a.vmdk\"".to_owned()];
-    let new = New { cid: 0x1234, parent: None, create_type: "monolithicSparse", extents: &extents, database: &[] };
+    let new =
+        New { cid: 0x1234, parent: None, create_type: "monolithicSparse", extents: &extents, database: &[] };
     let header = SparseHeader {
         version: U32::new(1),
         flags: U32::new(FLAG_NEWLINES | if redundant { FLAG_REDUNDANT } else { 0 }),
@@ -60,7 +61,8 @@ fn tables_are_made_when_they_are_needed() {
         }
         // QEMU writes to both tables of an entry: it must find them.
         drop(volume);
-        let commands = ["qemu-io", "-f", "vmdk", "-c", "write -P 9 1M 64k", "-c", "read -P 3 0 9000", "a.vmdk"];
+        let commands =
+            ["qemu-io", "-f", "vmdk", "-c", "write -P 9 1M 64k", "-c", "read -P 3 0 9000", "a.vmdk"];
         assert!(!qemu(folder.path(), &commands).unwrap().contains("failed"));
         assert_eq!(read(&open(&path, false).unwrap(), MIB, 65536), vec![9; 65536]);
         assert_clean(&path, "written by QEMU");
@@ -141,7 +143,8 @@ fn disks_grow() {
         for (at, byte) in &written {
             let byte = written.iter().rev().find(|(other, _)| other == at).map_or(*byte, |(_, byte)| *byte);
             let command = format!("read -P {byte} {at} 512");
-            let said = qemu(folder.path(), &["qemu-io", "-r", "-f", "vmdk", "-c", &command, "a.vmdk"]).unwrap();
+            let said =
+                qemu(folder.path(), &["qemu-io", "-r", "-f", "vmdk", "-c", &command, "a.vmdk"]).unwrap();
             assert!(!said.contains("failed"), "{command}: {said}");
         }
         qemu(folder.path(), &["qemu-img", "check", "-q", "-f", "vmdk", "a.vmdk"]).unwrap();

@@ -5,6 +5,7 @@ mod damage;
 mod descriptor;
 mod foreign;
 mod peers;
+mod stream;
 
 use std::path::Path;
 use std::process::Command;
@@ -22,11 +23,12 @@ const MIB: u64 = 1 << 20;
 
 /// Runs a program of QEMU in a folder; returns what it printed.
 fn qemu(folder: &Path, arguments: &[&str]) -> Result<String, String> {
-    let output = Command::new("timeout").args(["-s", "KILL", "60"]).args(arguments).current_dir(folder).output();
+    let output =
+        Command::new("timeout").args(["-s", "KILL", "60"]).args(arguments).current_dir(folder).output();
     let output = output.unwrap();
     assert!(output.status.code() != Some(127), "{}: install qemu-utils", arguments[0]);
     let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
-        let line = text.lines().find(|line| line.contains("fail") || line.contains("error")).unwrap_or(&text);
+    let line = text.lines().find(|line| line.contains("fail") || line.contains("error")).unwrap_or(&text);
     if output.status.success() { Ok(text) } else { Err(format!("{}: {line}", arguments[0])) }
 }
 
@@ -74,11 +76,17 @@ fn assert_clean(path: &Path, what: &str) {
 }
 
 /// Makes an image, over `parent` if there is one.
-fn create(path: &Path, size: Option<u64>, parent: Option<&Path>, options: &[(&str, &str)]) -> Result<(), Error> {
+fn create(
+    path: &Path,
+    size: Option<u64>,
+    parent: Option<&Path>,
+    options: &[(&str, &str)],
+) -> Result<(), Error> {
     let backing = parent.map(|parent| {
         let name = parent.file_name().unwrap().to_string_lossy().into_owned();
         let description = wait(Vmdk.describe(Blocking::open(parent, false).unwrap())).unwrap();
-        let link = Link { paths: vec![name], format: Some("vmdk".to_owned()), identity: description.identity };
+        let link =
+            Link { paths: vec![name], format: Some("vmdk".to_owned()), identity: description.identity };
         (link, description.size)
     });
     let options = options.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();

@@ -37,12 +37,20 @@ fn places(size: u64, round: u8) -> Writes {
         (size - size.min(512), 512),
     ];
     let places = places.into_iter().filter(|(at, _)| *at < size).enumerate();
-    places.map(|(number, (at, len))| (at, (len / 512 * 512).max(512).min(size - at), number as u8 * 16 + round + 1)).collect()
+    places
+        .map(|(number, (at, len))| {
+            (at, (len / 512 * 512).max(512).min(size - at), number as u8 * 16 + round + 1)
+        })
+        .collect()
 }
 
 /// What a byte of the disk is.
 fn expected(writes: &Writes, at: u64) -> u8 {
-    writes.iter().rev().find(|(start, len, _)| (*start..start + len).contains(&at)).map_or(0, |(_, _, byte)| *byte)
+    writes
+        .iter()
+        .rev()
+        .find(|(start, len, _)| (*start..start + len).contains(&at))
+        .map_or(0, |(_, _, byte)| *byte)
 }
 
 /// Compares what we read with what was written, around all writes.
@@ -143,7 +151,10 @@ fn images_of_ours() {
         (&[("subformat", "vmfs")], 4097),
         (&[("subformat", "vmfsSparse"), ("grain_size", "4k")], 5 * GIB / 512 + 1),
         (&[("subformat", "vmfsSparse")], 40 * 2048),
-        (&[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "64M"), ("grain_size", "16k")], 200 * 2048 + 9),
+        (
+            &[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "64M"), ("grain_size", "16k")],
+            200 * 2048 + 9,
+        ),
     ];
     for (options, sectors) in MATRIX.iter().chain(ours) {
         let folder = tempfile::tempdir().unwrap();
@@ -160,7 +171,8 @@ fn descriptors_are_those_of_qemu() {
         let folder = tempfile::tempdir().unwrap();
         let (list, size) = (option_list(options), (sectors * 512).to_string());
         let list = if list.is_empty() { "adapter_type=ide".to_owned() } else { list };
-        qemu(folder.path(), &["qemu-img", "create", "-q", "-f", "vmdk", "-o", &list, "a.vmdk", &size]).unwrap();
+        qemu(folder.path(), &["qemu-img", "create", "-q", "-f", "vmdk", "-o", &list, "a.vmdk", &size])
+            .unwrap();
         let theirs = text_of(&folder.path().join("a.vmdk"));
         create(&folder.path().join("a.vmdk"), Some(sectors * 512), None, options).unwrap();
         assert_eq!(text_of(&folder.path().join("a.vmdk")), theirs, "{list}");
@@ -169,7 +181,8 @@ fn descriptors_are_those_of_qemu() {
 
 /// The lines of a descriptor, without blanks and identity.
 fn text_of(path: &Path) -> Vec<String> {
-    let own = wait(crate::vmdk::Own::read(&(Blocking::open(path, false).unwrap() as Rc<dyn ImageFile>))).unwrap();
+    let own =
+        wait(crate::vmdk::Own::read(&(Blocking::open(path, false).unwrap() as Rc<dyn ImageFile>))).unwrap();
     let text = String::from_utf8(own.descriptor.text).unwrap();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("CID="));
     lines.map(str::to_owned).collect()
