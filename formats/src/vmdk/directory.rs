@@ -227,8 +227,8 @@ fn metadata(
     directory: &Directory,
     walk: &mut Walk,
 ) -> Vec<Range<u64>> {
-    let mut ranges = vec![0..if shape.cowd { super::header::COWD_HEADER_BYTES } else { SECTOR }];
-    ranges.push(shape.descriptor.clone());
+    let header = 0..if shape.cowd { super::header::COWD_HEADER_BYTES } else { SECTOR };
+    let mut ranges = vec![header, shape.descriptor.clone()];
     for at in [Some(shape.directory.get()), shape.redundant.get()].into_iter().flatten() {
         ranges.push(at..at + shape.directory_bytes());
     }
@@ -338,7 +338,10 @@ fn free(places: &[u64], unit: u64, shape: &Shape, end: u64) -> Vec<Range<u64>> {
     let mut at = shape.data_start().next_multiple_of(shape.grain);
     while at + shape.grain <= end && free.len() < FREE_MAX {
         let place = at / unit;
-        if unit == shape.grain && place % 64 == 0 && places.get((place / 64) as usize) == Some(&u64::MAX) {
+        if unit == shape.grain
+            && place.is_multiple_of(64)
+            && places.get((place / 64) as usize) == Some(&u64::MAX)
+        {
             at += 64 * unit;
             continue;
         }
