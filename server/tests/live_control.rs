@@ -117,7 +117,7 @@ fn a_wrong_attach_names_the_thing_and_leaves_nothing_behind() {
         ("d1", "raw:/dev/null", &["--nbd"], 1, &["/dev/null", "character device"]),
         ("d1", &at("empty.img"), &["--nbd"], 1, &["empty.img"]),
         ("d1", "vhdx:/x.img", &["--nbd"], 2, &["\"vhdx\"", "not built into this version", "raw"]),
-        ("d1", "floppy:/x.img", &["--nbd"], 2, &["\"floppy\"", "raw (or aio), vhd, qcow2, ram and null"]),
+        ("d1", "floppy:/x.img", &["--nbd"], 2, &["\"floppy\"", "raw (or aio), vhd, qcow2, vmdk, ram and null"]),
         ("d1", "/x.img", &["--nbd"], 2, &["TYPE"]),
         ("d1", "raw:/a,b", &["--nbd"], 2, &["%2C"]),
         ("d1", "raw:/a%zz", &["--nbd"], 2, &["%"]),

@@ -392,6 +392,9 @@ pub fn compose(new: &New<'_>) -> Result<Vec<u8>, Error> {
         let _ = writeln!(rest, "ddb.{key} = \"{value}\"");
     }
     text.extend_from_slice(rest.as_bytes());
+    // Whole sectors: a store of blocks has no other end of a file.
+    let end = (text.len() + 1).next_multiple_of(SECTOR as usize);
+    pad(&mut text, end);
     Ok(text)
 }
 
