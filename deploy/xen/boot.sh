@@ -67,8 +67,7 @@ add_tests_of() {
     crate=$(head_of "$1" tests)
     [ -n "$crate" ] || return 0
     say "building the tests of $crate"
-    # All of the workspace, as `cargo test` builds it: with the same features nothing is built twice.
-    program=$(cd "$repo_dir" && cargo test --workspace --lib --locked --no-run --message-format=json 2>"$cache/tests.log" |
+    program=$(cd "$repo_dir" && cargo test --package "$crate" --lib --locked --no-run --message-format=json 2>"$cache/tests.log" |
         sed -n "s/.*\"name\":\"${crate//-/_}\".*\"executable\":\"\([^\"]*\)\".*/\1/p")
     [ -x "$program" ] || die "the tests of $crate could not be built ($cache/tests.log)"
     add_under_test "$program" "$2" "$crate-tests"

@@ -40,9 +40,12 @@ note() { echo "$*" >>"$notes"; }
 
 # wait_until WHAT COMMAND...: until the command succeeds; a daemon that is gone fails it
 wait_until() {
+    local looks=0
     waiting_for=$1
     until "${@:2}" >/dev/null 2>&1; do
         [ -z "$daemon" ] || kill -0 "$daemon" || fail "the daemon is gone, and still not: $1"
+        looks=$((looks + 1))
+        [ "$looks" != 100 ] || { step "waits: $1"; show_states; }
         sleep 0.1
     done
     waiting_for=
@@ -50,6 +53,9 @@ wait_until() {
 
 # Fails when the command succeeds; its output goes to the log.
 refused() { if "$@"; then fail "was not refused: $*"; fi; }
+
+# The states of both ends of all disks.
+show_states() { { xenstore-ls -f /local/domain/0/backend; xenstore-ls -f /local/domain; } 2>/dev/null | grep -E '/(vbd3?)/.*/(state|online) = ' | sort -u; }
 
 end_scenario() {
     local status=$? guest loop_device
@@ -62,7 +68,7 @@ end_scenario() {
     done
     if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then
         ctl --json list 2>/dev/null | grep -o '"name": *"[^"]*"' | cut -d '"' -f 4 |
-            while read -r disk; do ctl --timeout 5 detach "$disk" --force; done
+            while read -r disk; do blktapd ctl --timeout 5 detach "$disk" --force; done
         kill "$daemon"
     fi
     remove_all_nodes
@@ -86,7 +92,8 @@ start_daemon() {
     wait_until "the daemon answers" ctl list
 }
 
-ctl() { blktapd ctl "$@"; }
+# Its commands have 30 s on an idle machine; ctl takes at most 600.
+ctl() { blktapd ctl --timeout $((patience < 20 ? 30 * patience : 600)) "$@"; }
 
 metrics() { wget -q -O - http://127.0.0.1:9680/metrics; }
 
@@ -101,6 +108,7 @@ mount_images() {
 
 # load_frontend [OPTION=VALUE...]: domain 0's own blkfront, with options of the module
 load_frontend() {
+    echo 1 >/sys/bus/xen/drivers_autoprobe
     modprobe -r xen-blkfront 2>/dev/null || true
     modprobe xen-blkfront "$@"
 }
@@ -198,13 +206,19 @@ disk_nodes() {
 
 footprint() { echo "$(used_grants) grants in use, $(bound_ports) bound ports, $(disk_nodes) nodes"; }
 
-footprint_is() { [ "$(footprint)" = "$1" ]; }
+# Sets now.
+footprint_is() {
+    now=$(footprint)
+    [ "$now" = "$1" ]
+}
 
 # wait_footprint BEFORE: nothing was left behind since
 wait_footprint() {
-    local now
-    until now=$(footprint) && [ "$now" = "$1" ]; do
+    local looks=0
+    until footprint_is "$1"; do
         waiting_for="the end of what was left behind: $now; before: $1"
+        looks=$((looks + 1))
+        [ "$looks" != 10 ] || step "waits: $waiting_for"
         sleep 0.5
     done
     waiting_for=

@@ -8,18 +8,22 @@
 pub mod allocation_log;
 pub mod blocking;
 pub mod codec;
+mod counts;
+pub mod crypt;
 pub mod driver;
 pub mod error;
 pub mod file;
 mod late;
 pub mod locks;
 pub mod metadata;
+pub mod qcow;
 pub mod qcow2;
 pub mod raw;
 pub mod raw_driver;
 pub mod registry;
 pub mod size;
 pub mod spec;
+mod tail;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tools;

@@ -56,8 +56,10 @@ fn refusals_name_kind_and_place() {
         ("foo:/a", UnknownType, Some(0)),
         ("RAW:/a", UnknownType, Some(0)),
         ("cow:raw:/a", UnknownType, Some(0)),
-        ("qcow:/a", NotBuilt, Some(0)),
         ("vhdx:/a", NotBuilt, Some(0)),
+        ("vdi:/a", NotBuilt, Some(0)),
+        ("qed:/a", NotBuilt, Some(0)),
+        ("parallels:/a", NotBuilt, Some(0)),
         ("raw:/a,b", Character, Some(6)),
         ("raw:/a\nb", Character, Some(6)),
         ("raw:/a?cache=a,b", Character, Some(14)),
@@ -104,7 +106,7 @@ fn refusals_name_kind_and_place() {
 #[test]
 fn messages_say_what_to_do() {
     for (text, parts) in [
-        ("foo:/a", ["\"foo\"", "raw (or aio), vhd, qcow2, vmdk, ram and null", "no decorators", "offset 0"]),
+        ("foo:/a", ["\"foo\"", "raw (or aio), vhd, qcow2, qcow, vmdk", "no decorators", "offset 0"]),
         ("vhdx:/a", ["\"vhdx\"", "not built into this version", "raw (or aio)", "offset 0"]),
         ("raw:a.img", ["\"a.img\"", "relative", "starting with /", "offset 4"]),
         ("raw:/a?foo=1", ["raw has no option", "\"foo\"", "cache, sector", "offset 7"]),

@@ -125,6 +125,12 @@ fn convert_keeps_every_byte_and_the_holes() {
         ("qcow2:b", "-o cluster_size=512"),
         ("qcow2:b", "-o cluster_size=2M -o extended_l2=on"),
         ("qcow2:b", "-o data_file=b.data"),
+        ("qcow2:b", "-c"),
+        ("qcow2:b", "-c -o compression_type=zstd"),
+        ("qcow2:b", "-c -o compression_type=zstd -o cluster_size=2M"),
+        ("qcow:b", ""),
+        ("qcow:b", "-o cluster_size=512"),
+        ("qcow:b", "-c -o extended=off"),
         ("vhd:b", ""),
         ("vhd:b", "-o subformat=fixed"),
     ] {
@@ -136,10 +142,38 @@ fn convert_keeps_every_byte_and_the_holes() {
         assert_eq!(bench.image(&format!("compare raw:a.raw {target} --strict")).0, 0, "{target} {options}");
         assert_eq!(bench.image(&format!("check {target}")).0, 0, "{target} {options}");
         if has_qemu() && !target.starts_with("raw") {
-            let format = if target.starts_with("vhd") { "vpc" } else { "qcow2" };
+            let format =
+                target.split_once(':').map_or("", |(name, _)| if name == "vhd" { "vpc" } else { name });
             bench.peer(&format!("qemu-img compare -f raw -F {format} a.raw b"));
         }
     }
+}
+
+#[test]
+fn convert_compresses() {
+    let bench = Bench::new();
+    let text = "All bytes of a disk image that somebody wrote, once more. ".repeat(100_000);
+    fs::write(bench.path("a.raw"), &text.as_bytes()[..4 << 20]).unwrap();
+    for target in ["qcow2:b", "qcow:b"] {
+        bench.ok(&format!("convert raw:a.raw {target} --force"));
+        let plain = fs::metadata(bench.path("b")).unwrap().len();
+        bench.ok(&format!("convert -c {target} {target}.c --force"));
+        let compressed = fs::metadata(bench.path("b.c")).unwrap().len();
+        assert!(compressed < plain / 3, "{target}: {plain} bytes, compressed {compressed}");
+        assert_eq!(bench.image(&format!("compare {target} {target}.c")).0, 0, "{target}");
+        let map = bench.ok(&format!("map {target}.c"));
+        assert!(map.contains("coded"), "{map}");
+    }
+    assert_eq!(bench.image("measure qcow2:b.c --to raw").0, 1, "b.c is a qcow image now");
+    bench.ok("measure qcow:b.c --to qcow2");
+    bench.ok("snapshot qcow:b.c qcow:over");
+    bench.ok("resize qcow:b.c +1M");
+    bench.refuses("convert -c raw:a.raw raw:x", 1, &["cannot be compressed"]);
+    bench.refuses("convert -c raw:a.raw vhd:x", 1, &["cannot be compressed"]);
+    bench.refuses("convert -c --in-place raw:a.raw qcow2:b", 64, &["--compress"]);
+    fs::write(bench.path("x.vhdx"), [&b"vhdxfile"[..], &[0; 70_000]].concat()).unwrap();
+    bench.refuses("info qcow2:x.vhdx", 1, &["vhdx", "qemu-img convert"]);
+    bench.refuses("info vhdx:x.vhdx", 64, &["vhdx"]);
 }
 
 #[test]

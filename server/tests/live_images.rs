@@ -1,4 +1,4 @@
-//! Goal: a disk on a qcow2 or VHD image, alone or over others, is what a raw disk is to its clients, and its files are what other
+//! Goal: a disk on a qcow2, qcow or VHD image, alone or over others, is what a raw disk is to its clients, and its files are what other
 //! programs expect of that format; images below are shared and locked as those programs expect; a damaged image is refused with
 //! the reason; a paused disk goes on with the image that a script has made meanwhile.
 //! Method: images made by qemu-img where it can make them, a real daemon, fio, nbdcopy and libnbd as clients with their own
@@ -34,6 +34,10 @@ enum Kind {
     Vhd,
     /// By our own tools, over a dynamic one with data; QEMU does not know this kind.
     VhdDifferencing,
+    /// Compressed by qemu-img.
+    Qcow2Compressed,
+    /// Version 1, compressed by our own tools.
+    Qcow,
 }
 
 /// An image and what it holds.
@@ -123,6 +127,32 @@ impl Kind {
                 image_tool(&["convert", &raw(&data), &parent]);
                 image_tool(&["snapshot", &parent, &spec]);
                 Image { path, spec, peer: None, start }
+            }
+            Kind::Qcow2Compressed | Kind::Qcow => {
+                let mut start = patches(bytes, bytes);
+                start.iter_mut().for_each(|byte| *byte &= 15);
+                let data = file_of(rig, &format!("{name}-data.raw"), &start);
+                let peer = if let Kind::Qcow = self { "qcow" } else { "qcow2" };
+                let path = at(&format!(".{peer}"));
+                let spec = format!("{peer}:{}", path.display());
+                if let Kind::Qcow = self {
+                    image_tool(&["convert", "-c", &raw(&data), &spec]);
+                } else {
+                    let options = "compression_type=zstd";
+                    qemu_img(&[
+                        "convert",
+                        "-c",
+                        "-f",
+                        "raw",
+                        "-O",
+                        "qcow2",
+                        "-o",
+                        options,
+                        &text(&data),
+                        &text(&path),
+                    ]);
+                }
+                Image { path, spec, peer: Some(peer), start }
             }
         }
     }
@@ -239,7 +269,7 @@ h.flush()";
         };
         map.as_array().expect("a list").iter().find(covers).map(|extent| extent["type"] != 0)
     };
-    if !matches!(kind, Kind::Vhd | Kind::VhdDifferencing) {
+    if !matches!(kind, Kind::Vhd | Kind::VhdDifferencing | Kind::Qcow) {
         assert_eq!(zero(MIB + 512 * KIB), Some(true), "zeroed clusters are known to be zero: {map}");
     }
 
@@ -309,8 +339,26 @@ fn a_differencing_vhd_serves_clients() {
 }
 
 #[test]
+fn compressed_qcow2_serves_clients() {
+    serves_clients(Kind::Qcow2Compressed);
+}
+
+#[test]
+fn qcow_serves_clients() {
+    serves_clients(Kind::Qcow);
+}
+
+#[test]
 fn images_survive_kill_without_a_flush() {
-    let kinds = [Kind::Qcow2, Kind::Qcow2Small, Kind::Qcow2Chain, Kind::Vhd, Kind::VhdDifferencing];
+    let kinds = [
+        Kind::Qcow2,
+        Kind::Qcow2Small,
+        Kind::Qcow2Chain,
+        Kind::Qcow2Compressed,
+        Kind::Qcow,
+        Kind::Vhd,
+        Kind::VhdDifferencing,
+    ];
     std::thread::scope(|scope| {
         for (seed, kind) in kinds.into_iter().enumerate() {
             scope.spawn(move || survives_kill(kind, seed as u64));

@@ -26,6 +26,8 @@ for name in xvdb xvdc; do
     wait_until "$disk is gone" test ! -b $disk
     say "$name gone"
 done
+# It stays until it is asked to go: xvda belongs to what is counted.
+sleep 10000
 JOB
 wait_guest g1 ready
 before=$(footprint)
@@ -46,7 +48,10 @@ ctl detach hot
 wait_guest g1 "xvdc gone"
 wait_footprint "$before"
 
+step "shutdown"
+xl shutdown g1
 wait_shut_down g1
+refused grep -q 'timeout closing device' /var/log/xen/console/guest-g1.log
 xl destroy g1
 blktapd image check qcow2:/images/hot.qcow2
 blktapd image check vhd:/images/hot.vhd

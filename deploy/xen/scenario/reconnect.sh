@@ -4,8 +4,9 @@
 # Goal: a frontend that goes and comes again (another driver, a boot loader before the kernel, kexec) finds its disk each time, and
 # many connects leave nothing behind.
 # Method: blkfront is unbound from the device, every third time while it reads. Linux never connects a device again that it has
-# closed, so the frontend's directory is then made anew, and holds a new device for Linux; ours is the same all the time. Ten rounds,
-# or a hundred with --long.
+# closed, so the frontend's directory is then made anew, and holds a new device for Linux; ours is the same all the time. Blkfront is
+# bound to it when the backend waits for it, as it does at the start of a kernel: it gives a device up that it finds closed. Ten
+# rounds, or a hundred with --long.
 # shellcheck source=deploy/xen/dom0.sh
 . /xen-test/dom0.sh
 
@@ -32,8 +33,13 @@ for round in $(seq "$rounds"); do
     wait_node "$back/state" 6
     xenstore-rm "$front"
     wait_until "Linux has forgotten the device" is_gone "/sys/bus/xen/devices/$device"
+    echo 0 >/sys/bus/xen/drivers_autoprobe
     xenstore-write "$front/backend" "$back" "$front/backend-id" 0 "$front/virtual-device" "$(device_number xvda)" \
         "$front/device-type" disk "$front/state" 1
+    wait_node "$back/state" 2
+    wait_until "Linux has found the device" test -e "/sys/bus/xen/devices/$device"
+    echo 1 >/sys/bus/xen/drivers_autoprobe
+    echo "$device" >/sys/bus/xen/drivers/vbd/bind
     wait_device /dev/xvda
 done
 verify_again /dev/xvda

@@ -15,10 +15,8 @@
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
-mod counts;
 mod places;
 
-use counts::{ACTIVE, COUNT, Counts, DATA, L2, PAGE, TABLE};
 use places::{Fixed, Holds};
 
 use super::bitmap;
@@ -27,6 +25,7 @@ use super::l1::L1Entry;
 use super::l2::Entry;
 use super::refcount::{self, TABLE_OFFSET_MASK};
 use super::snapshot::SnapshotTable;
+use crate::counts::{ACTIVE, COUNT, Counts, DATA, L2, PAGE, TABLE};
 use crate::driver::Findings;
 use crate::error::Error;
 use crate::file::{Buf, ImageFile, Pending};

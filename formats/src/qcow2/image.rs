@@ -12,11 +12,13 @@ use super::l1::L1Entry;
 use super::l2::{Entry, State};
 use super::plan::{Joined, Piece};
 use crate::codec::Decoded;
-use crate::driver::{Extent, FileIndex, Place};
+use crate::crypt::PayloadCipher;
+use crate::driver::{Extent, FileIndex, Place, push_extent};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, ImageFile, Pending};
 use crate::late::Late;
 use crate::metadata::{SLICE_BYTES, Tables};
+use crate::unsettled::Unsettled;
 
 /// The image's own file.
 pub(super) const IMAGE_FILE: FileIndex = FileIndex(0);
@@ -29,6 +31,8 @@ pub(super) struct Image {
     pub file: Rc<dyn ImageFile>,
     /// The external data file.
     pub data: Option<Rc<dyn ImageFile>>,
+    /// How payload is encrypted.
+    pub cipher: Option<PayloadCipher>,
     /// Constant properties.
     pub geometry: Geometry,
     /// The header as it was at the open.
@@ -67,7 +71,7 @@ pub(super) struct Image {
     pub joined: RefCell<HashMap<u64, Joined, foldhash::fast::FixedState>>,
     /// Clusters of the disk whose entry was changed and is not safe against the death of the process yet, with the number of commits
     /// that will make it so: a write to such a place must not be acknowledged before, so map does not call them in place.
-    pub unsettled: RefCell<HashMap<u64, u32, foldhash::fast::FixedState>>,
+    pub unsettled: Unsettled,
     /// Operations whose caller went away before they ended: nothing may rely on their range until they have.
     pub late: Late,
     /// Clusters that were decoded last.
@@ -76,27 +80,6 @@ pub(super) struct Image {
     pub encoded_reads: async_lock::RwLock<()>,
     change_turn: async_lock::Mutex<()>,
     changed: Cell<bool>,
-}
-
-/// Clusters that are unsettled while this lives; those of a commit that did not end stay so.
-pub(super) struct Unsettled<'a> {
-    image: &'a Image,
-    clusters: Vec<u64>,
-}
-
-impl Unsettled<'_> {
-    /// They are settled.
-    pub fn settled(self) {
-        let mut unsettled = self.image.unsettled.borrow_mut();
-        for cluster in &self.clusters {
-            if let Some(commits) = unsettled.get_mut(cluster) {
-                *commits -= 1;
-                if *commits == 0 {
-                    unsettled.remove(cluster);
-                }
-            }
-        }
-    }
 }
 
 /// Bytes of a slice of the tables of an image.
@@ -108,6 +91,7 @@ pub(super) fn slice_bytes(geometry: &Geometry) -> usize {
 pub(super) struct Parts {
     pub file: Rc<dyn ImageFile>,
     pub data: Option<Rc<dyn ImageFile>>,
+    pub cipher: Option<PayloadCipher>,
     pub header: Header,
     pub bitmaps: Vec<Bitmap>,
     pub fixed_size: Option<&'static str>,
@@ -122,7 +106,7 @@ pub(super) struct Parts {
 
 impl Image {
     pub fn new(parts: Parts) -> Image {
-        let Parts { file, data, header, budget, log, .. } = parts;
+        let Parts { file, data, cipher, header, budget, log, .. } = parts;
         let geometry = header.geometry;
         let payload = vec![data.clone().unwrap_or_else(|| file.clone())];
         let slice = slice_bytes(&geometry);
@@ -130,6 +114,7 @@ impl Image {
             maps: Tables::new(file.clone(), IMAGE_FILE, payload, slice, &budget, log),
             refs: Tables::new(file.clone(), IMAGE_FILE, Vec::new(), slice, &budget, None),
             reftable: Rc::new(Cell::new(header.reftable)),
+            cipher,
             geometry,
             header,
             bitmaps: parts.bitmaps,
@@ -145,7 +130,7 @@ impl Image {
             plans: RefCell::default(),
             next_plan: Cell::new(1),
             joined: RefCell::default(),
-            unsettled: RefCell::default(),
+            unsettled: Unsettled::default(),
             late: Late::default(),
             decoded: Decoded::new(&budget),
             encoded_reads: async_lock::RwLock::new(()),
@@ -173,19 +158,6 @@ impl Image {
             result
         };
         self.late.finish(Box::pin(switched)).await
-    }
-
-    /// Notes that entries of these clusters of the disk are about to change.
-    pub fn unsettle(&self, clusters: Vec<u64>) -> Unsettled<'_> {
-        let mut unsettled = self.unsettled.borrow_mut();
-        clusters.iter().for_each(|cluster| *unsettled.entry(*cluster).or_default() += 1);
-        Unsettled { image: self, clusters }
-    }
-
-    /// The entry of a cluster of the disk is not settled.
-    pub fn is_unsettled(&self, guest: u64) -> bool {
-        let unsettled = self.unsettled.borrow();
-        !unsettled.is_empty() && unsettled.contains_key(&guest)
     }
 
     /// Path, for messages.
@@ -346,7 +318,7 @@ impl Image {
         let stop = range.end.min((range.start / covers + 1) * covers);
         let table = match self.l1_entry(range.start, end)? {
             Ok(entry) if entry.table == 0 => {
-                push(out, own, range.start, stop - range.start, Place::Absent);
+                push_extent(out, own, range.start, stop - range.start, Place::Absent);
                 return Some(Ok(stop));
             }
             Ok(entry) => entry.table,
@@ -377,7 +349,7 @@ impl Image {
     fn push_entry(&self, entry: &Entry, guest: u64, wanted: Range<u64>, own: usize, out: &mut Vec<Extent>) {
         let cluster_end = (guest + self.geometry.cluster()).min(wanted.end);
         let granule = self.geometry.granule();
-        let in_place = self.writable && entry.copied && !self.is_unsettled(guest) && self.late.is_empty();
+        let in_place = self.writable && entry.copied && !self.unsettled.has(guest) && self.late.is_empty();
         let mut at = wanted.start;
         while at < cluster_end {
             let sub = ((at - guest) / granule) as u32;
@@ -391,7 +363,7 @@ impl Image {
                 (State::Compressed, _) => Place::Encoded,
                 (State::Data | State::Absent, _) => Place::Absent,
             };
-            push(out, own, at, run_end - at, place);
+            push_extent(out, own, at, run_end - at, place);
             at = run_end;
         }
     }
@@ -446,25 +418,4 @@ impl Image {
     pub fn below_has(&self, guest: u64) -> bool {
         guest < self.below
     }
-}
-
-/// Appends an extent, or lengthens the last one of this call if that continues in the new one.
-#[inline]
-fn push(out: &mut Vec<Extent>, own: usize, start: u64, len: u64, place: Place) {
-    if out.len() > own
-        && let Some(last) = out.last_mut()
-    {
-        let continues = match (last.place, place) {
-            (
-                Place::Data { file, offset, in_place },
-                Place::Data { file: next_file, offset: next, in_place: next_in_place },
-            ) => file == next_file && offset + last.len == next && in_place == next_in_place,
-            (before, after) => before == after,
-        };
-        if continues {
-            last.len += len;
-            return;
-        }
-    }
-    out.push(Extent { start, len, place });
 }

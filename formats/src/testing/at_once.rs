@@ -27,7 +27,15 @@ pub fn disk_files<P: AsRef<Path>>(paths: &[P], writable: bool) -> Files {
 
 /// How to open an image by itself.
 pub fn open_of(files: Files, writable: bool, below_size: Option<u64>) -> Open {
-    Open { files, writable, below_size, budget: Budget::new(BUDGET_BYTES), log: None, snapshot: None }
+    Open {
+        files,
+        writable,
+        below_size,
+        budget: Budget::new(BUDGET_BYTES),
+        log: None,
+        snapshot: None,
+        key: None,
+    }
 }
 
 /// The disk of a chain; `layers` are type and files, the first on top and the only one that may be written.
@@ -82,7 +90,7 @@ pub fn create(
         return Err(Error::invalid("an image has a file"));
     };
     let options = options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-    block_on(format.create(first.clone(), data_files.to_vec(), &Create { size, backing, options }))
+    block_on(format.create(first.clone(), data_files.to_vec(), &Create { size, backing, options, key: None }))
 }
 
 /// Reads `len` bytes at `offset`.

@@ -4,7 +4,32 @@ use std::path::Path;
 
 use super::pages::Pages;
 use super::programs;
-use super::rig::{Rig, read_all};
+use super::rig::{PASSPHRASE, Rig, read_all};
+
+fn words(named: &[String]) -> impl Iterator<Item = &str> {
+    named.iter().map(String::as_str)
+}
+
+/// How QEMU is told about an image, with its keys.
+fn named(rig: &Rig, image: &str) -> Vec<String> {
+    let layers = &rig.case.layers;
+    let format = layers[0].format.name();
+    if layers.iter().all(|layer| layer.key.is_none()) {
+        return ["-f", format, image].map(str::to_owned).into();
+    }
+    let mut options = format!("driver={format},file.filename={image}");
+    let mut at = String::new();
+    for layer in layers {
+        match (layer.format.name(), &layer.key) {
+            ("qcow2", Some(_)) => options += &format!(",{at}encrypt.format=luks,{at}encrypt.key-secret=key"),
+            (_, Some(_)) => options += &format!(",{at}key-secret=key"),
+            _ => {}
+        }
+        at += "backing.";
+    }
+    let secret = format!("secret,id=key,data={PASSPHRASE}");
+    ["--object".to_owned(), secret, "--image-opts".to_owned(), options].into()
+}
 
 /// Saves all files of a chain into a folder, under the names by which its images know each other.
 fn save(rig: &Rig, folder: &Path) -> Result<String, String> {
@@ -24,9 +49,8 @@ fn save(rig: &Rig, folder: &Path) -> Result<String, String> {
 /// What they say.
 pub fn judge(rig: &Rig) -> Result<(), String> {
     match rig.case.layers[0].format.name() {
-        "qcow2" => qemu_finds_leaks_at_most(rig, "qcow2"),
+        "qcow2" | "vmdk" => qemu_finds_leaks_at_most(rig),
         "vhd" => vhd_has_footer(&rig.store.pages(rig.files(0)[0])),
-        "vmdk" => qemu_finds_leaks_at_most(rig, "vmdk"),
         _ => Ok(()),
     }
 }
@@ -49,13 +73,15 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
     let raw = folder.path().join("converted.raw");
-    let format = rig.case.layers[0].format.name();
-    let command = ["qemu-img", "convert", "-f", format, "-O", "raw", &image, &raw.display().to_string()];
+    let raw = raw.display().to_string();
+    let named = named(rig, &image);
+    let command: Vec<_> =
+        ["qemu-img", "convert", "-O", "raw"].into_iter().chain(words(&named)).chain([&*raw]).collect();
     let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     if !output.status.success() {
         return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
     }
-    let theirs = Pages::load(&raw).map_err(|error| error.to_string())?;
+    let theirs = Pages::load(Path::new(&raw)).map_err(|error| error.to_string())?;
     match Pages::of(&ours).first_difference(&theirs) {
         Some(at) => Err(format!("qemu-img reads another byte than we at {at}")),
         None => Ok(()),
@@ -63,10 +89,11 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
 }
 
 /// `qemu-img check` finds leaks at most.
-fn qemu_finds_leaks_at_most(rig: &Rig, format: &str) -> Result<(), String> {
+fn qemu_finds_leaks_at_most(rig: &Rig) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
-    let command = ["qemu-img", "check", "-f", format, &image];
+    let named = named(rig, &image);
+    let command: Vec<_> = ["qemu-img", "check"].into_iter().chain(words(&named)).collect();
     let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     match output.status.code() {
         Some(0 | 3) => Ok(()),

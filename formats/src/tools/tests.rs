@@ -41,6 +41,9 @@ fn cases() -> Vec<Case> {
         ("qcow2", vec![small("qcow2", SIZE)]),
         ("vhd", vec![layer("vhd", &[], SIZE)]),
         ("fixed", vec![layer("vhd", &[("type", "fixed")], SIZE)]),
+        ("qcow", vec![small("qcow", SIZE)]),
+        ("qcow/qcow2", vec![layer("qcow", &[("cluster_size", "64k")], SIZE), small("qcow2", SIZE - 512)]),
+        ("qcow2/compressed", vec![small("qcow2", SIZE), layer("qcow2", &[], SIZE).encoded()]),
         ("qcow2/raw", vec![layer("qcow2", &[], SIZE), small("raw", SIZE - 512)]),
         ("vhd/raw", vec![small("vhd", SIZE), small("raw", SIZE + 4096)]),
         ("qcow2/vhd/vhd", vec![small("qcow2", SIZE), small("vhd", SIZE - 1024), small("vhd", SIZE)]),
@@ -91,6 +94,7 @@ fn images(rig: &Rig, first: usize, writable: bool) -> Vec<LayerFiles> {
                 format: layer.format,
                 files: rig.files(index).iter().map(open).collect(),
                 snapshot: None,
+                key: None,
             }
         })
         .collect()
@@ -105,9 +109,9 @@ async fn contents(images: &[LayerFiles]) -> Vec<u8> {
 async fn made(rig: &Rig, name: &'static str, size: u64) -> LayerFiles {
     let file = rig.store.add(&format!("mem/new.{name}"), Pages::empty());
     let format = format(name).unwrap();
-    let create = Create { size: Some(size), backing: None, options: Vec::new() };
+    let create = Create { size: Some(size), backing: None, options: Vec::new(), key: None };
     format.create(file.clone(), Vec::new(), &create).await.unwrap();
-    LayerFiles { format, files: vec![file], snapshot: None }
+    LayerFiles { format, files: vec![file], snapshot: None, key: None }
 }
 
 #[test]
@@ -242,7 +246,7 @@ fn without_a_parent_everything_is_copied_up() {
             let top = images(&rig, 0, true).remove(0);
             let changed = top.format.set_backing(top.files[0].clone(), None).await;
             match top.format.name() {
-                "qcow2" => {
+                "qcow2" | "qcow" => {
                     changed.unwrap();
                     assert!(contents(&images(&rig, 0, false)[..1]).await == model, "{case:?}");
                 }
@@ -263,7 +267,9 @@ fn link_to(path: &str) -> (Link, u64) {
 
 #[test]
 fn a_crash_leaves_the_old_parent_or_the_new_one() {
-    let overlays: [(&str, &[(&str, &str)]); 5] = [
+    let overlays: [(&str, &[(&str, &str)]); 7] = [
+        ("qcow", &[]),
+        ("qcow", &[("extended", "off")]),
         ("vhd", &[]),
         ("qcow2", &[]),
         ("qcow2", &[("cluster_size", "4096")]),
@@ -342,7 +348,7 @@ fn measured_space_is_enough_and_not_much_more() {
             rig.store.run(async {
                 let source = layers::open(&images(&rig, 0, false), false, &budget()).await.unwrap();
                 let image = made(&rig, target, SIZE).await;
-                let create = Create { size: None, backing: None, options: Vec::new() };
+                let create = Create { size: None, backing: None, options: Vec::new(), key: None };
                 let measured = measure::measure(image.format, &create, Some(&source)).await.unwrap();
                 let new = layers::open(std::slice::from_ref(&image), true, &budget()).await.unwrap();
                 copy((&source, Depth::Chain), 0..SIZE, (&new, Target::New), 0, &()).await.unwrap();

@@ -26,12 +26,12 @@ use super::header::Header;
 use super::layout::Shape;
 use super::reserve::Reserve;
 use super::{bitmap, sparse_plan};
-use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Order, Place, Plan, Usage, push_extent};
+use crate::crypt::PayloadCipher;
+use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Order, Place, Plan, Usage};
 use crate::error::{Error, ErrorKind};
 use crate::file::{ImageFile, Pending};
 use crate::late::Late;
 use crate::metadata::Tables;
-use crate::unsettled::Unsettled;
 
 /// The file of the image itself.
 pub const FILE: FileIndex = FileIndex(0);
@@ -71,13 +71,16 @@ pub struct Sparse {
     pub(super) footer: Rc<RefCell<Footer>>,
     /// Bytes of the parent; `None` when there is none.
     pub(super) below_size: Option<u64>,
+    /// How sectors that are there are encrypted.
+    pub(super) cipher: Option<PayloadCipher>,
     pub(super) writable: bool,
     /// Blocks that are not served.
     pub(super) damaged: BlockSet,
     pub(super) pinned: BlockSet,
     pub(super) full: RefCell<BlockSet>,
-    /// Blocks with changes that may not be settled.
-    pub(super) unsettled: Unsettled,
+    /// Blocks with changes that may not be settled, and the number of the last one of each.
+    pub(super) unsettled: RefCell<BTreeMap<u32, u64>>,
+    pub(super) last_change: Cell<u64>,
     pub(super) reserve: Reserve,
     /// Zeroes that were being written when their caller went away.
     pub(super) late: Late,
@@ -105,6 +108,11 @@ impl Sparse {
     /// The disk has a parent.
     pub(super) fn is_differencing(&self) -> bool {
         self.below_size.is_some()
+    }
+
+    /// A sector without its bit is not in this file, also without a parent: bits of new blocks are set as their sectors are written.
+    pub(super) fn keeps_bits(&self) -> bool {
+        self.is_differencing() || self.cipher.is_some()
     }
 
     /// Looks a block up in the table, from memory, and checks the answer.
@@ -167,17 +175,17 @@ impl Sparse {
             Found::Nowhere => {
                 let nothing =
                     if self.is_differencing() { Place::Absent } else { Place::Zero { allocated: false } };
-                push_extent(out, from, to - from, nothing);
+                push(out, from, to - from, nothing);
                 return Ok(to);
             }
             Found::At(start) => start,
         };
         let block_start = u64::from(block) * self.shape.block;
         let data = |at| self.shape.data_offset(start, at);
-        let in_place = self.writable && !self.unsettled.contains(block.into()) && self.late.is_empty();
+        let in_place = self.writable && !self.unsettled.borrow().contains_key(&block) && self.late.is_empty();
         if self.full.borrow().contains(block) || self.is_full(block, start) {
             let place = Place::Data { file: FILE, offset: data(from), in_place };
-            push_extent(out, from, to - from, place);
+            push(out, from, to - from, place);
             return Ok(to);
         }
         let mut at = from;
@@ -197,7 +205,7 @@ impl Sparse {
                 false if self.is_differencing() => Place::Absent,
                 false => Place::Zero { allocated: true },
             };
-            push_extent(out, at, end - at, place);
+            push(out, at, end - at, place);
             at = end;
         }
         Ok(to)
@@ -222,7 +230,8 @@ impl Sparse {
     pub(super) fn change(&self, block: u32, offset: u64, bytes: &[u8], order: Order) -> bool {
         let done = self.tables.set(offset, bytes, order);
         if done {
-            self.unsettled.note(block.into());
+            self.last_change.set(self.last_change.get() + 1);
+            self.unsettled.borrow_mut().insert(block, self.last_change.get());
         }
         done
     }
@@ -238,17 +247,17 @@ impl Sparse {
 
     /// What was changed before is safe against the death of the process.
     pub(super) async fn settle(&self) -> Result<(), Error> {
-        let so_far = self.unsettled.so_far();
+        let until = self.last_change.get();
         self.tables.settle().await?;
-        self.unsettled.settled(so_far);
+        self.unsettled.borrow_mut().retain(|_, change| *change > until);
         Ok(())
     }
 
     /// What was changed before is in the file.
     async fn write_back(&self) -> Result<(), Error> {
-        let so_far = self.unsettled.so_far();
+        let until = self.last_change.get();
         self.tables.write_back().await?;
-        self.unsettled.settled(so_far);
+        self.unsettled.borrow_mut().retain(|_, change| *change > until);
         Ok(())
     }
 
@@ -280,6 +289,9 @@ impl Sparse {
         self.check_writable()?;
         self.late.wait().await;
         let range = range.start..range.end.min(self.size.get());
+        if self.cipher.is_some() {
+            return self.erase_encrypted(range, how).await;
+        }
         if !self.is_differencing() {
             self.erase_blocks(range, how).await?;
             self.settle().await?;
@@ -291,6 +303,29 @@ impl Sparse {
         }
         self.zero_with_space(range).await?;
         Ok(Erased::Done)
+    }
+
+    /// Erases in an encrypted disk: whole blocks go, without a parent; else zeroes are written, since those in a place would be
+    /// something else when they are decrypted.
+    async fn erase_encrypted(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
+        if self.is_differencing() || how == Erase::ZeroKeep {
+            return Ok(Erased::WriteZeroes);
+        }
+        let mut erased = Erased::Done;
+        for (block, part) in self.per_block(range) {
+            match self.look_up(block).await? {
+                Found::At(start) if part == self.block_range(block) && self.may_unmap(block) => {
+                    self.set_entry(block, UNUSED).await?;
+                    self.full.borrow_mut().remove(block);
+                    // Not punched: after a crash the entry may be there still, and what it shows must be what was there.
+                    self.reserve.release((start / SECTOR) as u32);
+                }
+                Found::At(_) => erased = Erased::WriteZeroes,
+                Found::Nowhere | Found::Unknown => {}
+            }
+        }
+        self.settle().await?;
+        Ok(erased)
     }
 
     /// Erases in a disk without a parent.
@@ -365,6 +400,25 @@ impl Sparse {
 /// Sectors whose bits are in one sector of a bitmap.
 pub const BITS: u64 = SECTOR * 8;
 
+/// Appends an extent, to the last one when it continues it.
+fn push(out: &mut Vec<Extent>, start: u64, len: u64, place: Place) {
+    if let Some(last) = out.last_mut()
+        && last.start + last.len == start
+    {
+        let continues = match (last.place, place) {
+            (Place::Data { offset: a, in_place: x, .. }, Place::Data { offset: b, in_place: y, .. }) => {
+                a + last.len == b && x == y
+            }
+            (a, b) => a == b,
+        };
+        if continues {
+            last.len += len;
+            return;
+        }
+    }
+    out.push(Extent { start, len, place });
+}
+
 impl Driver for Sparse {
     fn size(&self) -> u64 {
         self.size.get()
@@ -416,6 +470,10 @@ impl Driver for Sparse {
 
     fn erase(&self, range: Range<u64>, how: Erase) -> Pending<'_, Erased> {
         Box::pin(self.erase_range(range, how))
+    }
+
+    fn cipher(&self) -> Option<&PayloadCipher> {
+        self.cipher.as_ref()
     }
 
     fn flush(&self) -> Pending<'_, ()> {

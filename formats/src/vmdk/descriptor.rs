@@ -266,8 +266,17 @@ impl Descriptor {
     /// The text with another size of its last extent, in bytes.
     pub fn with_last_size(&self, bytes: u64) -> Vec<u8> {
         let mut new = self.text.clone();
+        if new.is_empty() {
+            return new;
+        }
         if let Some(last) = self.extents.last() {
             new.splice(last.sectors_at.clone(), (bytes / SECTOR).to_string().into_bytes());
+        }
+        // What is longer takes room from the blanks at the end.
+        let excess = new.len().saturating_sub(self.text.len());
+        let blanks = (new.len() - 1).saturating_sub(excess)..new.len() - 1;
+        if new[blanks.clone()].iter().all(|byte| *byte == b' ') {
+            new.drain(blanks);
         }
         new
     }

@@ -210,14 +210,21 @@ impl Image {
         start..(start + grain_bytes).min(part.end.get())
     }
 
-    /// Maps the part of an extent from the start of `range` on; returns where it stopped.
-    fn map_part(&self, part: &Part, range: Range<u64>, out: &mut Vec<Extent>) -> Result<u64, Error> {
+    /// Maps the part of an extent from the start of `range` on, behind index `own` of `out`; returns where it stopped.
+    fn map_part(
+        &self,
+        part: &Part,
+        range: Range<u64>,
+        own: usize,
+        out: &mut Vec<Extent>,
+    ) -> Result<u64, Error> {
         let in_place = self.writable && self.changed.get() && self.late.is_empty();
         let sparse = match &part.kind {
             Kind::Flat(file, offset) => {
                 let offset = offset + (range.start - part.start);
                 push_extent(
                     out,
+                    own,
                     range.start,
                     range.end - range.start,
                     Place::Data { file: *file, offset, in_place },
@@ -225,7 +232,7 @@ impl Image {
                 return Ok(range.end);
             }
             Kind::Zero => {
-                push_extent(out, range.start, range.end - range.start, Place::Zero { allocated: false });
+                push_extent(out, own, range.start, range.end - range.start, Place::Zero { allocated: false });
                 return Ok(range.end);
             }
             Kind::Sparse(sparse) => sparse,
@@ -242,10 +249,10 @@ impl Image {
                 Grain::At(at) => Place::Data {
                     file: sparse.index,
                     offset: at + (from - start),
-                    in_place: in_place && !self.unsettled.contains(start),
+                    in_place: in_place && !self.unsettled.has(start),
                 },
             };
-            push_extent(out, from, to - from, place);
+            push_extent(out, own, from, to - from, place);
         })?;
         let Some(count) = shown else { return Ok(range.start) };
         Ok(range.end.min(part.start + (grains.start + count) * grain_bytes))
@@ -344,42 +351,26 @@ impl Image {
         let pieces = self.plans.borrow_mut().remove(&id);
         let pieces =
             pieces.ok_or_else(|| Error::invalid(format!("{}: there is no plan {id}", self.name())))?;
+        let starts = pieces.iter().map(|piece| self.start_of(piece)).collect();
+        let unsettled = self.unsettled.begin(starts);
         let mut draft = Draft { image: self, pieces };
         while let Some(piece) = draft.pieces.last() {
             if let Some(sparse) = self.sparse(piece.part) {
                 sparse.note_used(piece.place + sparse.shape.grain);
-                self.set_entry(sparse, piece.part, piece.grain, (piece.place / SECTOR) as u32, piece.order)
-                    .await?;
+                let entry = (piece.place / SECTOR) as u32;
+                sparse.set(&self.tables, piece.grain, entry, piece.order).await?;
             }
             draft.pieces.pop();
         }
-        self.settle().await
-    }
-
-    async fn set_entry(
-        &self,
-        sparse: &Sparse,
-        part: usize,
-        grain: u64,
-        entry: u32,
-        order: Order,
-    ) -> Result<(), Error> {
-        self.unsettled.note(self.grain_range(&self.parts[part], sparse.shape.grain, grain).start);
-        sparse.set(&self.tables, grain, entry, order).await
-    }
-
-    async fn settle(&self) -> Result<(), Error> {
-        let so_far = self.unsettled.so_far();
         self.tables.settle().await?;
-        self.unsettled.settled(so_far);
+        unsettled.settled();
         Ok(())
     }
 
-    async fn write_back(&self) -> Result<(), Error> {
-        let so_far = self.unsettled.so_far();
-        self.tables.write_back().await?;
-        self.unsettled.settled(so_far);
-        Ok(())
+    /// Where the grain of a piece begins on the disk: by that it is known as unsettled.
+    fn start_of(&self, piece: &Piece) -> u64 {
+        let grain_bytes = self.sparse(piece.part).map_or(SECTOR, |sparse| sparse.shape.grain);
+        self.parts[piece.part].start + piece.grain * grain_bytes
     }
 
     async fn erase_range(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
@@ -410,7 +401,7 @@ impl Image {
                 }
             }
         }
-        self.settle().await?;
+        self.tables.settle().await?;
         Ok(erased)
     }
 
@@ -443,7 +434,7 @@ impl Image {
         };
         sparse.mark().await?;
         sparse.own_table(&self.tables, grain, &self.late).await?;
-        self.set_entry(sparse, number, grain, entry, Order::Anytime).await?;
+        sparse.set(&self.tables, grain, entry, Order::Anytime).await?;
         if let Some(at) = place {
             // What the entry shows after power loss was asked to be zero, and is. Only then the place may get another owner: the zeroes
             // must not meet it. Not giving the bytes back costs space only.
@@ -463,7 +454,7 @@ impl Image {
         let lost: Vec<_> = self.plans.borrow_mut().split_off(&0).into_values().collect();
         lost.into_iter().for_each(|pieces| drop(Draft { image: self, pieces }));
         self.late.wait().await;
-        self.write_back().await?;
+        self.tables.write_back().await?;
         for sparse in self.all_sparse() {
             sparse.end_stream().await?;
         }
@@ -487,11 +478,11 @@ impl Driver for Image {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<u64, Error> {
-        let (mut at, end) = (offset, offset + len);
+        let (mut at, end, own) = (offset, offset + len, out.len());
         while at < end {
             let part = &self.parts[self.part_at(at)];
             let stop = end.min(part.end.get());
-            match self.map_part(part, at..stop, out) {
+            match self.map_part(part, at..stop, own, out) {
                 Ok(done) if done > at => at = done,
                 Err(error) if at == offset => return Err(error),
                 Ok(_) | Err(_) => break,
@@ -526,11 +517,11 @@ impl Driver for Image {
     }
 
     fn flush(&self) -> Pending<'_, ()> {
-        Box::pin(self.write_back())
+        Box::pin(self.tables.write_back())
     }
 
     fn tidy(&self) -> Pending<'_, ()> {
-        Box::pin(self.write_back())
+        Box::pin(self.tables.write_back())
     }
 
     fn resize(&self, size: u64) -> Pending<'_, ()> {

@@ -244,6 +244,7 @@ impl Own {
             size: self.size(),
             backing: self.backing(),
             data_files: names.iter().map(link).collect(),
+            encryption: None,
             identity: descriptor.cid.as_ref().map(|(cid, _)| identity(*cid)),
             writable: self.writable(),
             properties,

@@ -209,8 +209,7 @@ pub(super) fn properties(disk: &Disk, offer: &Offer) -> Option<Properties> {
     let live = inner.live.as_ref()?;
     let read_only = offer.read_only || inner.attachment.request.read_only;
     let physical = live.image.file().map_or(512, |file| file.offset_align.max(512));
-    let overwrites =
-        matches!(inner.attachment.image.image_type, ImageType::Raw | ImageType::Ram | ImageType::Null);
+    let overwrites = !matches!(inner.attachment.image.image_type, ImageType::Image(_));
     let block = u64::from(offer.block_bytes);
     Some(Properties {
         sectors: live.image.size_bytes / block * (block / 512),

@@ -33,7 +33,7 @@ const MATRIX: &[(u64, &str)] = &[
 ];
 
 /// What a file system might hold: text, noise, zeroes, in stretches of some kilobytes.
-fn contents(size: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn contents(size: usize, seed: u64) -> Vec<u8> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut bytes = Vec::with_capacity(size + (1 << 16));
     while bytes.len() < size {
@@ -72,12 +72,12 @@ fn of_ours(folder: &Path, size_kib: u64, options: &str, seed: u64) -> Vec<u8> {
         .map(|(a, b)| (a.to_owned(), b.to_owned()))
         .collect();
     let file: Rc<dyn ImageFile> = DiskFile::open(&folder.join("a.qcow2"), true);
-    let create = Create { size: Some(model.len() as u64), backing: None, options };
+    let create = Create { size: Some(model.len() as u64), backing: None, options, key: None };
     block_on(async {
         Qcow2.create(file.clone(), Vec::new(), &create).await?;
         let raw: Rc<dyn ImageFile> = DiskFile::open(&folder.join("a.raw"), false);
         let budget = Budget::new(1 << 20);
-        let images = |format, file| [LayerFiles { format, files: vec![file], snapshot: None }];
+        let images = |format, file| [LayerFiles { format, files: vec![file], snapshot: None, key: None }];
         let source =
             layers::open(&images(crate::registry::format("raw").unwrap(), raw), false, &budget).await?;
         let target = layers::open(&images(&Qcow2, file), true, &budget).await?;
@@ -242,8 +242,12 @@ fn a_disk_that_ends_within_a_compressed_cluster_grows_and_shrinks() {
 fn small(folder: &Path) -> (Vec<u8>, Vec<u8>, usize) {
     let file: Rc<dyn ImageFile> = DiskFile::open(&folder.join("a.qcow2"), true);
     let options = vec![("cluster_size".to_owned(), "4k".to_owned())];
-    block_on(Qcow2.create(file, Vec::new(), &Create { size: Some(1 << 20), backing: None, options }))
-        .unwrap();
+    block_on(Qcow2.create(
+        file,
+        Vec::new(),
+        &Create { size: Some(1 << 20), backing: None, options, key: None },
+    ))
+    .unwrap();
     let volume = open(&layers_of(folder), true);
     let mut model = vec![0; 1 << 20];
     let units = (0..16u64).map(|number| {

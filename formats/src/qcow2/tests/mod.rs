@@ -1,10 +1,10 @@
 //! Tests of the qcow2 driver against QEMU, against a model, and with damaged images.
 
-mod compressed;
+pub(crate) mod compressed;
 mod conformance;
 mod damaged;
 mod model;
 mod offline;
 mod peers;
-mod rig;
+pub(crate) mod rig;
 mod subclusters;

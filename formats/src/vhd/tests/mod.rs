@@ -3,6 +3,7 @@
 mod chain;
 mod crash;
 mod damage;
+mod encrypted;
 mod model;
 mod others;
 mod plans;

@@ -46,7 +46,15 @@ fn files(path: &Path, writable: bool) -> Result<Vec<Rc<dyn ImageFile>>, Error> {
 /// An image without anything below it.
 fn open_of(path: &Path, writable: bool, below_size: Option<u64>) -> Result<Open, Error> {
     let files = files(path, writable)?;
-    Ok(Open { files, writable, below_size, budget: Budget::new(1 << 20), log: None, snapshot: None })
+    Ok(Open {
+        files,
+        writable,
+        below_size,
+        budget: Budget::new(1 << 20),
+        log: None,
+        snapshot: None,
+        key: None,
+    })
 }
 
 /// An image with its parents, which are beside it.
@@ -90,7 +98,7 @@ fn create(
         (link, description.size)
     });
     let options = options.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
-    let create = Create { size, backing, options };
+    let create = Create { size, backing, options, key: None };
     let new = |path: &Path| -> Result<Rc<dyn ImageFile>, Error> {
         std::fs::write(path, "").unwrap();
         Ok(Blocking::open(path, true)?)

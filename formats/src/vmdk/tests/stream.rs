@@ -36,6 +36,7 @@ fn volume_of(path: &Path) -> Volume {
         budget: Budget::new(1 << 20),
         log: None,
         snapshot: None,
+        key: None,
     };
     Volume::new(vec![Layer { driver: wait(Raw.open(open)).unwrap(), files }]).unwrap()
 }

@@ -1,38 +1,38 @@
-//! How often each cluster of the file is referred to, for as many clusters at a time as memory allows.
+//! How often each cluster of a file is referred to, for as many clusters at a time as memory allows: for the checks of qcow2 and qcow.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Clusters of a page of counts.
-pub(super) const PAGE: u64 = 1024;
+pub(crate) const PAGE: u64 = 1024;
 /// Pages of counts in memory (4 KiB each).
 const PAGES_MAX: usize = 32768;
 
 /// A count of references, and what they are.
-pub(super) type Word = u32;
-pub(super) const COUNT: Word = 0x00ff_ffff;
+pub(crate) type Word = u32;
+pub(crate) const COUNT: Word = 0x00ff_ffff;
 /// A table that may be referred to once only.
-pub(super) const TABLE: Word = 1 << 31;
+pub(crate) const TABLE: Word = 1 << 31;
 /// An L2 table.
-pub(super) const L2: Word = 1 << 30;
+pub(crate) const L2: Word = 1 << 30;
 /// Bytes of the disk.
-pub(super) const DATA: Word = 1 << 29;
+pub(crate) const DATA: Word = 1 << 29;
 /// Referred to by the active state.
-pub(super) const ACTIVE: Word = 1 << 28;
+pub(crate) const ACTIVE: Word = 1 << 28;
 
 /// Counts of the clusters of one window.
 #[derive(Default)]
-pub(in crate::qcow2) struct Counts {
-    pub(super) pages: BTreeMap<u64, Box<[Word; PAGE as usize]>>,
+pub(crate) struct Counts {
+    pub(crate) pages: BTreeMap<u64, Box<[Word; PAGE as usize]>>,
     /// First page of this window.
-    pub(super) first: u64,
+    pub(crate) first: u64,
     /// First page behind it, once memory ended.
-    pub(super) end: Option<u64>,
+    pub(crate) end: Option<u64>,
 }
 
 impl Counts {
     /// Adds a reference to each cluster of a range.
-    pub(super) fn add_range(&mut self, clusters: Range<u64>, kind: Word) {
+    pub(crate) fn add_range(&mut self, clusters: Range<u64>, kind: Word) {
         let mut cluster = clusters.start.max(self.first.saturating_mul(PAGE));
         while cluster < clusters.end && self.contains(cluster) {
             self.add(cluster, kind, 1);
@@ -41,7 +41,7 @@ impl Counts {
     }
 
     /// Adds `times` references to a cluster; returns what was known of it before, if the cluster is in the window.
-    pub(super) fn add(&mut self, cluster: u64, kind: Word, times: u32) -> Option<Word> {
+    pub(crate) fn add(&mut self, cluster: u64, kind: Word, times: u32) -> Option<Word> {
         let page = cluster / PAGE;
         if page < self.first || self.end.is_some_and(|end| page >= end) {
             return None;
@@ -58,7 +58,7 @@ impl Counts {
         Some(old)
     }
 
-    pub(super) fn contains(&self, cluster: u64) -> bool {
+    pub(crate) fn contains(&self, cluster: u64) -> bool {
         let page = cluster / PAGE;
         page >= self.first && self.end.is_none_or(|end| page < end)
     }
@@ -76,13 +76,13 @@ impl Counts {
         })
     }
 
-    pub(super) fn get(&self, cluster: u64) -> u64 {
+    pub(crate) fn get(&self, cluster: u64) -> u64 {
         let word = self.pages.get(&(cluster / PAGE)).map_or(0, |page| page[(cluster % PAGE) as usize]);
         u64::from(word & COUNT)
     }
 
     /// References to the clusters of a page, if there are any.
-    pub(super) fn page(&self, page: u64) -> Option<&[Word; PAGE as usize]> {
+    pub(crate) fn page(&self, page: u64) -> Option<&[Word; PAGE as usize]> {
         self.pages.get(&page).map(Box::as_ref)
     }
 }
