@@ -14,7 +14,7 @@ use std::sync::Arc;
 use formats::crypt::Secret;
 use formats::crypt::source::KeySources;
 use formats::driver::Create;
-use formats::spec::{ImageSpec, Target};
+use formats::spec::{ImageSpec, ImageType, Target};
 use shard::api::{Backend, ChainLayer, Command, DiskId, ImageChain};
 use tokio::sync::OwnedRwLockReadGuard;
 use tokio::time::Instant;
