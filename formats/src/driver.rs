@@ -306,6 +306,10 @@ pub trait Driver {
     /// Changes the size of the disk, in bytes. Growing reads as zero, whatever the layer below has there.
     fn resize(&self, size: u64) -> Pending<'_, ()>;
 
+    /// What is written from now on does not change what a child of this image reads (a merge of that child into it, data of a parent
+    /// that is copied up): an identity of the contents ([`Identity::of_contents`]) stays what it is.
+    fn keep_identity(&self) {}
+
     /// Ends the use of the image: everything is flushed, what was reserved goes back, marks of use are removed. The driver is not
     /// used afterwards, unless it failed because a flush did. Dropping a driver without this is what a crash does.
     fn close(&self) -> Pending<'_, ()>;
@@ -358,6 +362,8 @@ pub struct Identity {
     pub uuid: [u8; 16],
     /// Time of modification that the image remembers, seconds since 1970; `None` when not recorded. A difference is a warning.
     pub modified: Option<u64>,
+    /// It is one of the contents (a VMDK's CID): the first write after an opening changes it.
+    pub of_contents: bool,
 }
 
 /// How the data of an image is encrypted.
@@ -534,11 +540,11 @@ pub trait Format: Sync {
     fn check(&self, open: Open, repair: Option<Repair>) -> Pending<'_, Findings>;
 
     /// Paths of the further files that [`Format::create`] wants for these options, in its order; relative ones are relative to the
-    /// folder of the image.
+    /// folder of the image, which has the name `image` there.
     ///
     /// # Errors
     /// The options make no sense.
-    fn data_files(&self, _create: &Create) -> Result<Vec<String>, Error> {
+    fn data_files(&self, _create: &Create, _image: &str) -> Result<Vec<String>, Error> {
         Ok(Vec::new())
     }
 

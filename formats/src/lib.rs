@@ -29,6 +29,7 @@ pub mod testing;
 pub mod tools;
 mod unsettled;
 pub mod vhd;
+pub mod vmdk;
 pub mod volume;
 #[cfg(test)]
 mod volume_tests;

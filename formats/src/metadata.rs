@@ -24,11 +24,14 @@
 //! - Writes of a round that was dropped go on in the kernel; the next round begins when they have ended, since two writes of one
 //!   place are not ordered.
 //!
+//! Tables may lie in several files ([`Tables::over`]): then an offset is an [`address`], and one round, one log and one order serve them
+//! all.
+//!
 //! Memory: [`Budget`] is shared by all tables of a shard, and by the units that were decoded ([`crate::codec::Decoded`]). Who needs
 //! room takes it from the largest holder: of tables clean slices only, by the clock algorithm. No table is driven below
 //! [`SLICES_MIN`] slices, and nobody may hold over half of the budget.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{HashMap, VecDeque};
 use std::rc::{Rc, Weak};
 
@@ -45,6 +48,15 @@ pub const SLICES_MIN: usize = 4;
 const LOADS: usize = 32;
 /// Slices that one round writes at the same time.
 const WRITES_MAX: usize = 32;
+
+/// Bits of an address that are an offset in a file.
+const OFFSET_BITS: u32 = 48;
+
+/// The address of a byte of a file, for [`Tables::over`]: the number of the file among those given there, and the offset, below 2^48.
+pub fn address(file: usize, offset: u64) -> u64 {
+    debug_assert!(offset < 1 << OFFSET_BITS);
+    (file as u64) << OFFSET_BITS | offset
+}
 
 /// When a change may reach the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -163,7 +175,7 @@ struct Slices {
     dirty: usize,
     /// Slices that are dirty or in doubt.
     pinned: usize,
-    /// [`Flushes::last_good`] when doubts were looked at.
+    /// The sum of the files' [`Flushes::last_good`] when doubts were looked at.
     looked_at: u64,
 }
 
@@ -175,18 +187,6 @@ impl Slices {
         alter(slice);
         self.dirty = self.dirty + usize::from(slice.changed > 0) - usize::from(dirty);
         self.pinned = self.pinned + usize::from(slice.is_pinned()) - usize::from(pinned);
-    }
-
-    /// Ends the doubts that a flush has ended.
-    fn look_at_doubts(&mut self, flushes: Option<&Flushes>) {
-        let Some(flushes) = flushes.filter(|flushes| flushes.last_good() != self.looked_at) else { return };
-        self.looked_at = flushes.last_good();
-        for (_, slice) in &mut self.slab {
-            if slice.doubt.is_some_and(|then| flushes.cover(then)) {
-                slice.doubt = None;
-                self.pinned -= usize::from(slice.changed == 0);
-            }
-        }
     }
 }
 
@@ -202,10 +202,10 @@ impl Drop for InFlight<'_> {
     }
 }
 
-/// The tables of one file. See the module for what it promises.
+/// The tables of one image. See the module for what it promises.
 pub struct Tables {
-    file: Rc<dyn ImageFile>,
-    index: FileIndex,
+    /// Where they lie.
+    files: Vec<(FileIndex, Rc<dyn ImageFile>)>,
     /// Files whose payload the tables point to.
     data: Vec<Rc<dyn ImageFile>>,
     slice_bytes: usize,
@@ -237,10 +237,20 @@ impl Tables {
         budget: &Rc<Budget>,
         log: Option<Rc<dyn AllocationLog>>,
     ) -> Rc<Tables> {
+        Tables::over(vec![(index, file)], data, slice_bytes, budget, log)
+    }
+
+    /// The same of several files, which are known by their [`address`] from then on; of one file an address is an offset.
+    pub fn over(
+        files: Vec<(FileIndex, Rc<dyn ImageFile>)>,
+        data: Vec<Rc<dyn ImageFile>>,
+        slice_bytes: usize,
+        budget: &Rc<Budget>,
+        log: Option<Rc<dyn AllocationLog>>,
+    ) -> Rc<Tables> {
         debug_assert!(slice_bytes.is_power_of_two() && slice_bytes >= 512);
         let tables = Rc::new(Tables {
-            file,
-            index,
+            files,
             data,
             slice_bytes,
             budget: budget.clone(),
@@ -258,7 +268,7 @@ impl Tables {
         tables
     }
 
-    /// Looks at `len` bytes at `offset` of the file, which must not cross a slice. `None` when they are not in memory.
+    /// Looks at `len` bytes at `offset`, which must not cross a slice. `None` when they are not in memory.
     pub fn get<T>(&self, offset: u64, len: usize, look: impl FnOnce(&[u8]) -> T) -> Option<T> {
         let (number, at) = self.locate(offset, len);
         let slices = self.slices.borrow();
@@ -293,7 +303,8 @@ impl Tables {
             if self.has(number) {
                 return Ok(());
             }
-            let bytes = self.file.read(number * self.slice_bytes as u64, self.slice_bytes).await?;
+            let (_, file, offset) = self.place_of(number)?;
+            let bytes = file.read(offset, self.slice_bytes).await?;
             self.insert(number, Box::from(&bytes[..]));
             Ok(())
         })
@@ -376,8 +387,9 @@ impl Tables {
             if changed == old {
                 continue;
             }
-            let offset = number * self.slice_bytes as u64 + word as u64;
-            entries.push(LogEntry { file: self.index, offset, old, new: changed });
+            // It was loaded from there.
+            let Ok((file, _, start)) = self.place_of(number) else { return false };
+            entries.push(LogEntry { file, offset: start + word as u64, old, new: changed });
         }
         assert!(log.append_all(&entries).is_ok(), "the log had room");
         true
@@ -431,8 +443,8 @@ impl Tables {
         for chunk in dirty.chunks(WRITES_MAX) {
             let mut under_way = InFlight { stray: &self.stray, writes: VecDeque::with_capacity(chunk.len()) };
             for (number, _, bytes) in chunk {
-                let write = self.file.write(*number * self.slice_bytes as u64, Buf::copy_of(bytes));
-                under_way.writes.push_back(write);
+                let (_, file, offset) = self.place_of(*number)?;
+                under_way.writes.push_back(file.write(offset, Buf::copy_of(bytes)));
             }
             for (number, changed, _) in chunk {
                 let Some(write) = under_way.writes.front_mut() else { break };
@@ -452,7 +464,9 @@ impl Tables {
         }
         if self.doubtful_bytes() > self.budget.limit_bytes / 4 {
             // Its failure is told to the next who needs a flush; until one succeeds they stay in memory.
-            let _ = self.file.flush().await;
+            for (_, file) in &self.files {
+                let _ = file.flush().await;
+            }
         }
         Ok(())
     }
@@ -468,7 +482,7 @@ impl Tables {
             if slice.changed == changed {
                 slice.changed = 0;
             }
-            slice.doubt = self.file.flushes().map(Flushes::now);
+            slice.doubt = self.flushes_of(number).map(Flushes::now);
         });
     }
 
@@ -476,8 +490,7 @@ impl Tables {
     /// doubt.
     pub async fn write_again(&self) -> Result<(), Error> {
         {
-            let mut slices = self.slices.borrow_mut();
-            slices.look_at_doubts(self.file.flushes());
+            let mut slices = self.without_old_doubts();
             let doubtful = |(key, slice): (usize, &Slice)| slice.doubt.is_some().then_some(key);
             let keys: Vec<usize> = slices.slab.iter().filter_map(doubtful).collect();
             for key in keys {
@@ -525,6 +538,40 @@ impl Tables {
         (offset / self.slice_bytes as u64, at)
     }
 
+    /// The file of a slice, and where it lies there.
+    fn place_of(&self, number: u64) -> Result<(FileIndex, &Rc<dyn ImageFile>, u64), Error> {
+        let address = number * self.slice_bytes as u64;
+        let (file, offset) = match self.files.len() {
+            1 => (0, address),
+            _ => ((address >> OFFSET_BITS) as usize, address & ((1 << OFFSET_BITS) - 1)),
+        };
+        let (index, file) =
+            self.files.get(file).ok_or_else(|| Error::invalid(format!("tables have no file {file}")))?;
+        Ok((*index, file, offset))
+    }
+
+    fn flushes_of(&self, number: u64) -> Option<&Flushes> {
+        self.place_of(number).ok().and_then(|(_, file, _)| file.flushes())
+    }
+
+    /// The slices, with the doubts ended that flushes have ended.
+    fn without_old_doubts(&self) -> RefMut<'_, Slices> {
+        let mut borrowed = self.slices.borrow_mut();
+        let slices = &mut *borrowed;
+        let last_good = self.files.iter().filter_map(|(_, file)| file.flushes()).map(Flushes::last_good).sum();
+        if last_good != slices.looked_at {
+            slices.looked_at = last_good;
+            for (_, slice) in &mut slices.slab {
+                let flushes = || self.flushes_of(slice.number);
+                if slice.doubt.is_some_and(|then| flushes().is_some_and(|flushes| flushes.cover(then))) {
+                    slice.doubt = None;
+                    slices.pinned -= usize::from(slice.changed == 0);
+                }
+            }
+        }
+        borrowed
+    }
+
     fn has(&self, number: u64) -> bool {
         self.slices.borrow().by_number.contains_key(&number)
     }
@@ -544,8 +591,7 @@ impl Tables {
 
     /// Bytes that no flush has covered since they were written, and that were not changed again.
     fn doubtful_bytes(&self) -> usize {
-        let mut slices = self.slices.borrow_mut();
-        slices.look_at_doubts(self.file.flushes());
+        let slices = self.without_old_doubts();
         (slices.pinned - slices.dirty) * self.slice_bytes
     }
 }
@@ -556,8 +602,7 @@ impl Holder for Tables {
     }
 
     fn may_evict(&self) -> bool {
-        let mut slices = self.slices.borrow_mut();
-        slices.look_at_doubts(self.file.flushes());
+        let slices = self.without_old_doubts();
         slices.slab.len() > SLICES_MIN && slices.pinned < slices.slab.len()
     }
 
@@ -587,7 +632,7 @@ impl Holder for Tables {
 impl std::fmt::Debug for Tables {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Tables")
-            .field("file", &self.file.name())
+            .field("files", &self.files)
             .field("usage", &self.usage())
             .finish_non_exhaustive()
     }

@@ -15,6 +15,7 @@ pub static ALL: &[&dyn Format] = &[
     &crate::vhd::Vhd,
     &crate::qcow2::Qcow2,
     &crate::qcow::Qcow,
+    &crate::vmdk::Vmdk,
     &crate::crypt::luks::Luks,
 ];
 

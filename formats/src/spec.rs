@@ -120,7 +120,7 @@ pub enum ImageType {
 }
 
 /// Formats of which the name is known, to be refused by name.
-const NOT_BUILT: &[&str] = &["vmdk", "vhdx", "vdi", "qed", "parallels"];
+const NOT_BUILT: &[&str] = &["vhdx", "vdi", "qed", "parallels"];
 
 /// What there is, for messages.
 fn known() -> String {

@@ -60,7 +60,6 @@ fn refusals_name_kind_and_place() {
         ("vdi:/a", NotBuilt, Some(0)),
         ("qed:/a", NotBuilt, Some(0)),
         ("parallels:/a", NotBuilt, Some(0)),
-        ("vmdk:/a", NotBuilt, Some(0)),
         ("raw:/a,b", Character, Some(6)),
         ("raw:/a\nb", Character, Some(6)),
         ("raw:/a?cache=a,b", Character, Some(14)),
@@ -107,8 +106,8 @@ fn refusals_name_kind_and_place() {
 #[test]
 fn messages_say_what_to_do() {
     for (text, parts) in [
-        ("foo:/a", ["\"foo\"", "raw (or aio), vhd, qcow2, qcow, ram and null", "no decorators", "offset 0"]),
-        ("vmdk:/a", ["\"vmdk\"", "not built into this version", "raw (or aio)", "offset 0"]),
+        ("foo:/a", ["\"foo\"", "raw (or aio), vhd, qcow2, qcow, vmdk", "no decorators", "offset 0"]),
+        ("vhdx:/a", ["\"vhdx\"", "not built into this version", "raw (or aio)", "offset 0"]),
         ("raw:a.img", ["\"a.img\"", "relative", "starting with /", "offset 4"]),
         ("raw:/a?foo=1", ["raw has no option", "\"foo\"", "cache, sector", "offset 7"]),
         ("raw:/a?cache=fast", ["option cache", "\"fast\"", "none, writeback or writethrough", "offset 13"]),
@@ -142,7 +141,7 @@ fn json_is_the_structured_form() {
     assert_eq!(serde_json::from_str::<ImageSpec>(json).unwrap(), spec);
     let alias: ImageSpec = serde_json::from_str(r#"{"type":"aio","path":"/a"}"#).unwrap();
     assert_eq!(alias, parsed("raw:/a"));
-    let unknown = serde_json::from_str::<ImageSpec>(r#"{"type":"vmdk","path":"/a"}"#).unwrap_err();
+    let unknown = serde_json::from_str::<ImageSpec>(r#"{"type":"vhdx","path":"/a"}"#).unwrap_err();
     assert!(unknown.to_string().contains("not built into this version"), "{unknown}");
     assert!(serde_json::from_str::<ImageSpec>(r#"{"type":"raw","path":"/a","size":1}"#).is_err());
     let relative: ImageSpec = serde_json::from_str(r#"{"type":"raw","path":"a"}"#).unwrap();

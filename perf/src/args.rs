@@ -49,7 +49,7 @@ pub enum Case {
     Qos,
     /// One shard and two.
     Shards,
-    /// Allocated qcow2 and VHD images beside our own raw file.
+    /// Allocated qcow2, VHD and VMDK images beside our own raw file.
     Formats,
     /// A LUKS disk beside our own raw file, and the cipher alone.
     Encrypted,

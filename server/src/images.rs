@@ -74,6 +74,13 @@ impl Held {
 #[derive(Debug, Clone)]
 pub struct Measure(Held);
 
+impl Measure {
+    /// The image's own file.
+    fn first_file(&self) -> Option<FileKey> {
+        self.0.files().first().copied()
+    }
+}
+
 impl OpenImage {
     /// For [`Images::allocated_bytes`].
     pub fn measure(&self) -> Measure {
@@ -99,7 +106,12 @@ impl OpenImage {
         }
     }
 
-    /// How an overlay refers to it.
+    /// Its identity is one of its contents, and another one after a write.
+    pub fn is_known_by_contents(&self) -> bool {
+        self.identity.is_some_and(|identity| identity.of_contents)
+    }
+
+    /// How an overlay refers to it, if its contents are what they were when it was opened.
     pub fn link(&self, spec: &ImageSpec) -> Link {
         let format = Some(spec.image_type.name().to_owned());
         Link { paths: vec![spec.path.clone()], format, identity: self.identity }

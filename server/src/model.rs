@@ -608,7 +608,7 @@ pub struct ResumeRequest {
 pub struct SnapshotItem {
     /// The disk.
     pub disk: String,
-    /// The new image (qcow2 or vhd), whose file does not exist yet.
+    /// The new image (qcow2, vhd or vmdk), whose file does not exist yet.
     pub image: Image,
 }
 

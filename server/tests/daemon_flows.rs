@@ -63,7 +63,7 @@ async fn wrong_requests_are_explained_and_leave_nothing() {
         ("a/b", request("null:?size=1G"), "contains '/'"),
         ("", request("null:?size=1G"), "is empty"),
         ("d", no_frontend, "the frontends are: --nbd"),
-        ("d", request("vmdk:/x"), "not built"),
+        ("d", request("vhdx:/x"), "not built"),
         ("d", request("raw:relative"), "relative"),
         ("d", request("raw:/nowhere/at/all.img"), "/nowhere/at/all.img"),
         ("d", request("null:"), "needs a size"),

@@ -165,7 +165,7 @@ fn exit_codes_and_messages_are_those_of_the_contract() {
         (&["attach", "d2", "null:?size=1M", "--nbd", "--iops-one-time-burst", "7"], 2, "no rate"),
         (&["attach", "d2", "null:?size=1M"], 2, "--nbd"),
         (&["attach", "a/b", "null:?size=1M", "--nbd"], 2, "contains '/'"),
-        (&["attach", "d2", "vmdk:/x", "--nbd"], 2, "not built"),
+        (&["attach", "d2", "vhdx:/x", "--nbd"], 2, "not built"),
         (&["attach", "d2", "raw:/no/such.img", "--nbd"], 1, "/no/such.img"),
         (&["show", "d9"], 3, "no disk \"d9\""),
         (&["detach", "d9"], 3, "no disk \"d9\""),

@@ -103,7 +103,7 @@ impl Format for Qcow2 {
         Box::pin(repair::check(open, repair))
     }
 
-    fn data_files(&self, create: &Create) -> Result<Vec<String>, Error> {
+    fn data_files(&self, create: &Create, _image: &str) -> Result<Vec<String>, Error> {
         create::data_files(create)
     }
 

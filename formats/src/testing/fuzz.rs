@@ -38,11 +38,17 @@ pub fn mutate(format: &str, image: &mut Pages, rng: &mut fastrand::Rng) {
             2 | 3 => rng.u64(..length.min(64 << 10)),
             _ => rng.u64(..length.min(1600)),
         };
-        let number = interesting(length, rng);
+        let number = match format {
+            // Written big-endian below, and little-endian in these files.
+            "vmdk" if rng.u8(..8) != 0 => interesting(length, rng).swap_bytes(),
+            _ => interesting(length, rng),
+        };
+        // A number of 32 bits is the low half, wherever it is then.
+        let low = if format == "vmdk" { (number >> 32) as u32 } else { number as u32 };
         match rng.u8(..8) {
             0 => image.write(at, &[rng.u8(..)]),
             1 => image.write(at, &[image.bytes(at..at + 1)[0] ^ 1 << rng.u8(..8)]),
-            2 | 3 => image.write(at & !3, &(number as u32).to_be_bytes()),
+            2 | 3 => image.write(at & !3, &low.to_be_bytes()),
             4 | 5 => image.write(at & !7, &number.to_be_bytes()),
             6 => {
                 let from = rng.u64(..length) & !511;
@@ -326,18 +332,42 @@ mod tests {
 
     /// An image with some data in it.
     fn image(layer: LayerCase) -> Pages {
+        file_of(layer, 0)
+    }
+
+    /// A file of such an image.
+    fn file_of(layer: LayerCase, file: usize) -> Pages {
         let rig = Rig::create(&Case::new("seed", vec![layer]), 1).unwrap();
         let volume = rig.open(true).unwrap();
         rig.store
             .run(async {
                 for number in 0..12u64 {
                     let start = (number * volume.size() / 12) & !511;
-                    write(&volume, start, &[number as u8 + 1; 5000]).await?;
+                    let len = (volume.size() - start).min(5000) as usize;
+                    write(&volume, start, &vec![number as u8 + 1; len]).await?;
                 }
-                volume.erase(0, 70_000, Erase::Zero).await?;
+                volume.erase(0, volume.size().min(70_000), Erase::Zero).await?;
                 volume.close().await
             })
             .unwrap();
+        rig.store.pages(file)
+    }
+
+    /// An image that takes nothing but encoded units, with some of them.
+    fn encoded_image(layer: LayerCase) -> Pages {
+        let rig = Rig::create(&Case::new("seed", vec![layer]), 1).unwrap();
+        let volume = rig.open(true).unwrap();
+        let driver = &volume.layers()[0].driver;
+        let encoding = driver.encoding().unwrap();
+        let unit = |number: u64| {
+            let bytes = vec![number as u8; encoding.unit as usize];
+            (
+                number * 5 * encoding.unit,
+                crate::codec::encode(encoding.method, &bytes, encoding.encoded_max).unwrap(),
+            )
+        };
+        rig.store.run(driver.write_encoded((0..8).map(unit).collect())).unwrap();
+        rig.store.run(volume.close()).unwrap();
         rig.store.pages(0)
     }
 
@@ -391,6 +421,30 @@ mod tests {
                     image(LayerCase::new(&crate::qcow::Qcow, &[("cluster_size", "16k")], 3 * MIB).encoded()),
                 ],
             ),
+            Ok("vmdk") => {
+                let vmdk =
+                    |options: &[(&str, &str)]| image(LayerCase::new(&crate::vmdk::Vmdk, options, 3 * MIB));
+                let cowd = LayerCase {
+                    data_files: 1,
+                    ..LayerCase::new(&crate::vmdk::Vmdk, &[("subformat", "vmfsSparse")], 3 * MIB)
+                };
+                let options = [("subformat", "streamOptimized")];
+                let stream = LayerCase::new(&crate::vmdk::Vmdk, &options, 3 * MIB);
+                let flat = LayerCase {
+                    data_files: 1,
+                    ..LayerCase::new(&crate::vmdk::Vmdk, &[("subformat", "monolithicFlat")], 8192)
+                };
+                seeds(
+                    &crate::vmdk::Vmdk,
+                    &[
+                        vmdk(&[]),
+                        vmdk(&[("grain_size", "4k"), ("zeroed_grain", "on")]),
+                        file_of(cowd, 1),
+                        image(flat),
+                        encoded_image(stream),
+                    ],
+                );
+            }
             Ok("luks") => seeds(
                 &crate::crypt::luks::Luks,
                 &[image(LayerCase::new(&crate::crypt::luks::Luks, &[("iter-time", "1")], MIB).encrypted())],
@@ -439,6 +493,11 @@ mod tests {
     #[test]
     fn hostile_vhd_images() {
         hostile_images("vhd");
+    }
+
+    #[test]
+    fn hostile_vmdk_images() {
+        hostile_images("vmdk");
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn save(rig: &Rig, folder: &Path) -> Result<String, String> {
 /// What they say.
 pub fn judge(rig: &Rig) -> Result<(), String> {
     match rig.case.layers[0].format.name() {
-        "qcow2" => qcow2_is_sound(rig),
+        "qcow2" | "vmdk" => qemu_finds_leaks_at_most(rig),
         "vhd" => vhd_has_footer(&rig.store.pages(rig.files(0)[0])),
         _ => Ok(()),
     }
@@ -89,7 +89,7 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
 }
 
 /// `qemu-img check` finds leaks at most.
-fn qcow2_is_sound(rig: &Rig) -> Result<(), String> {
+fn qemu_finds_leaks_at_most(rig: &Rig) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
     let named = named(rig, &image);

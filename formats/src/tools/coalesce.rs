@@ -1,7 +1,7 @@
 //! Puts what an overlay has into the image below it.
 //!
 //! The overlay is not changed, so whatever interrupts this, the disk reads as before through it, and the same command can be run
-//! again. Others that are laid over the same parent are lost by its very nature.
+//! again: the parent keeps its identity. Others that are laid over the same parent are lost by its very nature.
 
 use super::Progress;
 use super::copy::{Copied, Target, copy};
@@ -15,6 +15,7 @@ use crate::volume::Volume;
 /// # Errors
 /// What reading and writing answered; a parent that cannot grow.
 pub async fn coalesce(child: &Volume, parent: &Volume, progress: &dyn Progress) -> Result<Copied, Error> {
+    parent.layers()[0].driver.keep_identity();
     if parent.size() < child.size() {
         parent
             .resize(child.size())

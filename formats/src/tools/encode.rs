@@ -74,7 +74,7 @@ pub async fn copy_encoded(
     progress: &dyn Progress,
 ) -> Result<Copied, Error> {
     let Some(encoding) = target.layers().first().and_then(|top| top.driver.encoding()) else {
-        let message = "images of this type, with these options, cannot be compressed: qcow2 and qcow can";
+        let message = "images of this type, with these options, cannot be compressed: qcow2, qcow and vmdk with subformat=streamOptimized can";
         return Err(Error::new(ErrorKind::Unsupported, message));
     };
     let size = source.size();

@@ -42,6 +42,8 @@ impl Gaps<'_> {
 /// # Errors
 /// What reading and writing answered.
 pub async fn rebase(image: &Volume, below: Option<&Volume>, progress: &dyn Progress) -> Result<u64, Error> {
+    // Who has this image below reads the same afterwards.
+    image.layers()[0].driver.keep_identity();
     progress.begin(image.size());
     let copied = Cell::new(0);
     let gaps = Gaps { walk: Walk::new(image, Depth::Top, 0..image.size()), start: 0, end: 0 };

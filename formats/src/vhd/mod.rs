@@ -249,7 +249,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         size: layout.size,
         backing,
         data_files: Vec::new(),
-        identity: Some(Identity { uuid: footer.uuid, modified: None }),
+        identity: Some(Identity { uuid: footer.uuid, modified: None, of_contents: false }),
         writable: Ok(()),
         encryption: crypt::key_hash(&file, &layout).await?.map(|_| crypt::in_words()),
         properties,
@@ -287,6 +287,6 @@ async fn parent_link(file: &Rc<dyn ImageFile>, layout: &Layout, header: &Header)
     }
     let modified = header.parent_timestamp.get();
     let modified = (modified != 0).then_some(u64::from(modified) + EPOCH);
-    let identity = Some(Identity { uuid: header.parent_uuid, modified });
+    let identity = Some(Identity { uuid: header.parent_uuid, modified, of_contents: false });
     Ok(Link { paths, format: Some("vhd".to_owned()), identity })
 }

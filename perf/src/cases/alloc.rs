@@ -26,11 +26,13 @@ pub enum Point {
     Qcow2Backed,
     /// A dynamic VHD.
     Vhd,
+    /// A VMDK (monolithicSparse).
+    Vmdk,
 }
 
 impl Point {
     /// All points.
-    pub const ALL: [Point; 3] = [Point::Qcow2, Point::Qcow2Backed, Point::Vhd];
+    pub const ALL: [Point; 4] = [Point::Qcow2, Point::Qcow2Backed, Point::Vhd, Point::Vmdk];
 
     /// The name in reports.
     pub fn name(self) -> &'static str {
@@ -38,12 +40,13 @@ impl Point {
             Point::Qcow2 => "qcow2, 4k write per cluster of 64k QD32",
             Point::Qcow2Backed => "qcow2 with a backing file, 4k write per cluster of 64k QD32",
             Point::Vhd => "VHD, 4k write per block of 2M QD32",
+            Point::Vmdk => "VMDK, 4k write per grain of 64k QD32",
         }
     }
 
     fn stride_bytes(self) -> u64 {
         match self {
-            Point::Qcow2 | Point::Qcow2Backed => 64 << 10,
+            Point::Qcow2 | Point::Qcow2Backed | Point::Vmdk => 64 << 10,
             Point::Vhd => 2 << 20,
         }
     }
@@ -69,7 +72,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let size_bytes = count * point.stride_bytes();
         // QEMU allocates whole clusters on the disk; blocks of a VHD stay sparse on both sides.
         let need_bytes = match point {
-            Point::Qcow2 => size_bytes,
+            Point::Qcow2 | Point::Vmdk => size_bytes,
             Point::Qcow2Backed => 2 * size_bytes,
             Point::Vhd => count * (64 << 10),
         };
@@ -79,9 +82,13 @@ pub fn run(bench: &mut Bench) -> Result<()> {
                 eprintln!("{CASE}: writing a backing file of {} MiB", size_bytes >> 20);
                 Some(Box::new(Disk::File(images.file("below.img", size_bytes)?)))
             }
-            Point::Qcow2 | Point::Vhd => None,
+            Point::Qcow2 | Point::Vhd | Point::Vmdk => None,
         };
-        let format = if point == Point::Vhd { Format::Vhd } else { Format::Qcow2 };
+        let format = match point {
+            Point::Qcow2 | Point::Qcow2Backed => Format::Qcow2,
+            Point::Vhd => Format::Vhd,
+            Point::Vmdk => Format::Vmdk,
+        };
         let disk = Disk::Image { format, path: images.path("disk.image"), below };
         let mut contenders = contenders(bench);
         for round in 0..bench.settings.rounds {

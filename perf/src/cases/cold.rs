@@ -35,6 +35,7 @@ fn slice_bytes(format: Format) -> f64 {
     match format {
         Format::Qcow2 => 4096.0,
         Format::Vhd => 512.0,
+        Format::Vmdk => 4096.0,
     }
 }
 

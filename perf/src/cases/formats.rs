@@ -1,4 +1,4 @@
-//! `formats`: allocated qcow2 and VHD images, reads and overwrites, beside our own raw file in the same rounds (the limit of the
+//! `formats`: allocated qcow2, VHD and VMDK images, reads and overwrites, beside our own raw file in the same rounds (the limit of the
 //! format drivers) and beside qemu-storage-daemon on the same image. Images are converted from the raw file, so every block is
 //! allocated and written; each disk is read once before each measurement, so that metadata is cached.
 
@@ -13,11 +13,15 @@ use crate::servers::{Aio, Disk, Format, Frontend, Kind};
 /// The case's name on the command line; in reports it is one case per format.
 pub const CASE: &str = "formats";
 
+/// What is measured.
+pub const FORMATS: [Format; 3] = [Format::Qcow2, Format::Vhd, Format::Vmdk];
+
 /// The case of a format in reports.
 pub const fn case_of(format: Format) -> &'static str {
     match format {
         Format::Qcow2 => "formats-qcow2",
         Format::Vhd => "formats-vhd",
+        Format::Vmdk => "formats-vmdk",
     }
 }
 
@@ -38,7 +42,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let images = ImageDir::new(&bench.settings.dir, 2 * size_bytes + (64 << 20))?;
     eprintln!("{CASE}: writing a file and images of {} MiB", size_bytes >> 20);
     let file = Disk::File(images.file("disk.img", size_bytes)?);
-    for format in [Format::Qcow2, Format::Vhd] {
+    for format in FORMATS {
         let image = Disk::image(format, images.path(&format!("disk.{}", format.name())));
         tool.convert(&file, &image)?;
         let plan = Plan {

@@ -119,6 +119,8 @@ pub enum Format {
     Qcow2,
     /// Dynamic VHD, with blocks of 2 MiB.
     Vhd,
+    /// VMDK (monolithicSparse), with the grains of 64 KiB that both sides make by default.
+    Vmdk,
 }
 
 impl Format {
@@ -127,6 +129,7 @@ impl Format {
         match self {
             Format::Qcow2 => "qcow2",
             Format::Vhd => "vhd",
+            Format::Vmdk => "vmdk",
         }
     }
 
@@ -135,6 +138,7 @@ impl Format {
         match self {
             Format::Qcow2 => "qcow2",
             Format::Vhd => "vpc",
+            Format::Vmdk => "vmdk",
         }
     }
 }

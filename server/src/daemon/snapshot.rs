@@ -40,6 +40,11 @@ struct Taking {
     swapped: bool,
 }
 
+/// The image of a disk has an identity that a write changes.
+fn is_known_by_contents(disk: &Disk) -> bool {
+    disk.inner().live.as_ref().is_some_and(|live| live.image.is_known_by_contents())
+}
+
 impl Daemon {
     /// Puts a new overlay over each of some disks, all at one instant: what they hold then stays in their images.
     pub async fn snapshot(
@@ -81,7 +86,7 @@ impl Daemon {
         let spec = item.image.spec()?;
         let refuse = |why: String| Err(Problem::invalid(format!("disk {}: {why}", disk.name)));
         let Target::Image { options, .. } = spec.target()? else {
-            return refuse(format!("{spec} cannot be an overlay: use qcow2:FILE or vhd:FILE"));
+            return refuse(format!("{spec} cannot be an overlay: use qcow2:FILE, vhd:FILE or vmdk:FILE"));
         };
         if options.snapshot.is_some() {
             return refuse(format!("{spec} names a snapshot inside an image; an overlay is a new file"));
@@ -116,10 +121,14 @@ impl Daemon {
         taking: &mut [Taking],
         deadline: Instant,
     ) -> Result<(), Problem> {
-        for one in taking.iter_mut() {
+        // Overlays over images that are known by their contents have to wait until nobody writes: the others make the pause short.
+        for one in taking.iter_mut().filter(|one| !is_known_by_contents(&one.disk)) {
             self.make_overlay(one, deadline).await.map_err(|problem| named(&one.disk, problem))?;
         }
         self.pause_all(taking, deadline).await?;
+        for one in taking.iter_mut().filter(|one| is_known_by_contents(&one.disk)) {
+            self.make_overlay(one, deadline).await.map_err(|problem| named(&one.disk, problem))?;
+        }
         for one in taking.iter_mut() {
             self.swap_to_overlay(one).await.map_err(|problem| named(&one.disk, problem))?;
         }
@@ -135,15 +144,18 @@ impl Daemon {
 
     /// Makes the new file over the disk's image, and opens it.
     async fn make_overlay(&self, one: &mut Taking, deadline: Instant) -> Result<(), Problem> {
-        let (link, below, spec, size, encrypted) = {
+        let (mut link, below, spec, size, encrypted, measure) = {
             let inner = one.disk.inner();
             let spec = inner.attachment.image.clone();
             let image = inner.live.as_ref().map(|live| &live.image);
             let Some((image, file)) = image.and_then(|image| Some((image, image.file()?))) else {
                 return Err(Problem::failed("it has no file"));
             };
-            (image.link(&spec), file, spec, image.size_bytes, image.encrypted())
+            (image.link(&spec), file, spec, image.size_bytes, image.encrypted(), image.measure())
         };
+        if link.identity.is_some_and(|identity| identity.of_contents) {
+            link.identity = self.images.identity_now(&measure, &spec, deadline).await?;
+        }
         let (options, key) = self.encryption_of_overlay(one, &spec, &encrypted, deadline).await?;
         let create = Create { size: None, backing: Some((link, size)), options, key };
         self.images.create_overlay(&one.spec, create, &one.disk.name, deadline).await?;

@@ -118,8 +118,10 @@ impl Opened {
         };
         let modified = self.files.first().and_then(OpenFile::modified);
         // A raw image has a time alone.
-        let uuid = self.description.identity.map_or([0; 16], |identity| identity.uuid);
-        let identity = Some(Identity { uuid, modified });
+        let own = self.description.identity;
+        let uuid = own.map_or([0; 16], |identity| identity.uuid);
+        let of_contents = own.is_some_and(|identity| identity.of_contents);
+        let identity = Some(Identity { uuid, modified, of_contents });
         let link = Link { paths, format: Some(self.name.format.name().to_owned()), identity };
         Ok((link, self.description.size))
     }

@@ -34,7 +34,8 @@ impl NewImage {
         if name.snapshot.is_some() {
             return Err(Failure::usage(format!("{name} is to be made: it has no snapshot yet")));
         }
-        let data_files = name.format.data_files(create)?;
+        let own = name.path.file_name().unwrap_or_default().to_string_lossy();
+        let data_files = name.format.data_files(create, &own)?;
         let device = match OpenFile::open(&name.path, Want::Look) {
             Ok(file) if file.is_device() => Some(OpenFile::open(&name.path, Want::Write)?),
             _ => None,

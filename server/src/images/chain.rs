@@ -20,7 +20,7 @@ use tokio::time::Instant;
 
 use super::links::{self, named_format};
 use super::logs::refuse_live_new;
-use super::{Held, Images, OpenImage, problem};
+use super::{Held, Images, Measure, OpenImage, problem};
 use crate::files::{FileKey, OpenError, OpenErrorKind, OpenRequest};
 use crate::keys;
 use crate::problem::{Problem, ProblemKind};
@@ -410,6 +410,19 @@ impl Images {
                 .map_err(|error: formats::error::Error| OpenError::new(OpenErrorKind::Invalid, error.message))
         };
         self.files.create(&path, deadline, fill).await.map_err(problem)
+    }
+
+    /// The identity that an open image has now; nobody writes to it meanwhile.
+    pub async fn identity_now(
+        &self,
+        image: &Measure,
+        spec: &ImageSpec,
+        deadline: Instant,
+    ) -> Result<Option<Identity>, Problem> {
+        let key = image.first_file().ok_or_else(|| Problem::failed("it has no file"))?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let described = self.files.describe(key, built_in(spec.image_type.name())?, left).await;
+        Ok(described.map_err(problem)?.identity)
     }
 
     /// Opens an overlay that was just made over `below`, alone. One whose link to `below` would be refused at the next attach is

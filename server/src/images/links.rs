@@ -172,17 +172,19 @@ mod tests {
     use formats::driver::Snapshot;
 
     fn link(format: Option<&str>) -> Link {
-        let identity = Some(Identity { uuid: [1; 16], modified: Some(7) });
+        let identity = Some(Identity { uuid: [1; 16], modified: Some(7), of_contents: false });
         Link { paths: vec!["a".into()], format: format.map(str::to_owned), identity }
     }
 
     #[test]
     fn a_type_is_stated_and_built_in() {
-        for (name, expected) in [("raw", "raw"), ("vpc", "vhd"), ("vhd", "vhd"), ("qcow2", "qcow2")] {
+        for (name, expected) in
+            [("raw", "raw"), ("vpc", "vhd"), ("vhd", "vhd"), ("qcow2", "qcow2"), ("vmdk", "vmdk")]
+        {
             assert_eq!(parent_format(&link(Some(name)), "c").unwrap().name(), expected);
         }
         for (name, words) in
-            [(None, ["c", "raw is never guessed", "rebase"]), (Some("vmdk"), ["c", "vmdk", "not built in"])]
+            [(None, ["c", "raw is never guessed", "rebase"]), (Some("vhdx"), ["c", "vhdx", "not built in"])]
         {
             let error = parent_format(&link(name), "c").err().unwrap();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
@@ -207,7 +209,7 @@ mod tests {
 
     #[test]
     fn another_identity_is_another_image_and_another_time_is_told() {
-        let found = |byte| Some(Identity { uuid: [byte; 16], modified: None });
+        let found = |byte| Some(Identity { uuid: [byte; 16], modified: None, of_contents: false });
         let check = |found, modified| check_identity(&link(None), found, modified, ("c", "p"));
         assert_eq!(check(found(1), Some(7)), Ok(None));
         assert_eq!(check(found(1), None), Ok(None));

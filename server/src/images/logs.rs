@@ -30,6 +30,10 @@ const STABLE: &[&str] = &[
     "created",
     "block_size",
     "max_size",
+    "subformat",
+    "grain_size",
+    "zeroed_grain",
+    "extents",
 ];
 
 /// The log of the image whose first file is `key`.
@@ -186,7 +190,7 @@ fn identity(key: FileKey) -> (u64, u64) {
 /// and made anew with the same options says the same of itself, and may get the same inode.
 fn digest(format: &str, image: &Description, born: &[Born]) -> u64 {
     let stable: Vec<_> = image.properties.iter().filter(|(name, _)| STABLE.contains(name)).collect();
-    let identity = image.identity.map(|identity| identity.uuid);
+    let identity = image.identity.filter(|identity| !identity.of_contents).map(|identity| identity.uuid);
     alog::digest(&format!(
         "{format} {:?} {:?} {identity:?} {stable:?} {born:?}",
         image.backing, image.data_files
@@ -205,7 +209,7 @@ mod tests {
             size: 1 << 20,
             backing: Some(Link { paths: vec!["a".into()], format: Some("raw".into()), identity: None }),
             data_files: Vec::new(),
-            identity: Some(Identity { uuid: [1; 16], modified: None }),
+            identity: Some(Identity { uuid: [1; 16], modified: None, of_contents: false }),
             writable: Ok(()),
             encryption: None,
             properties: vec![("cluster_size", "65536".into()), ("dirty", "no".into())],
@@ -230,6 +234,9 @@ mod tests {
         for other in [Born(Some((1, 3))), Born(Some((2, 2))), Born(None)] {
             assert_ne!(digest("qcow2", &image(), &[other]), first, "{other:?}");
         }
+        let cid = |byte| Some(Identity { uuid: [byte; 16], modified: None, of_contents: true });
+        let written = |byte| Description { identity: cid(byte), ..image() };
+        assert_eq!(digest("vmdk", &written(1), &born), digest("vmdk", &written(2), &born));
         let others = [
             ("vhd", image()),
             ("qcow2", Description { backing: None, ..image() }),

@@ -9,6 +9,7 @@ use crate::raw_driver::Raw;
 use crate::testing::oracle;
 use crate::testing::rig::LayerCase;
 use crate::vhd::Vhd;
+use crate::vmdk::Vmdk;
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -37,6 +38,15 @@ fn luks(size: u64) -> LayerCase {
 fn encrypted(size: u64, options: &[(&str, &str)]) -> LayerCase {
     let options = [&[("encrypt.format", "luks"), ("encrypt.iter-time", "1")], options].concat();
     qcow2(size, &options).encrypted()
+}
+
+fn vmdk(size: u64, options: &[(&str, &str)]) -> LayerCase {
+    LayerCase::new(&Vmdk, options, size)
+}
+
+/// A VMDK whose extents have files of their own.
+fn vmdk_in(files: usize, size: u64, options: &[(&str, &str)]) -> LayerCase {
+    LayerCase { data_files: files, ..vmdk(size, options) }
 }
 
 fn with_data_file(size: u64, options: &[(&str, &str)]) -> LayerCase {
@@ -115,6 +125,18 @@ cases! {
     vhd_on_raw_log: [vhd(5 * MIB, &[]), raw(5 * MIB)], |case| case.logged(1000);
     vhd_on_vhd_on_raw: [vhd(3 * MIB, &[]), vhd(2 * MIB, &[("block_size", "128k")]), raw(4 * MIB)],
         |case| case.logged(1000);
+    vmdk_sparse: [vmdk(3 * MIB + 512, &[])];
+    vmdk_sparse_log: [vmdk(3 * MIB, &[])], |case| case.logged(1000);
+    vmdk_4k_small_memory: [vmdk(5 * MIB, &[("grain_size", "4k")])], |case| case.with_budget(16 << 10);
+    vmdk_zeroed_on_vmdk: [vmdk(2 * MIB, &[("zeroed_grain", "on")]), vmdk(3 * MIB, &[])];
+    vmdk_on_vmdk_log: [vmdk(2 * MIB, &[("grain_size", "16k")]), vmdk(2 * MIB, &[])], |case| case.logged(1000);
+    vmdk_on_small_zeroed_vmdk_on_cowd: [vmdk(2 * MIB, &[]), vmdk(MIB, &[("zeroed_grain", "on"), ("grain_size", "8k")]),
+        vmdk_in(1, 2 * MIB, &[("subformat", "vmfsSparse")])], |case| case.logged(1000);
+    vmdk_split_log: [vmdk_in(3, 5 * MIB, &[("subformat", "twoGbMaxExtentSparse"), ("extent_size", "2M")])],
+        |case| case.logged(1000);
+    vmdk_split_flat: [vmdk_in(2, 3 * MIB, &[("subformat", "twoGbMaxExtentFlat"), ("extent_size", "2M")])];
+    vmdk_flat: [vmdk_in(1, 2 * MIB + 512, &[("subformat", "monolithicFlat")])];
+    vmdk_cowd: [vmdk_in(1, 3 * MIB, &[("subformat", "vmfsSparse"), ("grain_size", "4k")])];
     vhd_on_small_vhd: [vhd(2 * MIB, &[("block_size", "32k")]), vhd(MIB, &[("type", "fixed")])],
         |case| case.logged(1000);
 }

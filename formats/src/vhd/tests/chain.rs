@@ -12,8 +12,8 @@ fn a_parent_is_recorded_in_all_ways() {
     create(&parent, Some(10 << 20), None, &[("uuid", "00112233-4455-6677-8899-aabbccddeeff")]);
     let (mut link, size) = link_to(&parent, &["../base é.vhd", "/srv/base é.vhd"]);
     let uuid: [u8; 16] = std::array::from_fn(|at| at as u8 * 0x11);
-    assert_eq!(link.identity, Some(Identity { uuid, modified: None }));
-    link.identity = Some(Identity { uuid, modified: Some(1_700_000_000) });
+    assert_eq!(link.identity, Some(Identity { uuid, modified: None, of_contents: false }));
+    link.identity = Some(Identity { uuid, modified: Some(1_700_000_000), of_contents: false });
     create(&child, None, Some((link.clone(), size)), &[]);
     let found = describe(&child);
     assert_eq!(found.size, 10 << 20);
