@@ -107,7 +107,10 @@ fn refusals_name_kind_and_place() {
 #[test]
 fn messages_say_what_to_do() {
     for (text, parts) in [
-        ("foo:/a", ["\"foo\"", "raw (or aio), vhd, qcow2, ram and null", "no decorators", "offset 0"]),
+        (
+            "foo:/a",
+            ["\"foo\"", "raw (or aio), vhd, qcow2, qcow, luks, ram and null", "no decorators", "offset 0"],
+        ),
         ("vmdk:/a", ["\"vmdk\"", "not built into this version", "raw (or aio)", "offset 0"]),
         ("raw:a.img", ["\"a.img\"", "relative", "starting with /", "offset 4"]),
         ("raw:/a?foo=1", ["raw has no option", "\"foo\"", "cache, sector", "offset 7"]),
