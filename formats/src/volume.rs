@@ -198,10 +198,16 @@ impl Volume {
         Err(Error::invalid(format!("{len} bytes at {offset} are not inside the disk of {size} bytes")))
     }
 
+    /// What a write in place does with its range. Where blocks are encrypted it has the range alone: a mix of two writes, or of old and
+    /// new, within a block would be neither when it is decrypted.
+    fn write_use(&self) -> Use {
+        if self.cipher(0).is_some() { Use::Erase } else { Use::Write }
+    }
+
     /// Keeps a range from being erased while it is read from or written to at the places that a map named. `None`: somebody is
     /// in the way, take the slow path.
     pub fn try_hold(&self, offset: u64, len: u64, write: bool) -> Option<RangeGuard> {
-        self.locks.try_take(offset..offset + len, if write { Use::Write } else { Use::Read })
+        self.locks.try_take(offset..offset + len, if write { self.write_use() } else { Use::Read })
     }
 
     /// Where a read finds `len` bytes at `offset`, from memory: appends to `out` and returns how many bytes that covers; 0 when
@@ -485,7 +491,7 @@ impl Volume {
         }
         let mut pieces = Vec::new();
         {
-            let _guard = self.locks.take(offset..offset + len, Use::Write).await;
+            let _guard = self.locks.take(offset..offset + len, self.write_use()).await;
             self.load_top(offset, len).await?;
             if self.map_in_place(offset, len, &mut pieces) {
                 self.write_pieces(&pieces, offset, payload).await?;
@@ -494,7 +500,8 @@ impl Volume {
         }
         let granule = self.granule();
         let (start, end) = (offset & !(granule - 1), (offset + len).next_multiple_of(granule));
-        let guard = self.locks.take(start..end, Use::Allocate).await;
+        let kind = if self.cipher(0).is_some() { Use::Erase } else { Use::Allocate };
+        let guard = self.locks.take(start..end, kind).await;
         self.write_parts(offset, len, payload, guard).await
     }
 

@@ -177,7 +177,7 @@ fn parse(name: &str, raw: &RawHeader, length: u64) -> Result<Header, Error> {
         0 => false,
         1 => true,
         other => {
-            let what = format!("its encryption method is {other}; 1 (AES) is known");
+            let what = format!("it uses the unknown encryption method {other}; 1 (AES) is known");
             return Err(Error::unsupported(name, what));
         }
     };
