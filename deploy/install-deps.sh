@@ -32,6 +32,7 @@ run   file                      file
 run   fio                       fio
 test  qemu-img                  qemu-utils
 test  qemu-io                   qemu-utils
+test  cryptsetup                cryptsetup-bin
 test  qemu-nbd                  qemu-utils
 test  qemu-storage-daemon       qemu-system-common
 test  qemu-system-x86_64        qemu-system-x86

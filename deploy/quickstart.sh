@@ -196,7 +196,9 @@ make_images() {
     # The files of this checkout, as something real to keep on a disk.
     rm -rf "$demo_dir/files" "$demo_dir/filesystem.img"
     mkdir "$demo_dir/files"
-    tar -C "$repo_dir" --exclude-vcs --exclude=./target -cf - . | tar -C "$demo_dir/files" -xf -
+    # Without what was built, which may lie in a folder of another name.
+    tar -C "$repo_dir" --exclude-vcs --exclude=./target --exclude=".${target_dir#"$repo_dir"}" -cf - . |
+        tar -C "$demo_dir/files" -xf -
     truncate -s "$disk_size" "$demo_dir/filesystem.img"
     mke2fs -q -t ext4 -L quickstart -d "$demo_dir/files" "$demo_dir/filesystem.img"
     rm -rf "$demo_dir/files"

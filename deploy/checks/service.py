@@ -119,7 +119,7 @@ def check(daemon, unit, folder):
             try:
                 size = run("nbdinfo", "--size", f"nbd://127.0.0.1:{port}/d1")
                 break
-            except subprocess.CalledProcessError as error:
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
                 # Before systemd-socket-activate listens, and before the disk of the first run is back.
                 if time.monotonic() > end:
                     sys.exit(f"no disk d1 behind the socket that was handed over: {error.stderr}")

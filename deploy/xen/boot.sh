@@ -4,7 +4,7 @@
 # last one. A boot that ends without that line is tried again, at most twice, unless a scenario had failed by then: emulated
 # processors make a kernel fall over now and then, but a result is a result.
 #
-# Wants: xen_dir, cache, images, binary, environment, keep, passed, failed, say, die. Sets: passed, failed.
+# Wants: xen_dir, cache, images, binary, environment, keep, long, head_of, passed, failed, say, die. Sets: passed, failed.
 # shellcheck shell=bash disable=SC2154
 
 emulator=
@@ -38,7 +38,7 @@ start_emulator() {
 }
 
 # Adds what is under test to domain 0's RAM disk: an initial RAM disk may be several archives, one after the other.
-# $1 folder of the run, $2 folder whose content becomes /xen-test in domain 0
+# $1 folder of the run, $2 folder whose content becomes /xen-test in domain 0; $3: the tier, if it is one
 pack_dom0() {
     local overlay=$1/overlay
     mkdir -p "$overlay"
@@ -49,15 +49,28 @@ pack_dom0() {
     fi
     pack "$overlay" "$1/overlay.cpio"
     cat "$images/dom0.cpio" "$1/overlay.cpio" >"$1/dom0.cpio"
+    [ "${3:-}" != hvm ] || cat "$images/hvm.cpio" >>"$1/dom0.cpio"
     rm -rf "$overlay" "$1/overlay.cpio"
 }
 
-# $1 program, $2 folder: copies it with its libraries to where run.sh expects both
+# $1 program, $2 folder, $3 its name there: copies it with its libraries to where run.sh expects both
 add_under_test() {
-    cp -L "$1" "$2/$(basename "$1")"
+    cp -L "$1" "$2/$3"
     # Debug information is most of a Rust program and nothing but load here; the symbols of backtraces stay.
-    strip --strip-debug "$2/$(basename "$1")" 2>/dev/null
+    strip --strip-debug "$2/$3" 2>/dev/null
     add_libraries "$2" "$1" || die "the libraries of $1 could not be collected"
+}
+
+# The unit tests of the crate that a scenario names in its head, as one program: $1 scenario, $2 folder.
+add_tests_of() {
+    local crate program
+    crate=$(head_of "$1" tests)
+    [ -n "$crate" ] || return 0
+    say "building the tests of $crate"
+    program=$(cd "$repo_dir" && cargo test --package "$crate" --lib --locked --no-run --message-format=json 2>"$cache/tests.log" |
+        sed -n "s/.*\"name\":\"${crate//-/_}\".*\"executable\":\"\([^\"]*\)\".*/\1/p")
+    [ -x "$program" ] || die "the tests of $crate could not be built ($cache/tests.log)"
+    add_under_test "$program" "$2" "$crate-tests"
 }
 
 # Boots until there is a result, at most three times. $1: folder of the run, $2: seconds that all of it may take on an idle
@@ -122,7 +135,7 @@ take_result() {
             tail_of "$1/share/log/$name.log" 40
             tail_of "$1/share/log/$name.daemon.log" 20
         fi ;;
-    patience) [ "$name" = 1 ] || say "this machine is slow or busy: limits are $name times longer" ;;
+    patience) [ "$name" -le 2 ] || say "this machine is slow or busy: limits are $name times longer" ;;
     note) printf '%-9s %s: %s\n' '' "$name" "$rest" ;;
     esac
 }
@@ -133,15 +146,16 @@ run_tier() {
     shift
     rm -rf "$run"
     mkdir -p "$run/payload/scenario"
-    add_under_test "$binary" "$run/payload"
-    mv -n "$run/payload/$(basename "$binary")" "$run/payload/blktapd" 2>/dev/null
+    add_under_test "$binary" "$run/payload" blktapd
     cp "$xen_dir"/{run.sh,dom0.sh,compare.fio} "$run/payload/"
+    [ -z "$long" ] || touch "$run/payload/long"
     for name in "$@"; do
         cp "$xen_dir/scenario/$name.sh" "$run/payload/scenario/"
+        add_tests_of "$name" "$run/payload"
         printf '%s %s\n' "$name" "$(limit_of "$name")" >>"$run/payload/list"
         limit=$((limit + $(limit_of "$name")))
     done
-    pack_dom0 "$run" "$run/payload"
+    pack_dom0 "$run" "$run/payload" "$tier"
 
     say "---- $tier: $# scenarios"
     result=()
@@ -167,7 +181,7 @@ run_program() {
     local run=$cache/run/program program=$1 status=125
     rm -rf "$run"
     mkdir -p "$run/payload"
-    add_under_test "$program" "$run/payload"
+    add_under_test "$program" "$run/payload" "$(basename "$program")"
     cp "$xen_dir/run.sh" "$run/payload/"
     # One word a line, quoted for the shell that reads them.
     printf '%q\n' env "${environment[@]}" "/xen-test/$(basename "$program")" "${@:2}" >"$run/payload/program"

@@ -1,15 +1,17 @@
 # What scenarios are written with: sourced by each of them in domain 0, never run.
 #
 # A scenario is over at its first command that fails, or at `fail REASON`; then, as at its good end, what it started is
-# ended: guests, disks, the daemon, mounts. `wait_until` is the one way to wait. Numbers for people go through `note`.
+# ended: guests, disks, the daemon, mounts. `wait_until` is the one way to wait, and has no limit but the scenario's: a busy
+# machine makes everything slower, and only what never comes is an error. Numbers for people go through `note`.
 #
-# From run.sh: scenario (the name), log_dir, notes, patience (see there).
+# From run.sh: scenario (the name), log_dir, notes, patience and long (see there).
 # shellcheck shell=bash disable=SC2154
 
 set -eEuo pipefail
 trap 'fail "line $LINENO of ${BASH_SOURCE[0]##*/}: $BASH_COMMAND"' ERR
 trap 'end_scenario' EXIT
-trap 'exit 143' TERM
+# The scenario's time is over.
+trap 'fail "its time is over, and still not: ${waiting_for:-the end of a command}"' TERM
 
 # A guest that gets its job from a pipe is known to what follows.
 shopt -s lastpipe
@@ -23,10 +25,11 @@ export BLKTAPD_CTL=$run_dir/ctl.sock
 daemon=
 guests=()
 attached_loops=()
+waiting_for=
 
 # The reason must come out also where output is caught, hence the file.
 fail() {
-    trap - ERR
+    trap - ERR TERM
     echo "FAILED: $*" >>"$log_dir/$scenario.log"
     exit 1
 }
@@ -35,19 +38,24 @@ step() { echo "---- $(cut -d ' ' -f 1 /proc/uptime): $*"; }
 
 note() { echo "$*" >>"$notes"; }
 
-# wait_until SECONDS WHAT COMMAND...: until the command succeeds; the seconds are those of an idle machine
+# wait_until WHAT COMMAND...: until the command succeeds; a daemon that is gone fails it
 wait_until() {
-    local seconds=$(($1 * patience)) what=$2 end
-    shift 2
-    end=$((SECONDS + seconds))
-    until "$@" >/dev/null 2>&1; do
-        [ "$SECONDS" -lt "$end" ] || fail "after $seconds s still not: $what"
+    local looks=0
+    waiting_for=$1
+    until "${@:2}" >/dev/null 2>&1; do
+        [ -z "$daemon" ] || kill -0 "$daemon" || fail "the daemon is gone, and still not: $1"
+        looks=$((looks + 1))
+        [ "$looks" != 100 ] || { step "waits: $1"; show_states; }
         sleep 0.1
     done
+    waiting_for=
 }
 
 # Fails when the command succeeds; its output goes to the log.
 refused() { if "$@"; then fail "was not refused: $*"; fi; }
+
+# The states of both ends of all disks.
+show_states() { { xenstore-ls -f /local/domain/0/backend; xenstore-ls -f /local/domain; } 2>/dev/null | grep -E '/(vbd3?)/.*/(state|online) = ' | sort -u; }
 
 end_scenario() {
     local status=$? guest loop_device
@@ -60,7 +68,7 @@ end_scenario() {
     done
     if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then
         ctl --json list 2>/dev/null | grep -o '"name": *"[^"]*"' | cut -d '"' -f 4 |
-            while read -r disk; do ctl --timeout 5 detach "$disk" --force; done
+            while read -r disk; do blktapd ctl --timeout 5 detach "$disk" --force; done
         kill "$daemon"
     fi
     remove_all_nodes
@@ -81,10 +89,11 @@ start_daemon() {
     blktapd serve --run-dir "$run_dir" --state-dir /tmp/state --metrics 127.0.0.1:9680 --ram-limit 256M "$@" \
         >>"$log_dir/$scenario.daemon.log" 2>&1 </dev/null &
     daemon=$!
-    wait_until 60 "the daemon answers" ctl list
+    wait_until "the daemon answers" ctl list
 }
 
-ctl() { blktapd ctl "$@"; }
+# Its commands have 30 s on an idle machine; ctl takes at most 600.
+ctl() { blktapd ctl --timeout $((patience < 20 ? 30 * patience : 600)) "$@"; }
 
 metrics() { wget -q -O - http://127.0.0.1:9680/metrics; }
 
@@ -99,6 +108,7 @@ mount_images() {
 
 # load_frontend [OPTION=VALUE...]: domain 0's own blkfront, with options of the module
 load_frontend() {
+    echo 1 >/sys/bus/xen/drivers_autoprobe
     modprobe -r xen-blkfront 2>/dev/null || true
     modprobe xen-blkfront "$@"
 }
@@ -121,12 +131,12 @@ attach_self() {
 }
 
 has_size() { [ -b "$1" ] && [ "$(blockdev --getsize64 "$1")" -gt 0 ]; }
-wait_device() { wait_until 60 "$1 is there" has_size "$1"; }
+wait_device() { wait_until "$1 is there" has_size "$1"; }
 is_gone() { [ ! -e "$1" ]; }
-wait_no_device() { wait_until 60 "$1 is gone" is_gone "$1"; }
+wait_no_device() { wait_until "$1 is gone" is_gone "$1"; }
 
 node_is() { [ "$(xenstore-read "$1" 2>/dev/null)" = "$2" ]; }
-wait_node() { wait_until 60 "$1 is $2 (it is $(xenstore-read "$1" 2>/dev/null || echo absent))" node_is "$1" "$2"; }
+wait_node() { wait_until "$1 is $2 (it is $(xenstore-read "$1" 2>/dev/null || echo absent))" node_is "$1" "$2"; }
 # LEAST BACKEND: it has come so far
 xenstore_state_from() { [ "$(xenstore-read "$2/state" 2>/dev/null || echo 0)" -ge "$1" ]; }
 no_node() { ! xenstore-exists "$1"; }
@@ -177,12 +187,13 @@ remove_all_nodes() {
 
 # ---- what may be left behind ----
 
-# Grants that are in use by somebody, by the hypervisor's own count: the entries that it prints.
+# Grants that are in use by somebody, by the hypervisor's own count: the entries that it prints, some time after it was asked.
 used_grants() {
+    local log=
     xl dmesg -c >/dev/null
     xl debug-keys g
-    sleep 0.3
-    xl dmesg -c | grep -c '\[0x[0-9a-f]*\]  ' || true
+    until [[ $log = *'gnttab_usage_print_all ] done'* ]]; do log+=$(xl dmesg -c)$'\n'; done
+    grep -c '\[0x[0-9a-f]*\]  ' <<<"$log" || true
 }
 
 bound_ports() { lsevtchn 0 | grep -c Interdomain || true; }
@@ -195,15 +206,22 @@ disk_nodes() {
 
 footprint() { echo "$(used_grants) grants in use, $(bound_ports) bound ports, $(disk_nodes) nodes"; }
 
-footprint_is() { [ "$(footprint)" = "$1" ]; }
+# Sets now.
+footprint_is() {
+    now=$(footprint)
+    [ "$now" = "$1" ]
+}
 
 # wait_footprint BEFORE: nothing was left behind since
 wait_footprint() {
-    local end=$((SECONDS + 15 * patience)) now
-    until now=$(footprint) && [ "$now" = "$1" ]; do
-        [ "$SECONDS" -lt "$end" ] || fail "left behind: $now; before: $1"
+    local looks=0
+    until footprint_is "$1"; do
+        waiting_for="the end of what was left behind: $now; before: $1"
+        looks=$((looks + 1))
+        [ "$looks" != 10 ] || step "waits: $waiting_for"
         sleep 0.5
     done
+    waiting_for=
 }
 
 # ---- load ----
@@ -241,27 +259,19 @@ compare() {
 }
 
 # System calls of the daemon since `count_calls`, by the kernel's own histogram; they cost nothing in the daemon.
-trace_dir=/sys/kernel/tracing/events
-count_calls() {
-    echo 'hist:keys=common_pid:size=4096' >$trace_dir/raw_syscalls/sys_enter/trigger
-    echo 'hist:keys=common_pid,cmd:size=4096' >$trace_dir/syscalls/sys_enter_ioctl/trigger
-}
+calls_of=/sys/kernel/tracing/events/raw_syscalls/sys_enter
+calls_by=hist:keys=common_pid,id:size=4096
+count_calls() { echo "$calls_by" >$calls_of/trigger; }
 
-# Prints two numbers: system calls, and ioctls, of all threads of the daemon.
+# Prints a line "NUMBER COUNT" for each system call that threads of the daemon made, and stops counting.
 counted_calls() {
-    local threads
-    # A histogram's lines look like: { common_pid:  123 } hitcount:  45
-    threads=$(echo "/proc/$daemon/task/"* | sed "s,/proc/$daemon/task/,,g")
-    for event in raw_syscalls/sys_enter syscalls/sys_enter_ioctl; do
-        awk -v threads="$threads" 'BEGIN { split(threads, t); for (i in t) ours[t[i]] = 1 }
-            match($0, /common_pid: *[0-9]+/) {
-                split(substr($0, RSTART, RLENGTH), pid, " ")
-                if (pid[2] in ours && match($0, /hitcount: *[0-9]+/)) { split(substr($0, RSTART, RLENGTH), n, " "); sum += n[2] }
-            } END { print sum + 0 }' "$trace_dir/$event/hist"
-    done
-    for event in raw_syscalls/sys_enter syscalls/sys_enter_ioctl; do
-        echo "!$(cat "$trace_dir/$event/trigger")" >"$trace_dir/$event/trigger"
-    done
+    cp $calls_of/hist /tmp/calls
+    echo "!$calls_by" >$calls_of/trigger
+    # Lines look like: { common_pid:  123, id:  16 } hitcount:  45
+    awk -v threads="$(cd "/proc/$daemon/task" && echo *)" '
+        BEGIN { split(threads, t, " "); for (i in t) ours[t[i]] = 1 }
+        /hitcount:/ { gsub(/[{},]/, " "); if ($2 in ours) calls[$4] += $6 }
+        END { for (id in calls) print id, calls[id] }' /tmp/calls
 }
 
 # ---- the reference: Linux's own backend ----
@@ -284,7 +294,8 @@ attach_by_blkback() {
 
 # ---- guests ----
 
-# Starts a guest that runs the job on standard input (see guest-init.sh): NAME TYPE [DISK...], disks as xl writes them.
+# Starts a guest that runs the job on standard input (see guest-init.sh): NAME TYPE [DISK...], the type is pv, pvh or hvm; disks are
+# written as for xl.
 # guest_line adds words to its kernel's command line, guest_cpus sets its processors.
 create_guest() {
     local name=$1 type=$2 disks='' disk
@@ -300,12 +311,16 @@ kernel = "/boot/vmlinuz"
 ramdisk = "/tmp/$name.cpio"
 memory = 256
 vcpus = ${guest_cpus:-1}
-extra = "console=hvc0 loglevel=6 mitigations=off rdinit=/init patience=$patience ${guest_line:-}"
+extra = "console=hvc0 loglevel=6 mitigations=off rdinit=/init ${guest_line:-}"
 disk = [$disks]
 on_poweroff = "preserve"
 on_crash = "preserve"
 # Emulated processors report the intercept of RDTSCP wrongly.
 tsc_mode = "native"
+# Of the device model of HVM guests nothing is wanted but the disks.
+vga = "none"
+vnc = 0
+nographic = 1
 CONFIG
     rm -f "/var/log/xen/console/guest-$name.log"
     guests+=("$name")
@@ -318,16 +333,17 @@ CONFIG
 guest_log() { cat "/var/log/xen/console/guest-$1.log"; }
 guest_said() { grep -qs "guest: $2" "/var/log/xen/console/guest-$1.log"; }
 
-# wait_guest NAME SECONDS WORDS: until the guest says them, or says that it failed
+# wait_guest NAME WORDS: until the guest says them, or says that it failed
 wait_guest() {
-    wait_until "$2" "guest $1 says '$3'" guest_said_or_failed "$1" "$3"
-    guest_said "$1" "$3" || fail "guest $1: $(guest_log "$1" | grep 'guest: FAILED' | tail -n 1)"
+    wait_until "guest $1 says '$2'" guest_said_or_failed "$1" "$2"
+    guest_said "$1" "$2" || fail "guest $1: $(guest_log "$1" | grep -E 'guest: FAILED|Kernel panic' | tail -n 1)"
 }
-guest_said_or_failed() { guest_said "$1" "$2" || guest_said "$1" FAILED; }
+guest_said_or_failed() { guest_said "$1" "$2" || guest_failed "$1"; }
+guest_failed() { grep -qsE 'guest: FAILED|Kernel panic' "/var/log/xen/console/guest-$1.log"; }
 
 # Its kernel has ended, and it waits to be destroyed.
 is_shut_down() { xl list "$1" | awk 'NR == 2 { exit $5 !~ /s/ }'; }
-wait_shut_down() { wait_until "$2" "guest $1 is shut down" is_shut_down "$1"; }
+wait_shut_down() { wait_until "guest $1 is shut down" is_shut_down "$1"; }
 
 is_no_domain() { ! xl domid "$1"; }
 
@@ -337,7 +353,7 @@ filesystem_job() {
 disk=/dev/$1
 JOB
     cat <<'JOB'
-wait_until 60 "$disk is there" test -b $disk
+wait_until "$disk is there" test -b $disk
 modprobe ext4
 mkfs.ext4 -q -F $disk || fail "mkfs.ext4"
 mount -t ext4 $disk /disk || fail "mount"

@@ -114,10 +114,11 @@ wanted_packages() {
     kernel=${XEN_TEST_KERNEL:-$(newest_kernel)}
     [ -n "$kernel" ] && [ -n "$xen_release" ] || return 1
     names="xen-hypervisor-$xen_release-amd64 xen-utils-$xen_release xen-utils-common xenstore-utils busybox-static"
+    names+=" qemu-system-xen"
     # A metapackage names the image; from some release on the image names the package of its modules.
     names+=" $(closure "$kernel" | grep -E '^linux-(image|modules|binary)-[0-9].*-amd64$' | grep -vx "$kernel")"
     # Libraries that this machine has are taken from here.
-    for name in $(closure "xen-utils-$xen_release" xenstore-utils | grep '^lib' | sort -u); do
+    for name in $(closure "xen-utils-$xen_release" xenstore-utils qemu-system-xen | grep '^lib' | sort -u); do
         is_installed "$name" || names+=" $name"
     done
     # shellcheck disable=SC2086  # one word per package

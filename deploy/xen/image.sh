@@ -1,14 +1,15 @@
 # Builds what the Xen test boots: sourced by `test`, never run.
 #
-# Two initial RAM disks, one of domain 0 and one of the guests, and the kernel as an ELF image. They hold what the
-# packages and this machine have; what is under test is added at each boot (boot.sh).
+# Initial RAM disks, of domain 0 and of the guests, what domain 0 needs beyond its own for HVM guests, and the kernel as an ELF
+# image. They hold what the packages and this machine have; what is under test is added at each boot (boot.sh).
 #
 # Wants: xen_dir, cache, unpacked, xen_release, say, die, short_hash. Sets: images (the folder), kernel_release.
 # shellcheck shell=bash disable=SC2154
 
 dom0_modules="virtio_pci virtio_blk 9pnet_virtio 9p xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs
     xen-blkback xen-blkfront loop ext4"
-guest_modules="xen-blkfront ext4"
+# The last two are for the emulated disks of HVM guests.
+guest_modules="xen-blkfront ext4 ata_piix sd_mod"
 # ext4 asks for it by name on older kernels; newer ones have it built in or do without.
 optional_modules=crc32c_generic
 
@@ -71,7 +72,16 @@ build_all() {
     mkdir -p "$dom0/boot"
     cp "$1/vmlinuz" "$1/guest.cpio" "$dom0/boot/"
     pack "$dom0" "$1/dom0.cpio"
-    rm -rf "$guest" "$dom0"
+
+    # What only HVM guests need: the device model and the firmware.
+    local hvm=$1/hvm
+    mkdir -p "$hvm/usr/lib/xen-$xen_release/boot" "$hvm/usr/share/seabios" "$hvm/usr/share/qemu"
+    add_program "$hvm" /usr/libexec "$root/usr/libexec/xen-qemu-system-i386"
+    cp "$root/usr/lib/xen-$xen_release/boot/hvmloader" "$hvm/usr/lib/xen-$xen_release/boot/"
+    cp /usr/share/seabios/bios-256k.bin "$hvm/usr/share/seabios/"
+    cp /usr/share/qemu/linuxboot_dma.bin "$hvm/usr/share/qemu/"
+    pack "$hvm" "$1/hvm.cpio"
+    rm -rf "$guest" "$dom0" "$hvm"
 }
 
 # $1 root, $2 its /init: folders, busybox under all its names
@@ -149,8 +159,8 @@ add_libraries() {
 # $1 root, $2 folder of Xen's programs
 add_xen() {
     local root=$unpacked/root in=/usr/lib/xen-$xen_release/bin name
-    add_program "$1" "$in" "$2"/{xl,xenstored,xenconsoled,xenconsole,xen-init-dom0,lsevtchn,libxl-save-helper}
-    for name in xl xenstored xenconsoled xen-init-dom0 lsevtchn; do
+    add_program "$1" "$in" "$2"/{xl,xenstored,xenconsoled,xenconsole,xen-init-dom0,xenstore-control,lsevtchn,libxl-save-helper}
+    for name in xl xenstored xenconsoled xen-init-dom0 xenstore-control lsevtchn; do
         ln -s "$in/$name" "$1/usr/sbin/$name"
     done
     add_program "$1" /usr/bin "$root/usr/bin/xenstore"

@@ -42,6 +42,15 @@
 //! that hides *other bytes* (of the layer below, or of a cluster that was shared) is written only when the payload is
 //! durable ([`Order::AfterData`]); a place that was freed is given out again only when the removal of its mapping is durable.
 //!
+//! # Encrypted payload
+//! A driver with a [`Driver::cipher`] has encrypted bytes in its places; `volume` encrypts what it writes there and decrypts what it
+//! reads, and nothing else does. What follows for such a driver:
+//! - a place that reads as zero does not read as zero when it is decrypted: a fill is [`Under::Kept`] only where the place has the
+//!   range's own bytes, encrypted; else [`Under::Zeroes`] or what the layers below have, and the caller writes the whole granule;
+//! - granules and places are whole sectors of the cipher, and so are requests: `volume` reads and merges what is around smaller ones;
+//! - bytes that it moves itself, from one place to another, it decrypts for the one and encrypts for the other;
+//! - [`Format::check`], [`Format::describe`] and the work on snapshots need no key.
+//!
 //! # On paper
 //! *64 KiB qcow2 copy-on-write, 4 KiB written*: map says `Absent`; plan gives one fill of the cluster, `Under::Below`; the caller
 //! reads 60 KiB from the layer below around the payload, writes 64 KiB at once, commits: L2 entry, `AfterData`.
@@ -56,6 +65,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use crate::codec::Method;
+use crate::crypt::{PayloadCipher, Secret};
 use crate::error::Error;
 use crate::file::{ImageFile, Pending};
 
@@ -210,6 +220,8 @@ pub struct Open {
     pub log: Option<Rc<dyn AllocationLog>>,
     /// A snapshot inside the image to serve instead of its active state (by name or identifier), read-only.
     pub snapshot: Option<String>,
+    /// The key of an encrypted image, as [`Format::unlock`] gave it.
+    pub key: Option<Secret>,
 }
 
 /// What a running driver looks like from outside.
@@ -274,6 +286,11 @@ pub trait Driver {
     /// used afterwards. Dropping a driver without this is what a crash does.
     fn close(&self) -> Pending<'_, ()>;
 
+    /// How the payload in the places of this image is encrypted; `None`: it is as it is. See the module.
+    fn cipher(&self) -> Option<&PayloadCipher> {
+        None
+    }
+
     /// Decodes bytes of a range that `map` called [`Place::Encoded`], from its start on: those that one encoded unit has, at least one
     /// byte and at most the range. ([`crate::codec::Decoded`] does that within bounds of memory and time.)
     fn decode(&self, range: Range<u64>) -> Pending<'_, crate::file::Buf> {
@@ -319,6 +336,15 @@ pub struct Identity {
     pub modified: Option<u64>,
 }
 
+/// How the data of an image is encrypted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encryption {
+    /// Method and cipher, for people.
+    pub words: String,
+    /// What an operator should know about it.
+    pub warning: Option<&'static str>,
+}
+
 /// What an image says of itself: enough to open it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
@@ -332,6 +358,8 @@ pub struct Description {
     pub identity: Option<Identity>,
     /// The image can be written by this program; else why not.
     pub writable: Result<(), String>,
+    /// How its data is encrypted: it cannot be opened without a key. `None`: it is not.
+    pub encryption: Option<Encryption>,
     /// Properties for people and `--json`, in order: name, value (cluster size, version, features, creator…).
     pub properties: Vec<(&'static str, String)>,
 }
@@ -396,6 +424,8 @@ pub struct Create {
     pub backing: Option<(Link, u64)>,
     /// Format's own options, as typed by the user; unknown ones are refused by name with the known ones listed.
     pub options: Vec<(String, String)>,
+    /// The passphrase of an image that shall be encrypted.
+    pub key: Option<Secret>,
 }
 
 /// What images of a format need in their file, for `measure`.
@@ -456,6 +486,15 @@ pub trait Format: Sync {
     /// Reads what an image says of itself. Changes nothing.
     fn describe(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Description>;
 
+    /// The key of an encrypted image, by what its user has: a passphrase, or the key itself. Takes as long as the image wants (seconds):
+    /// not for a thread that others wait for.
+    ///
+    /// The error of a wrong key is [`ErrorKind::Invalid`](crate::error::ErrorKind).
+    fn unlock<'a>(&'a self, file: Rc<dyn ImageFile>, _passphrase: &'a Secret) -> Pending<'a, Secret> {
+        let message = format!("{}: {}", file.name(), refused(self.name(), "is not encrypted").message);
+        Box::pin(std::future::ready(Err(Error::invalid(message))))
+    }
+
     /// Opens an image.
     fn open(&self, open: Open) -> Pending<'_, Rc<dyn Driver>>;
 
@@ -477,6 +516,11 @@ pub trait Format: Sync {
     /// The options make no sense.
     fn data_files(&self, _create: &Create) -> Result<Vec<String>, Error> {
         Ok(Vec::new())
+    }
+
+    /// Whether an image made in this way reads as zero.
+    fn starts_zero(&self, _create: &Create) -> bool {
+        true
     }
 
     /// What an image made in this way needs in its file.
@@ -504,6 +548,11 @@ pub trait Format: Sync {
             driver.flush().await?;
             driver.close().await
         })
+    }
+
+    /// Images may keep snapshots inside; one of them can be served instead of the active state.
+    fn has_snapshots(&self) -> bool {
+        false
     }
 
     /// The snapshots inside an image, oldest first. Changes nothing.

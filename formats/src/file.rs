@@ -10,6 +10,7 @@
 //!    succeeded. A flush that failed is never turned into a success later: every later flush of this object fails too.
 //! 4. Bytes behind the end of the file read as zero. [`ImageFile::write`] extends a regular file.
 
+use std::any::Any;
 use std::ops::{Deref, DerefMut, Range};
 use std::pin::Pin;
 
@@ -21,30 +22,64 @@ pub const BUF_ALIGN: usize = 4096;
 /// The answer of an operation that takes its time. Not `Send`: one core owns everything.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + 'a>>;
 
-/// Memory of metadata I/O: owned by whoever works on it, aligned to [`BUF_ALIGN`], and it stays in place when it is moved.
+/// Memory of I/O: owned by whoever works on it, aligned to [`BUF_ALIGN`], and it stays in place when it is moved.
 pub struct Buf {
-    memory: Vec<u8>,
-    start: usize,
+    memory: Memory,
     len: usize,
+}
+
+enum Memory {
+    /// The bytes begin at `start`.
+    Own {
+        bytes: Vec<u8>,
+        start: usize,
+    },
+    Lent(Box<dyn Lent>),
+}
+
+/// Memory of a store's that the bytes of a [`Buf`] lie in, aligned to [`BUF_ALIGN`]. The store has it back when it is dropped, or when the
+/// [`Buf`] is written to a file of it: then nothing is copied.
+pub trait Lent: Any {
+    /// All of it.
+    fn bytes(&self) -> &[u8];
+
+    /// All of it, to be changed.
+    fn bytes_mut(&mut self) -> &mut [u8];
 }
 
 impl Buf {
     /// `len` zeroes.
     pub fn zeroed(len: usize) -> Buf {
-        let memory = vec![0u8; len + BUF_ALIGN];
-        let start = memory.as_ptr().align_offset(BUF_ALIGN);
+        let bytes = vec![0u8; len + BUF_ALIGN];
+        let start = bytes.as_ptr().align_offset(BUF_ALIGN);
         // A Vec that is not resized does not move its bytes. (align_offset may give up in const evaluation only.)
-        Buf { start: start.min(BUF_ALIGN), memory, len }
+        Buf { memory: Memory::Own { start: start.min(BUF_ALIGN), bytes }, len }
     }
 
     /// A copy of some bytes.
-    pub fn copy_of(bytes: &[u8]) -> Buf {
+    pub fn copy_of(source: &[u8]) -> Buf {
         // As in `zeroed`, without writing every byte twice: the capacity is there, so that nothing moves.
-        let mut memory: Vec<u8> = Vec::with_capacity(bytes.len() + BUF_ALIGN);
-        let start = memory.as_ptr().align_offset(BUF_ALIGN).min(BUF_ALIGN);
-        memory.resize(start, 0);
-        memory.extend_from_slice(bytes);
-        Buf { start, memory, len: bytes.len() }
+        let mut bytes: Vec<u8> = Vec::with_capacity(source.len() + BUF_ALIGN);
+        let start = bytes.as_ptr().align_offset(BUF_ALIGN).min(BUF_ALIGN);
+        bytes.resize(start, 0);
+        bytes.extend_from_slice(source);
+        Buf { memory: Memory::Own { start, bytes }, len: source.len() }
+    }
+
+    /// The bytes of a store's memory.
+    pub fn lent(memory: Box<dyn Lent>) -> Buf {
+        Buf { len: memory.bytes().len(), memory: Memory::Lent(memory) }
+    }
+
+    /// The memory that a store has lent, if its bytes are in such; else the same again.
+    ///
+    /// # Errors
+    /// The bytes, which are in memory of their own.
+    pub fn into_lent(self) -> Result<Box<dyn Lent>, Buf> {
+        match self.memory {
+            Memory::Lent(memory) => Ok(memory),
+            own => Err(Buf { memory: own, len: self.len }),
+        }
     }
 
     /// Keeps the first `len` bytes.
@@ -56,13 +91,19 @@ impl Buf {
 impl Deref for Buf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
+        match &self.memory {
+            Memory::Own { bytes, start } => &bytes[*start..*start + self.len],
+            Memory::Lent(memory) => &memory.bytes()[..self.len],
+        }
     }
 }
 
 impl DerefMut for Buf {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
+        match &mut self.memory {
+            Memory::Own { bytes, start } => &mut bytes[*start..*start + self.len],
+            Memory::Lent(memory) => &mut memory.bytes_mut()[..self.len],
+        }
     }
 }
 
@@ -76,6 +117,13 @@ impl std::fmt::Debug for Buf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buf({} bytes)", self.len)
     }
+}
+
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    // Comparing slices is the fastest that safe code can do.
+    static ZEROES: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
 }
 
 /// A file of an image, opened. See the module for the contract.
@@ -95,6 +143,11 @@ pub trait ImageFile: std::fmt::Debug {
     /// Reads exactly `len` bytes.
     fn read(&self, offset: u64, len: usize) -> Pending<'static, Buf>;
 
+    /// As [`ImageFile::read`]; the bytes may be in memory of the store ([`Lent`]), so whoever has them gives them up soon.
+    fn read_lent(&self, offset: u64, len: usize) -> Pending<'static, Buf> {
+        self.read(offset, len)
+    }
+
     /// Writes all of `data`.
     fn write(&self, offset: u64, data: Buf) -> Pending<'static, ()>;
 
@@ -104,6 +157,12 @@ pub trait ImageFile: std::fmt::Debug {
     /// Makes the file at least `length` bytes long; what is new reads as zero. Does nothing if it is that long. Fails on a device
     /// that is too short.
     fn extend(&self, length: u64) -> Pending<'static, ()>;
+
+    /// All of this range, which is inside of the file, will be written soon: the store may give it space at once, which is cheaper than piece by
+    /// piece. It reads as before. Returns whether that was done; writes work without.
+    fn reserve(&self, _range: Range<u64>) -> Pending<'static, bool> {
+        Box::pin(std::future::ready(Ok(false)))
+    }
 
     /// Cuts the file to `length` bytes. Does nothing on a device.
     fn truncate(&self, length: u64) -> Pending<'static, ()>;

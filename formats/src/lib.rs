@@ -9,6 +9,7 @@ pub mod allocation_log;
 pub mod blocking;
 pub mod codec;
 mod counts;
+pub mod crypt;
 pub mod driver;
 pub mod error;
 pub mod file;

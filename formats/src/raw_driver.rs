@@ -57,6 +57,7 @@ impl Format for Raw {
             data_files: Vec::new(),
             identity: None,
             writable: Ok(()),
+            encryption: None,
             properties: Vec::new(),
         }))
     }

@@ -10,8 +10,13 @@ use crate::file::ImageFile;
 const HEAD_BYTES: u64 = 64 << 10;
 
 /// All formats with a driver.
-pub static ALL: &[&dyn Format] =
-    &[&crate::raw_driver::Raw, &crate::qcow2::Qcow2, &crate::vhd::Vhd, &crate::qcow::Qcow];
+pub static ALL: &[&dyn Format] = &[
+    &crate::raw_driver::Raw,
+    &crate::vhd::Vhd,
+    &crate::qcow2::Qcow2,
+    &crate::qcow::Qcow,
+    &crate::crypt::luks::Luks,
+];
 
 /// The format of a type name.
 pub fn format(name: &str) -> Option<&'static dyn Format> {
@@ -106,7 +111,7 @@ mod tests {
         for made in ALL.iter().filter(|format| format.name() != "raw") {
             let store = Store::new(1);
             let file = store.add("a", Pages::empty());
-            let create = Create { size: Some(4 << 20), backing: None, options: Vec::new() };
+            let create = Create { size: Some(4 << 20), backing: None, options: Vec::new(), key: None };
             store.run(made.create(file.clone(), Vec::new(), &create)).unwrap();
             let bytes = store.pages(0).bytes(0..65536.min(store.pages(0).length()));
             assert_eq!(foreign(&bytes), None);

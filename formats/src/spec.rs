@@ -26,7 +26,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::crypt::source::KeySources;
+use crate::driver::Format;
 use crate::raw::{SECTOR_BYTES, SIZE_MAX_BYTES};
+use crate::registry;
 use crate::size::{format_size, parse_size};
 
 /// Longest specification that is read, in bytes: a path of PATH_MAX with every byte encoded, and options.
@@ -103,46 +106,40 @@ fn quoted(text: &str) -> String {
 }
 
 /// Types of images that this version serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(into = "String")]
 pub enum ImageType {
     /// A file or block device that holds the disk's bytes; `aio` is another name for it.
     Raw,
-    /// A VHD image: fixed, dynamic or differencing.
-    Vhd,
-    /// A qcow2 image.
-    Qcow2,
-    /// A qcow image, version 1.
-    Qcow,
+    /// An image of a format with a driver, by its name in [`crate::registry`]: `vhd`, `qcow2`.
+    Image(&'static str),
     /// A named RAM disk.
     Ram,
     /// Reads as zeroes, forgets writes.
     Null,
 }
 
-/// Names in the grammar, canonical ones first.
-const TYPES: &[(&str, ImageType)] = &[
-    ("raw", ImageType::Raw),
-    ("vhd", ImageType::Vhd),
-    ("qcow2", ImageType::Qcow2),
-    ("qcow", ImageType::Qcow),
-    ("ram", ImageType::Ram),
-    ("null", ImageType::Null),
-    ("aio", ImageType::Raw),
-];
 /// Formats of which the name is known, to be refused by name.
 const NOT_BUILT: &[&str] = &["vmdk", "vhdx", "vdi", "qed", "parallels"];
-const KNOWN: &str =
-    "the types are raw (or aio), vhd, qcow2, qcow, ram and null; this version has no decorators";
+
+/// What there is, for messages.
+fn known() -> String {
+    let images: Vec<_> =
+        registry::ALL.iter().map(|format| format.name()).filter(|name| *name != "raw").collect();
+    format!("the types are raw (or aio), {}, ram and null; this version has no decorators", images.join(", "))
+}
 
 impl ImageType {
+    /// It lies in files, not only in memory.
+    pub fn is_file(self) -> bool {
+        matches!(self, ImageType::Raw | ImageType::Image(_))
+    }
+
     /// The canonical name.
     pub fn name(self) -> &'static str {
         match self {
             ImageType::Raw => "raw",
-            ImageType::Vhd => "vhd",
-            ImageType::Qcow2 => "qcow2",
-            ImageType::Qcow => "qcow",
+            ImageType::Image(format) => format,
             ImageType::Ram => "ram",
             ImageType::Null => "null",
         }
@@ -159,23 +156,28 @@ impl FromStr for ImageType {
     type Err = SpecError;
 
     fn from_str(name: &str) -> Result<ImageType, SpecError> {
-        if let Some((_, image_type)) = TYPES.iter().find(|(known, _)| *known == name) {
-            return Ok(*image_type);
+        match name {
+            "raw" | "aio" => return Ok(ImageType::Raw),
+            "ram" => return Ok(ImageType::Ram),
+            "null" => return Ok(ImageType::Null),
+            _ => {}
         }
+        if let Some(format) = registry::format(name) {
+            return Ok(ImageType::Image(format.name()));
+        }
+        let known = known();
         if NOT_BUILT.contains(&name) {
-            let message = format!("the format {} is not built into this version: {KNOWN}", quoted(name));
+            let message = format!("the format {} is not built into this version: {known}", quoted(name));
             return Err(error(SpecErrorKind::NotBuilt, None, message));
         }
-        let message = format!("{} is neither a type nor a decorator: {KNOWN}", quoted(name));
+        let message = format!("{} is neither a type nor a decorator: {known}", quoted(name));
         Err(error(SpecErrorKind::UnknownType, None, message))
     }
 }
 
-impl TryFrom<String> for ImageType {
-    type Error = SpecError;
-
-    fn try_from(name: String) -> Result<ImageType, SpecError> {
-        name.parse()
+impl<'de> Deserialize<'de> for ImageType {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<ImageType, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -194,7 +196,7 @@ pub struct ImageSpec {
     /// What it is.
     #[serde(rename = "type")]
     pub image_type: ImageType,
-    /// raw, vhd, qcow2, qcow: an absolute path. ram: a name. null: empty. Decoded.
+    /// raw and images: an absolute path. ram: a name. null: empty. Decoded.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Options of the type, decoded, as they were written.
@@ -224,13 +226,15 @@ pub struct RawOptions {
     pub sector: Option<u32>,
 }
 
-/// Options of an image of a format: `vhd:`, `qcow2:`, `qcow:`.
+/// Options of an image of a format.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct FormatOptions {
     /// `cache=none|writeback|writethrough`, for every file of the chain; none when not given.
     pub cache: CacheMode,
     /// `snapshot=NAME`: a snapshot inside the image (qcow2), served read-only.
     pub snapshot: Option<String>,
+    /// `key-file=`, `key-credential=`: where the keys of encrypted images of the chain are.
+    pub keys: KeySources,
 }
 
 /// Options of `ram:`.
@@ -263,8 +267,8 @@ pub enum Target {
     },
     /// An image of a format, with what is below it.
     Image {
-        /// `vhd` or `qcow2`: its name in [`crate::registry`].
-        format: ImageType,
+        /// Its name in [`crate::registry`].
+        format: &'static str,
         /// Absolute.
         path: PathBuf,
         /// Options.
@@ -317,14 +321,18 @@ impl ImageSpec {
     /// Parses and checks what was typed in the directory `base` (absolute): relative paths of files are joined to it.
     pub fn parse_relative_to(text: &str, base: &Path) -> Result<ImageSpec, SpecError> {
         let (mut spec, offsets) = parse(text)?;
-        let is_file = !matches!(spec.image_type, ImageType::Ram | ImageType::Null);
-        if is_file && !spec.path.is_empty() {
+        if spec.image_type.is_file() && !spec.path.is_empty() {
             spec.path = joined(base, &spec.path)?;
         }
         if spec.image_type == ImageType::Ram
             && let Some(init) = spec.options.get_mut("init").filter(|init| !init.is_empty())
         {
             *init = joined(base, init)?;
+        }
+        for (key, file) in &mut spec.options {
+            if KeySources::is_file_option(key) && !file.is_empty() {
+                *file = joined(base, file)?;
+            }
         }
         spec.check(&offsets)?;
         Ok(spec)
@@ -342,9 +350,9 @@ impl ImageSpec {
                 let path = checked_path("the path of raw", &self.path, offsets.path)?;
                 Ok(Target::Raw { path, options: self.raw_options(offsets)? })
             }
-            ImageType::Vhd | ImageType::Qcow2 | ImageType::Qcow => {
-                let keys: &[&str] =
-                    if self.image_type == ImageType::Qcow2 { &["cache", "snapshot"] } else { &["cache"] };
+            ImageType::Image(format) => {
+                let has_snapshots = registry::format(format).is_some_and(Format::has_snapshots);
+                let keys: &[&str] = if has_snapshots { &["cache", "snapshot"] } else { &["cache"] };
                 self.check_keys(keys, offsets)?;
                 let what = format!("the path of {}", self.image_type);
                 let path = checked_path(&what, &self.path, offsets.path)?;
@@ -353,8 +361,9 @@ impl ImageSpec {
                     let message = "snapshot= is empty: give the name or number of a snapshot of the image";
                     return Err(error(SpecErrorKind::OptionValue, offsets.value("snapshot"), message));
                 }
-                let options = FormatOptions { cache: self.cache_option(offsets)?, snapshot };
-                Ok(Target::Image { format: self.image_type, path, options })
+                let keys = self.key_options(offsets)?;
+                let options = FormatOptions { cache: self.cache_option(offsets)?, snapshot, keys };
+                Ok(Target::Image { format, path, options })
             }
             ImageType::Ram => {
                 self.check_keys(&["huge", "init", "size"], offsets)?;
@@ -381,12 +390,21 @@ impl ImageSpec {
     }
 
     fn check_keys(&self, allowed: &[&str], offsets: &Offsets) -> Result<(), SpecError> {
-        match self.options.keys().find(|key| !allowed.contains(&key.as_str())) {
+        let takes_keys = matches!(self.image_type, ImageType::Image(_));
+        let is_allowed =
+            |key: &String| allowed.contains(&key.as_str()) || (takes_keys && KeySources::is_option(key));
+        match self.options.keys().find(|key| !is_allowed(key)) {
             None => Ok(()),
             Some(key) => Err(error(
                 SpecErrorKind::UnknownOption,
                 offsets.key(key),
-                format!("{} has no option {}: it has {}", self.image_type, quoted(key), allowed.join(", ")),
+                format!(
+                    "{} has no option {}: it has {}{}",
+                    self.image_type,
+                    quoted(key),
+                    allowed.join(", "),
+                    if takes_keys { ", key-file and key-credential" } else { "" }
+                ),
             )),
         }
     }
@@ -398,6 +416,15 @@ impl ImageSpec {
             Some("writethrough") => CacheMode::Writethrough,
             Some(_) => return Err(self.bad_value("cache", "none, writeback or writethrough", offsets)),
         })
+    }
+
+    fn key_options(&self, offsets: &Offsets) -> Result<KeySources, SpecError> {
+        let mut keys = KeySources::default();
+        for (key, value) in &self.options {
+            keys.take(key, value)
+                .map_err(|message| error(SpecErrorKind::OptionValue, offsets.value(key), message))?;
+        }
+        Ok(keys)
     }
 
     fn raw_options(&self, offsets: &Offsets) -> Result<RawOptions, SpecError> {

@@ -7,6 +7,9 @@
 //!           └ no: lock(Allocate) ─ plan_write ─ fills ─▶ payload (and what is around it) to file ─ commit | abort
 //!  erase  edges are written as zeroes ─ whole granules: lock(Erase) ─ driver.erase
 //! ```
+//! Payload of a layer with a [`Driver::cipher`] goes through memory of our own: read, decrypted, put; got, encrypted, written. A write
+//! of a part of a sector reads what is around it first, while nobody else has the sector.
+//!
 //! The fast paths are synchronous ([`Volume::map_read`], [`Volume::map_write`]): a shard asks them first and makes a future only
 //! when they cannot answer from memory. Only the top layer is ever changed.
 //!
@@ -18,9 +21,10 @@ use std::rc::Rc;
 
 use futures_lite::future::yield_now;
 
+use crate::crypt::{PayloadCipher, Spot};
 use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Fill, Place, Plan, Under, Usage};
 use crate::error::{Error, ErrorKind};
-use crate::file::{Buf, ImageFile, Pending};
+use crate::file::{Buf, ImageFile, Pending, is_zero};
 use crate::locks::{RangeGuard, RangeLocks, Use};
 
 /// Layers of a chain, at most.
@@ -169,6 +173,11 @@ impl Volume {
     /// A file of a layer.
     pub fn file(&self, id: FileId) -> Option<&Rc<dyn ImageFile>> {
         self.layers.get(usize::from(id.layer))?.files.get(usize::from(id.file.0))
+    }
+
+    /// How the payload of a layer is encrypted.
+    pub fn cipher(&self, layer: u16) -> Option<&PayloadCipher> {
+        self.layers.get(usize::from(layer))?.driver.cipher()
     }
 
     /// Figures of all layers together.
@@ -360,7 +369,13 @@ impl Volume {
         for piece in pieces {
             let (at, len) = ((piece.start - origin) as usize, piece.len as usize);
             match piece.source {
-                Source::File { id, offset } => reads.push(payload.read(id, offset, at, len)),
+                Source::File { id, offset } => match self.cipher(id.layer) {
+                    None => reads.push(payload.read(id, offset, at, len)),
+                    Some(cipher) => {
+                        let spot = Spot { disk: piece.start, file: offset };
+                        reads.push(self.read_encrypted(cipher, id, spot, at, len, payload));
+                    }
+                },
                 Source::Zero => payload.zero(at, len),
                 Source::Encoded { layer } => {
                     let range = piece.start..piece.start + piece.len;
@@ -391,10 +406,83 @@ impl Volume {
         Ok(())
     }
 
+    /// Reads `len` bytes at `spot` into the payload's byte `at`, by the sectors that hold them.
+    fn read_encrypted<'a>(
+        &'a self,
+        cipher: &'a PayloadCipher,
+        id: FileId,
+        spot: Spot,
+        at: usize,
+        len: usize,
+        payload: &'a dyn Payload,
+    ) -> Pending<'a, ()> {
+        let unit = cipher.sector_bytes();
+        let head = spot.disk % unit;
+        let start = Spot { disk: spot.disk - head, file: spot.file - head };
+        let sectors = (head + len as u64).next_multiple_of(unit) as usize;
+        let Some(file) = self.file(id) else { return Box::pin(std::future::ready(Err(no_such_file()))) };
+        let read = file.read(start.file, sectors);
+        Box::pin(async move {
+            let mut bytes = read.await?;
+            cipher.decrypt(start, &mut bytes);
+            if sectors > len {
+                bytes = Buf::copy_of(&bytes[head as usize..][..len]);
+            }
+            payload.put(at, bytes);
+            Ok(())
+        })
+    }
+
+    /// Writes `len` bytes from the payload's byte `at` on to `spot` of the top layer: whole sectors, if it is encrypted.
+    fn write_at<'a>(
+        &'a self,
+        id: FileId,
+        spot: Spot,
+        at: usize,
+        len: usize,
+        payload: &'a dyn Payload,
+    ) -> Pending<'a, ()> {
+        let Some(cipher) = self.cipher(id.layer) else { return payload.write(id, spot.file, at, len) };
+        let bytes = payload.get(at, len);
+        Box::pin(async move {
+            let mut bytes = bytes.await?;
+            cipher.encrypt(spot, &mut bytes);
+            self.file(id).ok_or_else(no_such_file)?.write(spot.file, bytes).await
+        })
+    }
+
+    /// Writes whole sectors of the cipher around a request that has parts of them.
+    async fn write_merged(
+        &self,
+        offset: u64,
+        len: u64,
+        payload: &dyn Payload,
+        unit: u64,
+    ) -> Result<(), Error> {
+        let sectors = offset & !(unit - 1)..(offset + len).next_multiple_of(unit);
+        let granules = sectors.start & !(self.granule() - 1)..sectors.end.next_multiple_of(self.granule());
+        // Who reads meanwhile would see neither the old nor the new bytes where blocks of a sector depend on each other.
+        let guard = self.locks.take(granules, Use::Erase).await;
+        let whole = (sectors.end - sectors.start) as usize;
+        // Not counted as a copy: it would wait for room for the copies of its own fills.
+        let memory = Memory::new(whole);
+        let is_partial = |edge: &u64| *edge < offset || *edge + unit > offset + len;
+        for edge in [sectors.start, sectors.end - unit].into_iter().filter(is_partial) {
+            let window = Window { memory: &memory, volume: self, at: (edge - sectors.start) as usize };
+            self.read_below(0, edge, unit, &window).await?;
+        }
+        memory.put((offset - sectors.start) as usize, &payload.get(0, len as usize).await?);
+        let window = Window { memory: &memory, volume: self, at: 0 };
+        self.write_parts(sectors.start, whole as u64, &window, guard).await
+    }
+
     /// Writes `len` bytes at `offset` from the payload. Done means: safe against the death of the process, not yet against power
     /// loss.
     pub async fn write(&self, offset: u64, len: u64, payload: &dyn Payload) -> Result<(), Error> {
         self.check_range(offset, len)?;
+        if let Some(cipher) = self.cipher(0).filter(|cipher| !cipher.is_whole(offset, len)) {
+            return self.write_merged(offset, len, payload, cipher.sector_bytes()).await;
+        }
         let mut pieces = Vec::new();
         {
             let _guard = self.locks.take(offset..offset + len, Use::Write).await;
@@ -423,7 +511,8 @@ impl Volume {
     async fn write_pieces(&self, pieces: &[Piece], origin: u64, payload: &dyn Payload) -> Result<(), Error> {
         let writes = pieces.iter().filter_map(|piece| match piece.source {
             Source::File { id, offset } => {
-                Some(payload.write(id, offset, (piece.start - origin) as usize, piece.len as usize))
+                let spot = Spot { disk: piece.start, file: offset };
+                Some(self.write_at(id, spot, (piece.start - origin) as usize, piece.len as usize, payload))
             }
             Source::Zero | Source::Encoded { .. } => None,
         });
@@ -511,14 +600,19 @@ impl Volume {
         let part_offset = fill.offset + (part.start - fill.range.start);
         let (part_at, part_len) = ((part.start - origin) as usize, (part.end - part.start) as usize);
         let whole = part == fill.range;
+        let part_spot = Spot { disk: part.start, file: part_offset };
         if whole || fill.under == Under::Kept {
-            return payload.write(id, part_offset, part_at, part_len).await;
+            return self.write_at(id, part_spot, part_at, part_len, payload).await;
         }
+        let cipher = self.cipher(0);
         let len = (fill.range.end - fill.range.start) as usize;
         let _room = self.copy_room(len).await;
         let around = Memory::new(len);
         let edges = [fill.range.start..part.start, part.end..fill.range.end];
-        for edge in edges.iter().filter(|edge| !edge.is_empty()) {
+        // One read of all costs less than one of each side, if what lies between is no more than they are.
+        let together = part_len <= len / 2 && edges.iter().all(|edge| !edge.is_empty());
+        let reads = if together { vec![fill.range.clone()] } else { edges.to_vec() };
+        for edge in reads.iter().filter(|edge| !edge.is_empty()) {
             let at = (edge.start - fill.range.start) as usize;
             let edge_len = edge.end - edge.start;
             match fill.under {
@@ -529,7 +623,10 @@ impl Volume {
                 }
                 Under::Copied { file, offset } => {
                     let source = self.file(FileId { layer: 0, file }).ok_or_else(no_such_file)?;
-                    let bytes = source.read(offset + at as u64, edge_len as usize).await?;
+                    let mut bytes = source.read(offset + at as u64, edge_len as usize).await?;
+                    if let Some(cipher) = cipher {
+                        cipher.decrypt(Spot { disk: edge.start, file: offset + at as u64 }, &mut bytes);
+                    }
                     around.put(at, &bytes);
                 }
                 Under::Decoded => {
@@ -539,13 +636,22 @@ impl Volume {
                 }
             }
         }
-        if fill.under == Under::Below && around.is_zero() {
+        let inside = |edge: &Range<u64>| {
+            (edge.start - fill.range.start) as usize..(edge.end - fill.range.start) as usize
+        };
+        if fill.under == Under::Below
+            && cipher.is_none()
+            && edges.iter().all(|edge| around.is_zero(inside(edge)))
+        {
             // The place reads as zero already.
-            return payload.write(id, part_offset, part_at, part_len).await;
+            return self.write_at(id, part_spot, part_at, part_len, payload).await;
         }
         let mut bytes = around.take();
         let at = (part.start - fill.range.start) as usize;
         bytes[at..at + part_len].copy_from_slice(&payload.get(part_at, part_len).await?);
+        if let Some(cipher) = cipher {
+            cipher.encrypt(Spot { disk: fill.range.start, file: fill.offset }, &mut bytes);
+        }
         let file = self.file(id).ok_or_else(no_such_file)?;
         file.write(fill.offset, bytes).await
     }
@@ -782,8 +888,8 @@ impl Memory {
         self.bytes.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn is_zero(&self) -> bool {
-        self.bytes.borrow().iter().all(|byte| *byte == 0)
+    fn is_zero(&self, range: Range<usize>) -> bool {
+        is_zero(&self.bytes.borrow()[range])
     }
 }
 

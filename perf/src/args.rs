@@ -51,6 +51,8 @@ pub enum Case {
     Shards,
     /// Allocated qcow2 and VHD images beside our own raw file.
     Formats,
+    /// A LUKS disk beside our own raw file, and the cipher alone.
+    Encrypted,
     /// Writes that allocate a cluster or block each.
     Alloc,
     /// A chain of 30 images beside a flat one.

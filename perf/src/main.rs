@@ -95,6 +95,7 @@ fn run(args: &RunArgs) -> Result<()> {
             Case::Qos => (cases::qos::CASE, cases::qos::run),
             Case::Shards => (cases::shards::CASE, cases::shards::run),
             Case::Formats => (cases::formats::CASE, cases::formats::run),
+            Case::Encrypted => (cases::encrypted::CASE, cases::encrypted::run),
             Case::Alloc => (cases::alloc::CASE, cases::alloc::run),
             Case::Chain => (cases::chain::CASE, cases::chain::run),
             Case::Convert => (cases::convert::CASE, cases::convert::run),

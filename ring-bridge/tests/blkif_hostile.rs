@@ -197,7 +197,7 @@ fn notify(event: &SyncSender<()>) {
 }
 
 fn wait(event: &Receiver<()>) {
-    event.recv_timeout(Duration::from_secs(20)).expect("a wake-up was lost");
+    event.recv_timeout(Duration::from_secs(60)).expect("a wake-up was lost");
 }
 
 // Goal: with both sides asleep whenever they can be, and events batched at random, nobody sleeps for ever. Method: two threads; a lost wake-up

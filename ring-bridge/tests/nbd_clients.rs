@@ -75,7 +75,7 @@ impl Lab {
     }
 }
 
-/// Runs a program to its end, at most a minute.
+/// Runs a program to its end, at most three minutes.
 fn output(program: &str, arguments: &[&str], debug: &str) -> Output {
     let mut child = Command::new(program)
         .args(arguments)
@@ -89,7 +89,7 @@ fn output(program: &str, arguments: &[&str], debug: &str) -> Output {
         .unwrap_or_else(|error| {
             panic!("{program} cannot be started ({error}); apt install libnbd-bin python3-libnbd qemu-utils gnutls-bin")
         });
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(180);
     while child.try_wait().expect("wait").is_none() {
         if Instant::now() > deadline {
             child.kill().expect("kill");

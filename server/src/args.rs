@@ -290,7 +290,8 @@ pub enum CtlCommand {
 pub struct AttachArgs {
     /// Name of the disk: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with . or -
     pub name: String,
-    /// The image: raw:PATH (options cache=none|writeback|writethrough, sector=512|4096), vhd:PATH, qcow2:PATH (option cache=),
+    /// The image: raw:PATH (options cache=none|writeback|writethrough, sector=512|4096), vhd:PATH, qcow2:PATH, luks:PATH
+    /// (options cache=, and key-file=, key-credential= for encrypted ones),
     /// ram:NAME?size=SIZE (options init=FILE, huge=2M),
     /// null:?size=SIZE
     #[arg(value_name = "TYPE:PATH")]

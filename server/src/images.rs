@@ -105,6 +105,14 @@ impl OpenImage {
         Link { paths: vec![spec.path.clone()], format, identity: self.identity }
     }
 
+    /// Which images of its chain are encrypted.
+    pub fn encrypted(&self) -> Vec<bool> {
+        match &self.backend {
+            Backend::Image(chain) => chain.layers.iter().map(|layer| layer.key.is_some()).collect(),
+            Backend::File(_) | Backend::Ram(_) | Backend::Null => vec![false],
+        }
+    }
+
     /// The image's own file.
     pub fn file(&self) -> Option<Arc<ImageFile>> {
         match &self.backend {
@@ -141,6 +149,8 @@ pub struct Images {
     rams: Mutex<HashMap<String, Ram>>,
     /// Held while a RAM disk is made or removed.
     ram_turn: tokio::sync::Mutex<()>,
+    /// Held while an image is unlocked: one may take all of a core, and a GiB.
+    unlock_turn: tokio::sync::Mutex<()>,
 }
 
 struct Ram {
@@ -161,6 +171,7 @@ impl Images {
             budget: Arc::new(RamBudget::new(settings.ram_limit_bytes.unwrap_or(u64::MAX))),
             rams: Mutex::default(),
             ram_turn: tokio::sync::Mutex::new(()),
+            unlock_turn: tokio::sync::Mutex::new(()),
         })
     }
 
@@ -202,7 +213,7 @@ impl Images {
                 released: false,
             }),
             Target::Image { format, path, options } => {
-                let wanted = Wanted { format: format.name(), path, options, read_only, disk, deadline };
+                let wanted = Wanted { format, path, options, read_only, disk, deadline };
                 self.open_chain(wanted).await
             }
             Target::Raw { path, options } => self.open_file(path, options, read_only, disk, deadline).await,

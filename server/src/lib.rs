@@ -28,6 +28,7 @@ pub mod guests;
 pub mod http;
 pub mod image;
 pub mod images;
+pub mod keys;
 pub mod limit_change;
 pub mod logging;
 pub mod metrics;

@@ -385,6 +385,8 @@ pub struct Shard {
     pub reason: Option<String>,
     /// Ring set-up in use: deferred, cooperative or plain.
     pub ring: String,
+    /// It gets memory without waiting for write-back that may wait for it (`PR_SET_IO_FLUSHER`; needs CAP_SYS_RESOURCE).
+    pub io_flusher: bool,
     /// Disks served.
     pub disks: u64,
     /// Connections served.
@@ -420,14 +422,14 @@ pub struct Group {
     pub configured: bool,
 }
 
-/// A guest's device as XenStore and its shard know it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+/// A guest's device as XenStore and its shard know it, or a client without Xen that shares memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestDevice {
-    /// Its place below `backend/`: `vbd3/5/51712`.
+    /// Its place below `backend/`: `vbd3/5/51712`; `blkif/DISK/NUMBER` without Xen.
     pub device: String,
-    /// The guest's domain.
+    /// The guest's domain; without Xen the number of the client, from 32768 on.
     pub domain: u16,
-    /// The name of the disk in the guest.
+    /// The name of the disk in the guest; `-` without Xen.
     pub vdev: String,
     /// The disk that it has.
     pub disk: Option<String>,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use blktapd::limit_change::LimitChange;
 use blktapd::model::{QosRequest, State};
 use blktapd::problem::ProblemKind;
-use daemon_rig::{Behaviour, FakeShard, Rig, raw, request, soon, until};
+use daemon_rig::{Behaviour, FakeShard, Rig, patient, raw, request, soon, until};
 use shard::api::{Event, Reply, ShardError, ShardErrorKind};
 
 fn state_of(rig: &Rig, name: &str) -> Option<State> {
@@ -41,14 +41,14 @@ async fn attach_is_idempotent_and_a_difference_is_a_conflict() {
     assert!(problem.message.contains("null:?size=1G instead of null:?size=2G"), "{problem}");
     let mut limited = request("null:?size=1G");
     limited.limits.iops = Some(5);
-    let problem = rig.daemon.attach("d1", limited.clone(), soon(1000)).await.unwrap_err();
+    let problem = rig.daemon.attach("d1", limited.clone(), patient()).await.unwrap_err();
     assert!(problem.message.contains("limits {} instead of {\"iops\":5}"), "{problem}");
     // After a live change both the first arguments and the present ones are what is served.
     let change = LimitChange { iops: Some(5), ..LimitChange::default() };
     let qos = QosRequest { limits: change, groups: None };
-    rig.daemon.set_disk_limits("d1", qos, soon(1000)).await.unwrap();
+    rig.daemon.set_disk_limits("d1", qos, patient()).await.unwrap();
     assert_eq!(shard_with(&rig, "d1").limits("d1").iops_total.per_second, 5);
-    rig.daemon.attach("d1", limited, soon(1000)).await.unwrap();
+    rig.daemon.attach("d1", limited, patient()).await.unwrap();
     rig.attach("d1", "null:?size=1G").await.unwrap();
     assert_eq!(rig.shards.iter().flat_map(FakeShard::disks).count(), 1);
 }
@@ -69,16 +69,16 @@ async fn wrong_requests_are_explained_and_leave_nothing() {
         ("d", request("null:"), "needs a size"),
     ];
     for (name, request, expected) in cases {
-        let problem = rig.daemon.attach(name, request, soon(2000)).await.unwrap_err();
+        let problem = rig.daemon.attach(name, request, patient()).await.unwrap_err();
         assert!(problem.message.contains(expected), "{name}: {problem}");
     }
     let mut wrong_shard = request("null:?size=1G");
     wrong_shard.shard = Some(7);
-    let problem = rig.daemon.attach("d", wrong_shard, soon(1000)).await.unwrap_err();
+    let problem = rig.daemon.attach("d", wrong_shard, patient()).await.unwrap_err();
     assert!(problem.message.contains("numbered from 0 to 1"), "{problem}");
     let mut twice = request("null:?size=1G");
     twice.groups = vec!["g".into(), "g".into()];
-    assert!(rig.daemon.attach("d", twice, soon(1000)).await.unwrap_err().message.contains("given twice"));
+    assert!(rig.daemon.attach("d", twice, patient()).await.unwrap_err().message.contains("given twice"));
     let _ = rig.attach(&long, "null:?size=1G").await;
     assert!(
         rig.daemon.find("d").is_none() && rig.shards.iter().all(|shard| !shard.log().contains(&"connect"))
@@ -124,22 +124,19 @@ async fn a_shard_that_takes_a_disk_too_late_gives_it_back() {
     let rig = Rig::new();
     let image = rig.image("a.img", 1 << 20);
     rig.shards.iter().for_each(|shard| shard.script("add", Behaviour::Hold));
-    let problem = rig.daemon.attach("d", request(&raw(&image)), soon(100)).await.unwrap_err();
+    // Long enough for the image to be opened.
+    let problem = rig.daemon.attach("d", request(&raw(&image)), soon(1000)).await.unwrap_err();
     assert_eq!(problem.kind, ProblemKind::TimedOut);
     rig.shards.iter().for_each(|shard| shard.script("add", Behaviour::Answer));
     rig.shards.iter().for_each(FakeShard::release);
     until("the disk is removed again", || rig.shards.iter().any(|shard| shard.log().contains(&"force")))
         .await;
     // As soon as the file is closed it can be attached.
-    let mut attached = false;
-    for _ in 0..100 {
-        attached = rig.attach("d", &raw(&image)).await.is_ok();
-        if attached {
-            break;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    let deadline = patient();
+    while let Err(problem) = rig.attach("d", &raw(&image)).await {
+        assert!(tokio::time::Instant::now() < deadline, "{problem}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert!(attached);
 }
 
 #[tokio::test]
@@ -150,7 +147,7 @@ async fn two_writers_on_one_image_conflict_with_the_holder_named() {
     let problem = rig.attach("second", &raw(&image)).await.unwrap_err();
     assert_eq!(problem.kind, ProblemKind::Conflict);
     assert!(problem.message.contains("first"), "{problem}");
-    rig.daemon.detach("first", false, soon(5000)).await.unwrap();
+    rig.daemon.detach("first", false, patient()).await.unwrap();
     rig.attach("second", &raw(&image)).await.unwrap();
 }
 
@@ -171,7 +168,7 @@ async fn a_busy_disk_says_who_uses_it_and_goes_on() {
     assert!(!shard_with(&rig, "d").log().contains(&"remove"));
     // When the clients leave in time, it goes.
     let daemon = rig.daemon.clone();
-    let detach = tokio::spawn(async move { daemon.detach("d", false, soon(5000)).await });
+    let detach = tokio::spawn(async move { daemon.detach("d", false, patient()).await });
     tokio::time::sleep(std::time::Duration::from_millis(30)).await;
     disk.counters.clients.set(0);
     assert_eq!(detach.await.unwrap().unwrap(), None);
@@ -192,7 +189,7 @@ async fn a_stuck_drain_can_be_forced_and_leaves_a_zombie_until_the_kernel_is_don
     assert_eq!(state_of(&rig, "d"), Some(State::Draining));
     assert!(rig.daemon.state.read(|state| state.disks.is_empty()), "a restart must not bring it back");
     let daemon = rig.daemon.clone();
-    let forced = tokio::spawn(async move { daemon.detach("d", true, soon(5000)).await });
+    let forced = tokio::spawn(async move { daemon.detach("d", true, patient()).await });
     until("the force arrives", || shard.log().contains(&"force")).await;
     let interrupted = ShardError { kind: ShardErrorKind::Interrupted, message: "by force".into() };
     shard.answer_held("remove", Err(interrupted));
@@ -214,12 +211,12 @@ async fn a_shard_that_refuses_to_remove_a_disk_keeps_it_and_it_stays_attached() 
     rig.attach("d", "null:?size=1G").await.unwrap();
     let shard = shard_with(&rig, "d").clone();
     shard.script("remove", Behaviour::Refuse(ShardErrorKind::WrongState));
-    let problem = rig.daemon.detach("d", false, soon(1000)).await.unwrap_err();
+    let problem = rig.daemon.detach("d", false, patient()).await.unwrap_err();
     assert_eq!(problem.kind, ProblemKind::Busy);
     assert_eq!(state_of(&rig, "d"), Some(State::Running));
     assert!(rig.socket("d").exists() && rig.daemon.state.read(|state| state.disks.contains_key("d")));
     shard.script("remove", Behaviour::Answer);
-    rig.daemon.detach("d", false, soon(1000)).await.unwrap();
+    rig.daemon.detach("d", false, patient()).await.unwrap();
     assert!(!rig.socket("d").exists());
 }
 
@@ -233,13 +230,13 @@ async fn a_pause_that_takes_too_long_goes_back_to_running() {
     assert_eq!(problem.kind, ProblemKind::TimedOut);
     assert_eq!(shard.log().last(), Some(&"resume"));
     shard.script("pause", Behaviour::Answer);
-    assert_eq!(rig.daemon.pause("d", false, soon(1000)).await.unwrap().state, State::Paused);
+    assert_eq!(rig.daemon.pause("d", false, patient()).await.unwrap().state, State::Paused);
     assert_eq!(
-        rig.daemon.pause("d", false, soon(1000)).await.unwrap().state,
+        rig.daemon.pause("d", false, patient()).await.unwrap().state,
         State::Paused,
         "again is no error"
     );
-    let disk = rig.daemon.resume("d", Default::default(), soon(1000)).await.unwrap();
+    let disk = rig.daemon.resume("d", Default::default(), patient()).await.unwrap();
     assert_eq!(disk.state, State::Running);
 }
 
@@ -249,11 +246,11 @@ async fn a_pause_and_a_give_up_hold_over_a_crash_until_they_are_ended() {
     for name in ["paused", "resumed", "given-up", "runs"] {
         rig.attach(name, "null:?size=1G").await.unwrap();
     }
-    rig.daemon.pause("paused", false, soon(1000)).await.unwrap();
-    rig.daemon.pause("resumed", false, soon(1000)).await.unwrap();
-    rig.daemon.resume("resumed", Default::default(), soon(1000)).await.unwrap();
-    rig.daemon.pause("given-up", false, soon(1000)).await.unwrap();
-    rig.daemon.fail("given-up", soon(1000)).await.unwrap();
+    rig.daemon.pause("paused", false, patient()).await.unwrap();
+    rig.daemon.pause("resumed", false, patient()).await.unwrap();
+    rig.daemon.resume("resumed", Default::default(), patient()).await.unwrap();
+    rig.daemon.pause("given-up", false, patient()).await.unwrap();
+    rig.daemon.fail("given-up", patient()).await.unwrap();
     let states = [
         ("paused", State::Paused),
         ("resumed", State::Running),
@@ -261,7 +258,7 @@ async fn a_pause_and_a_give_up_hold_over_a_crash_until_they_are_ended() {
         ("runs", State::Running),
     ];
     let rig = rig.crash("").await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     for (name, state) in states {
         assert_eq!(state_of(&rig, name), Some(state), "{name}");
     }
@@ -277,11 +274,11 @@ async fn a_pause_and_a_give_up_hold_over_a_crash_until_they_are_ended() {
     rig.shards[place].die();
     until("it is back", || shard_has(&rig, 1 - place, "paused")).await;
     until("it is paused", || state_of(&rig, "paused") == Some(State::Paused)).await;
-    rig.daemon.resume("paused", Default::default(), soon(1000)).await.unwrap();
+    rig.daemon.resume("paused", Default::default(), patient()).await.unwrap();
     let rig = rig.crash("").await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     assert_eq!(state_of(&rig, "paused"), Some(State::Running), "resumed for good");
-    rig.daemon.detach("given-up", false, soon(1000)).await.unwrap();
+    rig.daemon.detach("given-up", false, patient()).await.unwrap();
     rig.attach("given-up", "null:?size=1G").await.unwrap();
     assert_eq!(state_of(&rig, "given-up"), Some(State::Running), "a new attachment");
 }
@@ -293,22 +290,22 @@ async fn a_pause_that_cannot_be_kept_is_ended() {
     // A directory in the place of the state's new file makes every write fail.
     let block = rig.dir.path().join("run/state/attachments.json.new");
     std::fs::create_dir(&block).unwrap();
-    let problem = rig.daemon.pause("d", false, soon(1000)).await.unwrap_err();
+    let problem = rig.daemon.pause("d", false, patient()).await.unwrap_err();
     assert!(problem.message.contains("runs on"), "{problem}");
     assert_eq!(state_of(&rig, "d"), Some(State::Running));
-    assert!(rig.daemon.fail("d", soon(1000)).await.is_err());
+    assert!(rig.daemon.fail("d", patient()).await.is_err());
     assert_eq!(state_of(&rig, "d"), Some(State::Running), "not given up, since that could not be kept");
     std::fs::remove_dir(&block).unwrap();
-    rig.daemon.pause("d", false, soon(1000)).await.unwrap();
+    rig.daemon.pause("d", false, patient()).await.unwrap();
     std::fs::create_dir(&block).unwrap();
-    assert!(rig.daemon.resume("d", Default::default(), soon(1000)).await.is_err());
+    assert!(rig.daemon.resume("d", Default::default(), patient()).await.is_err());
     assert_eq!(state_of(&rig, "d"), Some(State::Paused));
     std::fs::remove_dir(&block).unwrap();
     // A resume that the shard refuses leaves the pause in force.
     shard_with(&rig, "d").script("resume", Behaviour::Refuse(ShardErrorKind::WrongState));
-    assert!(rig.daemon.resume("d", Default::default(), soon(1000)).await.is_err());
+    assert!(rig.daemon.resume("d", Default::default(), patient()).await.is_err());
     let rig = rig.crash("").await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     assert_eq!(state_of(&rig, "d"), Some(State::Paused));
 }
 
@@ -320,7 +317,7 @@ async fn a_move_that_fails_leaves_the_disk_where_it_was() {
     let to = (1 - from) as u16;
     let shard = rig.shards[from].clone();
     shard.script("park", Behaviour::Refuse(ShardErrorKind::WrongState));
-    assert!(rig.daemon.move_disk("d", to, soon(1000)).await.is_err());
+    assert!(rig.daemon.move_disk("d", to, patient()).await.is_err());
     shard.script("park", Behaviour::Hold);
     let daemon = rig.daemon.clone();
     let slow = tokio::spawn(async move { daemon.move_disk("d", to, soon(50)).await });
@@ -331,8 +328,8 @@ async fn a_move_that_fails_leaves_the_disk_where_it_was() {
     );
     assert_eq!(slow.await.unwrap().unwrap_err().kind, ProblemKind::TimedOut);
     rig.shards[usize::from(to)].die();
-    assert!(rig.daemon.move_disk("d", to, soon(1000)).await.unwrap_err().message.contains("has ended"));
-    assert_eq!(rig.daemon.move_disk("d", 9, soon(1000)).await.unwrap_err().exit_code(), 2);
+    assert!(rig.daemon.move_disk("d", to, patient()).await.unwrap_err().message.contains("has ended"));
+    assert_eq!(rig.daemon.move_disk("d", 9, patient()).await.unwrap_err().exit_code(), 2);
     assert_eq!(rig.daemon.find("d").unwrap().place().unwrap().1, from);
     assert_eq!(state_of(&rig, "d"), Some(State::Running));
     assert!(rig.daemon.state.read(|state| state.disks["d"].shard.is_none()));
@@ -363,8 +360,8 @@ async fn a_disk_that_does_not_come_back_from_a_move_is_told() {
         if taken {
             shard.answer_held("unpark", Ok(Reply::Done));
             // The place is free again: whoever needs it has it.
-            rig.daemon.pause("d", false, soon(1000)).await.unwrap();
-            rig.daemon.resume("d", Default::default(), soon(1000)).await.unwrap();
+            rig.daemon.pause("d", false, patient()).await.unwrap();
+            rig.daemon.resume("d", Default::default(), patient()).await.unwrap();
             assert!(!told());
         } else {
             shard.hand_back();
@@ -411,11 +408,11 @@ async fn the_disks_of_a_dead_shard_go_to_another_and_the_others_go_on() {
     assert!(told("served again, by another shard"), "{events:?}");
     assert!(!rig.daemon.health().healthy, "a core is still missing");
     assert_eq!(rig.attach("new", "null:?size=1G").await.unwrap().0.shard, Some(left));
-    rig.daemon.detach("d0", false, soon(1000)).await.unwrap();
+    rig.daemon.detach("d0", false, patient()).await.unwrap();
 
     // The last one takes the daemon along; what is attached stays attached.
     rig.shards[left].die();
-    tokio::time::timeout(Duration::from_secs(5), rig.daemon.no_shard_left.notified()).await.unwrap();
+    tokio::time::timeout_at(patient(), rig.daemon.no_shard_left.notified()).await.unwrap();
     assert_eq!(rig.daemon.state.read(|state| state.disks.len()), 4);
 }
 
@@ -426,7 +423,7 @@ async fn a_disk_that_is_being_detached_goes_with_its_dead_shard() {
     let shard = shard_with(&rig, "d").clone();
     shard.script("remove", Behaviour::Hold);
     let daemon = rig.daemon.clone();
-    let detach = tokio::spawn(async move { daemon.detach("d", false, soon(5000)).await });
+    let detach = tokio::spawn(async move { daemon.detach("d", false, patient()).await });
     until("it drains", || shard.log().contains(&"remove")).await;
     shard.die();
     detach.await.unwrap().unwrap();
@@ -442,13 +439,10 @@ async fn attachments_survive_and_a_missing_image_is_listed_and_tried_again() {
     rig.attach("good", &raw(&image)).await.unwrap();
     rig.attach("bad", &raw(&gone)).await.unwrap();
     let change = LimitChange { bps: Some(1 << 20), ..LimitChange::default() };
-    rig.daemon
-        .set_disk_limits("good", QosRequest { limits: change, groups: None }, soon(1000))
-        .await
-        .unwrap();
+    rig.daemon.set_disk_limits("good", QosRequest { limits: change, groups: None }, patient()).await.unwrap();
     std::fs::remove_file(&gone).unwrap();
     let rig = rig.crash("").await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     assert_eq!(state_of(&rig, "good"), Some(State::Running));
     assert_eq!(shard_with(&rig, "good").limits("good").bps_total.per_second, 1 << 20);
     assert!(rig.socket("good").exists() && !rig.socket("bad").exists());
@@ -458,10 +452,10 @@ async fn attachments_survive_and_a_missing_image_is_listed_and_tried_again() {
     rig.image("gone.img", 1 << 20);
     until("it is tried again", || state_of(&rig, "bad") == Some(State::Running)).await;
     // One that stays away can be detached, and does not come back.
-    rig.daemon.detach("bad", false, soon(1000)).await.unwrap();
+    rig.daemon.detach("bad", false, patient()).await.unwrap();
     std::fs::remove_file(&gone).unwrap();
     let rig = rig.crash("").await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     assert!(rig.daemon.find("bad").is_none());
 }
 
@@ -472,7 +466,7 @@ async fn an_operator_can_try_a_failed_disk_at_once() {
     rig.attach("d", &raw(&image)).await.unwrap();
     std::fs::remove_file(&image).unwrap();
     let rig = rig.crash("").await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     assert!(rig.attach("d", &raw(&image)).await.is_err());
     rig.image("a.img", 1 << 20);
     let (disk, new) = rig.attach("d", &raw(&image)).await.unwrap();
@@ -487,9 +481,9 @@ async fn many_attaches_at_once_spread_and_one_name_is_served_once() {
         let daemon = rig.daemon.clone();
         // Every name comes twice.
         let name = format!("d{}", n % 128);
-        tasks.push(tokio::spawn(async move {
-            daemon.attach(&name, request("null:?size=1M"), soon(20_000)).await
-        }));
+        tasks.push(tokio::spawn(
+            async move { daemon.attach(&name, request("null:?size=1M"), patient()).await },
+        ));
     }
     let mut new = 0;
     for task in tasks {
@@ -509,10 +503,10 @@ async fn limits_that_cannot_be_kept_or_sent_do_not_change() {
         || QosRequest { limits: LimitChange { iops: Some(9), ..LimitChange::default() }, groups: None };
     let obstacle = rig.dir.path().join("run/state/attachments.json.new");
     std::fs::create_dir(&obstacle).unwrap();
-    assert!(rig.daemon.set_disk_limits("d", change(), soon(1000)).await.is_err());
+    assert!(rig.daemon.set_disk_limits("d", change(), patient()).await.is_err());
     std::fs::remove_dir(&obstacle).unwrap();
     shard.script("limits", Behaviour::Refuse(ShardErrorKind::Failed));
-    assert!(rig.daemon.set_disk_limits("d", change(), soon(1000)).await.is_err());
+    assert!(rig.daemon.set_disk_limits("d", change(), patient()).await.is_err());
     assert_eq!(shard.limits("d").iops_total.per_second, 0);
     assert_eq!(rig.daemon.state.read(|state| state.disks["d"].limits.iops_total.per_second), 0);
     assert_eq!(rig.daemon.describe(&rig.daemon.find("d").unwrap()).limits, LimitChange::default());
@@ -524,14 +518,14 @@ async fn groups_persist_and_the_configuration_wins() {
     let rig = Rig::with(Arc::new(tempfile::tempdir().unwrap()), config);
     let mut in_groups = request("null:?size=1G");
     in_groups.groups = vec!["gold".into(), "vm7".into()];
-    rig.daemon.attach("d", in_groups, soon(1000)).await.unwrap();
+    rig.daemon.attach("d", in_groups, patient()).await.unwrap();
     let change = LimitChange { iops: Some(50), ..LimitChange::default() };
     rig.daemon.set_group_limits("vm7", &change).await.unwrap();
     rig.daemon.set_group_limits("gold", &change).await.unwrap();
     assert!(shard_with(&rig, "d").log().contains(&"limits"), "waiting requests are looked at again");
     assert_eq!(rig.daemon.delete_group("vm7").await.unwrap_err().kind, ProblemKind::Conflict);
     let rig = rig.crash(config).await;
-    rig.daemon.restore(soon(5000)).await;
+    rig.daemon.restore(patient()).await;
     assert_eq!(rig.daemon.describe_group("vm7").unwrap().limits.iops, Some(50));
     let gold = rig.daemon.describe_group("gold").unwrap();
     assert_eq!((gold.limits.iops, gold.configured, gold.disks), (Some(1000), true, vec!["d".to_owned()]));
@@ -572,7 +566,8 @@ async fn a_stop_drains_all_and_says_what_was_not_flushed() {
     rig.daemon.begin_stop();
     let problem = rig.daemon.run(async { Ok(()) }).await.unwrap_err();
     assert_eq!(problem.kind, ProblemKind::Unavailable);
-    assert_eq!(rig.daemon.drain(soon(100)).await, on_stuck);
+    // Long enough for the others.
+    assert_eq!(rig.daemon.drain(soon(2000)).await, on_stuck);
     assert_eq!(rig.daemon.state.read(|state| state.disks.len()), 3, "they come back with the next start");
 }
 
@@ -584,8 +579,8 @@ async fn a_ram_disk_is_shared_by_name_and_its_memory_goes_with_the_last_detach()
     let problem = rig.attach("c", "ram:shared?size=2M").await.unwrap_err();
     assert_eq!(problem.kind, ProblemKind::Conflict);
     assert!(problem.message.contains("used by a, b"), "{problem}");
-    rig.daemon.detach("a", false, soon(1000)).await.unwrap();
+    rig.daemon.detach("a", false, patient()).await.unwrap();
     assert_eq!(rig.attach("c", "ram:shared?size=2M").await.unwrap_err().kind, ProblemKind::Conflict);
-    rig.daemon.detach("b", false, soon(1000)).await.unwrap();
+    rig.daemon.detach("b", false, patient()).await.unwrap();
     rig.attach("c", "ram:shared?size=2M").await.unwrap();
 }

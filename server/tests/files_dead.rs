@@ -37,7 +37,8 @@ async fn dead_mount_stops_nothing_else() {
     };
     let healthy = rig.image("healthy.img", 8192);
     symlink(mounted.point.join("disk.img"), rig.path("link")).expect("symlink");
-    let short = Duration::from_millis(100);
+    // Time enough for what does not hang.
+    let short = Duration::from_millis(500);
     for round in 0..8 {
         let path = if round % 2 == 0 { mounted.point.join("disk.img") } else { rig.path("link") };
         let asked = OpenRequest { deadline: short, ..request(&path) };
@@ -73,7 +74,7 @@ async fn fence_is_waited_for() {
         let predecessor = File::open(&path).expect("open");
         rig.files.fence().hold(&predecessor).expect("locks work");
         let wanted = OpenRequest { read_only, ..request(&path) };
-        let short = OpenRequest { deadline: Duration::from_millis(100), ..wanted.clone() };
+        let short = OpenRequest { deadline: Duration::from_millis(500), ..wanted.clone() };
         let error = rig.files.open(short).await.expect_err("fenced");
         assert_eq!(error.kind, OpenErrorKind::Timeout, "{error}");
         assert!(error.message.contains("a former blktapd"), "{error}");
@@ -193,7 +194,7 @@ async fn write_in_flight_keeps_the_fence() {
     wait_until("the child hangs in its write", || child.is_uninterruptible());
     child.kill();
     // Read-only, since the frozen file system would hold up nobody else.
-    let short = OpenRequest { deadline: Duration::from_millis(200), ..reader(&path, "d1") };
+    let short = OpenRequest { deadline: Duration::from_secs(1), ..reader(&path, "d1") };
     let error = rig.files.open(short).await.expect_err("a write is under way");
     assert_eq!(error.kind, OpenErrorKind::Timeout, "{error}");
     assert!(error.message.contains("under way"), "{error}");
@@ -212,7 +213,7 @@ async fn live_daemon_is_named() {
     let rig = Rig::new().await;
     let path = rig.image("disk.img", 8192);
     let child = start_holder(&rig, &path, false);
-    let short = OpenRequest { deadline: Duration::from_millis(50), ..request(&path) };
+    let short = OpenRequest { deadline: Duration::from_secs(1), ..request(&path) };
     let error = rig.files.open(short).await.expect_err("fenced");
     assert!(error.message.contains(&format!("(pid {})", child.pid())), "{error}");
     assert!(error.message.contains("the same run directory"), "{error}");

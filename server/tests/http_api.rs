@@ -51,7 +51,7 @@ async fn a_disk_lives_through_the_api() {
     let (router, _) = routers(&rig);
     let body =
         json!({"image": {"type": "null", "options": {"size": "1G"}}, "nbd": true, "limits": {"iops": "2k"}});
-    let (status, disk) = ask(&router, "PUT", "/v1/disks/d1?timeout_s=5", Some(body.clone())).await;
+    let (status, disk) = ask(&router, "PUT", "/v1/disks/d1?timeout_s=60", Some(body.clone())).await;
     assert_eq!((status, &disk["limits"]["iops"]), (StatusCode::CREATED, &json!(2000)), "{disk}");
     assert_eq!(ask(&router, "PUT", "/v1/disks/d1", Some(body)).await.0, StatusCode::OK);
     let other = json!({"image": "null:?size=2G", "nbd": true});
@@ -159,7 +159,7 @@ async fn what_is_wrong_is_named() {
         );
     }
     assert_eq!(rig.daemon.describe_group("g").unwrap_err().exit_code(), 3, "nothing is made of it");
-    rig.daemon.detach("other", false, daemon_rig::soon(1000)).await.unwrap();
+    rig.daemon.detach("other", false, daemon_rig::patient()).await.unwrap();
     let big = "x".repeat(70_000);
     assert_eq!(send(&router, "PUT", "/v1/disks/d", Some(&big)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     let no_type = Request::builder().method(Method::PUT).uri("/v1/disks/d").body(Body::from("{}")).unwrap();

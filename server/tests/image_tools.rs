@@ -30,11 +30,11 @@ impl Bench {
         self.dir.path().join(name)
     }
 
-    /// Runs a program in the directory; what takes a minute hangs.
+    /// Runs a program in the directory; what takes three minutes hangs.
     fn run(&self, program: &str, line: &str) -> Output {
         let words = line.split(' ').filter(|word| !word.is_empty());
         let mut command = Command::new("timeout");
-        command.args(["-s", "KILL", "60", program]).args(words).current_dir(self.dir.path());
+        command.args(["-s", "KILL", "180", program]).args(words).current_dir(self.dir.path());
         command.stdin(Stdio::null()).output().unwrap()
     }
 
@@ -393,7 +393,7 @@ fn an_image_in_use_is_refused_and_its_user_named() {
     let bench = Bench::new();
     bench.sample("a.raw", 9);
     let mut user = Command::new("timeout")
-        .args(["-s", "KILL", "60", "qemu-io", "-f", "raw", "a.raw"])
+        .args(["-s", "KILL", "180", "qemu-io", "-f", "raw", "a.raw"])
         .current_dir(bench.dir.path())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

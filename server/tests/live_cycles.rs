@@ -14,14 +14,33 @@ use std::time::{Duration, Instant};
 
 use live_client::{Client, Load, READ, WRITE};
 use live_process::{cpu_ticks, descriptor_list, descriptors, memory_kib};
-use live_rig::{Rig, Running, raw, run, wait_until};
+use live_rig::{PATIENCE, Rig, Running, raw, run, wait_until};
 
 const MIB: u64 = 1 << 20;
 
-/// Descriptors and KiB of memory, when the daemon has closed the connections of clients that have just gone.
+/// Descriptors and KiB of memory, when the daemon has closed the connections of clients that have just gone: when the number of
+/// descriptors has not changed for half a second.
 fn uses(rig: &Rig) -> (usize, u64) {
-    std::thread::sleep(Duration::from_millis(500));
-    (descriptors(rig.pid()), memory_kib(rig.pid()))
+    let (mut open, mut since) = (descriptors(rig.pid()), Instant::now());
+    while since.elapsed() < Duration::from_millis(500) {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = descriptors(rig.pid());
+        if now != open {
+            (open, since) = (now, Instant::now());
+        }
+    }
+    (open, memory_kib(rig.pid()))
+}
+
+/// Waits until no more descriptors are open than these.
+#[track_caller]
+fn wait_for_descriptors(rig: &Rig, most: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    while descriptors(rig.pid()) > most {
+        let list = || descriptor_list(rig.pid());
+        assert!(Instant::now() < deadline, "at most {most} descriptors were expected: {:#?}", list());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
@@ -51,9 +70,9 @@ fn two_hundred_cycles_of_attach_move_and_detach_leave_nothing() {
             before = uses(&rig);
         }
     }
+    wait_for_descriptors(&rig, before.0);
     let after = uses(&rig);
     println!("after a quarter and after all of {CYCLES} cycles: descriptors and KiB {before:?}, {after:?}");
-    assert!(after.0 <= before.0, "{before:?}, {after:?}: {:#?}", descriptor_list(rig.pid()));
     // 150 cycles that lose 8 KiB each would be seen.
     assert!(after.1 <= before.1 + 1024, "{before:?}, {after:?}");
     for (load, name) in loads.into_iter().zip(["neighbour", "mover"]) {
@@ -166,8 +185,7 @@ fn a_shard_that_panics_gives_back_its_clients_and_descriptors() {
     neighbours.into_iter().for_each(|load| _ = load.finish());
     // The descriptors of the dead shard's ring, its connections and its images are closed; those of its eventfd and of
     // glommio may be.
-    let after = uses(&rig).0;
-    assert!(after < before, "{before} descriptors before, {after} after: {:#?}", descriptor_list(rig.pid()));
+    wait_for_descriptors(&rig, before - 1);
     assert!(clients[0].read(0, 65536).is_ok() && clients[2].read(0, 65536).is_ok());
 }
 
@@ -237,13 +255,17 @@ fn an_idle_daemon_uses_no_cpu() {
         client.flush().unwrap();
         clients.push(client);
     }
-    // What is given back after a time of rest is given back.
+    // What is given back after a time of rest is given back, if late on a busy machine: one that never rests never passes.
     std::thread::sleep(Duration::from_secs(3));
-    let (before, start) = (cpu_ticks(rig.pid()), Instant::now());
-    std::thread::sleep(Duration::from_secs(10));
-    let (ticks, time) = (cpu_ticks(rig.pid()) - before, start.elapsed());
-    println!("64 idle disks with clients: {ticks} ticks of CPU in {time:?}");
-    assert!(ticks <= 3, "{ticks} ticks of CPU in {time:?}");
+    let mut looks = Vec::new();
+    while looks.last().is_none_or(|ticks| *ticks > 3) {
+        assert!(looks.len() < 5, "it never rests: ticks of CPU in times of 10 s: {looks:?}");
+        let (before, start) = (cpu_ticks(rig.pid()), Instant::now());
+        std::thread::sleep(Duration::from_secs(10));
+        let (ticks, time) = (cpu_ticks(rig.pid()) - before, start.elapsed());
+        println!("64 idle disks with clients: {ticks} ticks of CPU in {time:?}");
+        looks.push(ticks);
+    }
     for mut client in clients {
         assert!(client.read(0, 4096).unwrap() == [1; 4096]);
     }

@@ -62,7 +62,7 @@ fn wrong_chains(rig: &Rig, outside: &Path) -> Vec<Refused> {
 
     let path = overlay(rig, "outside.qcow2", &text(outside), "raw");
     wrong.push(refused(&path, &["outside.qcow2", &text(outside), "allowed_dirs"]));
-    let path = overlay(rig, "etc.qcow2", "../../../../../../etc/hostname", "raw");
+    let path = overlay(rig, "etc.qcow2", &format!("{}etc/hostname", "../".repeat(30)), "raw");
     wrong.push(refused(&path, &["etc.qcow2", "hostname", "allowed_dirs"]));
     std::os::unix::fs::symlink(outside, rig.path("link.raw")).expect("links");
     let path = overlay(rig, "symlink.qcow2", "link.raw", "raw");

@@ -67,7 +67,7 @@ fn storm(socket: &Path, clients: usize, hello: bool) -> Running {
 /// Waits until descriptors and memory are what they were.
 #[track_caller]
 fn wait_for_calm(rig: &Rig, (fds, kib): (usize, u64), more_kib: u64) {
-    let deadline = Instant::now() + Duration::from_secs(40);
+    let deadline = Instant::now() + live_client::PATIENCE;
     loop {
         let (fds_now, kib_now) = (descriptors(rig.pid()), memory_kib(rig.pid()));
         if fds_now <= fds && kib_now <= kib + more_kib {
@@ -79,6 +79,18 @@ fn wait_for_calm(rig: &Rig, (fds, kib): (usize, u64), more_kib: u64) {
             descriptor_list(rig.pid())
         );
         std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// A client that speaks is served. One that a busy machine keeps from speaking for a tenth of a second may lose its place to the
+/// storm, and asks again.
+fn served(socket: &Path, export: &str) -> Client {
+    let deadline = Instant::now() + live_client::PATIENCE;
+    loop {
+        match Client::connect(socket, export) {
+            Ok(client) => return client,
+            Err(error) => assert!(Instant::now() < deadline, "a client that speaks is served: {error}"),
+        }
     }
 }
 
@@ -104,7 +116,7 @@ fn ten_thousand_silent_clients_disturb_nobody() {
             for (path, export) in
                 [(&all, "d1"), (&all, "d2"), (&rig.socket("d1"), ""), (&rig.socket("d2"), "")]
             {
-                let mut client = Client::connect(path, export).expect("a client that speaks is served");
+                let mut client = served(path, export);
                 client.read(0, 4096).unwrap();
                 client.disconnect().unwrap();
             }
@@ -131,14 +143,14 @@ fn a_client_that_says_nothing_is_shown_the_door() {
     rig.attach("d1", "null:?size=1M", &[]);
     let before = descriptors(rig.pid());
     let silent = UnixStream::connect(rig.socket("d1")).unwrap();
-    let mut halves = greeted(&rig.socket("d1")).unwrap();
-    halves.write_all(&3u32.to_be_bytes()).unwrap();
-    halves.write_all(&go("d1")[..20]).unwrap();
+    let mut halves = UnixStream::connect(rig.socket("d1")).unwrap();
+    // On a busy machine the second may be over before these words; the greeting is among what is read below.
+    let _ = halves.write_all(&[&3u32.to_be_bytes()[..], &go("d1")[..20]].concat());
     // One that says something every now and then, and never enough.
-    let mut drop_by_drop = greeted(&rig.socket("d1")).unwrap();
+    let mut drop_by_drop = UnixStream::connect(rig.socket("d1")).unwrap();
     let start = Instant::now();
     while drop_by_drop.write_all(&[0]).is_ok() {
-        assert!(start.elapsed() < Duration::from_secs(30), "it is served for ever");
+        assert!(start.elapsed() < live_client::PATIENCE, "it is served for ever");
         std::thread::sleep(Duration::from_millis(50));
     }
     for mut stream in [silent, halves] {
@@ -376,8 +388,14 @@ fn a_shard_does_not_turn_for_clients_that_keep_it_waiting() {
         slow.write_all(&head(READ, 1, 0, 16 << 20)).unwrap();
         waiting.extend([idle, half_head, half_payload, deaf, slow]);
     }
-    std::thread::sleep(Duration::from_secs(1));
-    let before = work(&rig);
+    // What can be done for them has been done when a second brings nothing but its tick and the look itself.
+    let mut before = work(&rig);
+    wait_until("the shard rests", || {
+        std::thread::sleep(Duration::from_secs(1));
+        let last = std::mem::replace(&mut before, work(&rig));
+        before.0 - last.0 <= 5
+    });
+    let start = Instant::now();
     for round in 0..30 {
         for slow in [4, 9] {
             waiting[slow].read_exact(&mut vec![0; 4096 + round]).unwrap();
@@ -386,10 +404,11 @@ fn a_shard_does_not_turn_for_clients_that_keep_it_waiting() {
     }
     let after = work(&rig);
     let (turns, ticks) = (after.0 - before.0, after.1 - before.1);
-    println!("{turns} turns and {ticks} ticks of CPU in 3 s");
+    let seconds = start.elapsed().as_secs();
+    println!("{turns} turns and {ticks} ticks of CPU in {seconds} s");
     // A tick each second, a command, and at most one for each of the 60 times that a slow client took something.
-    assert!(turns <= 80, "{turns} turns");
-    assert!(ticks <= 20, "{ticks} ticks of CPU in about 300");
+    assert!(turns <= 75 + 2 * seconds, "{turns} turns in {seconds} s");
+    assert!(ticks <= 20, "{ticks} ticks of CPU in {seconds} s");
 }
 
 #[test]

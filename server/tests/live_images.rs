@@ -372,7 +372,9 @@ fn holder(rig: &Rig, path: &Path, options: &[&str]) -> Running {
     let _ = fs::remove_file(&socket);
     let serve = ["-t", "-f", "raw", "-k", &text(&socket), &text(path)];
     let mut running = Running::start(std::process::Command::new("qemu-nbd").args(options).args(serve));
-    wait_until("it has the file", || socket.exists() || !running.runs());
+    // Its socket is there before it has opened the file.
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    wait_until("it has the file", || run("nbdinfo", &["--size", &uri]).code == Some(0) || !running.runs());
     assert!(running.runs(), "{}", running.printed());
     running
 }

@@ -123,11 +123,13 @@ fn a_limit_on_bytes_and_a_burst_hold() {
     assert!(bytes <= allowed(4e6 * 1.048576, 0.0, took, 2.0 * 65536.0), "{bytes} bytes in {took:?}");
 
     rig.attach("burst", "null:?size=16M", &["--iops", "100", "--iops-burst", "300"]);
+    let begun = Instant::now();
     let (answered, took) = keep_busy(&rig.socket("burst"), READ, 512, 16, time);
     assert!(answered as f64 <= allowed(100.0, 300.0, took, 2.0), "{answered} operations in {took:?}");
-    // A second later there is what a second earns, and not a new burst.
-    let (again, took) = keep_busy(&rig.socket("burst"), READ, 512, 16, Duration::from_secs(1));
-    assert!(again as f64 <= allowed(100.0, 100.0, took, 2.0 + 16.0), "{again} operations in {took:?}");
+    // A second later there is what that time earned, and not a new burst.
+    let (again, _) = keep_busy(&rig.socket("burst"), READ, 512, 16, Duration::from_secs(1));
+    let (together, took) = (answered + again, begun.elapsed());
+    assert!(together as f64 <= allowed(100.0, 300.0, took, 2.0 + 16.0), "{together} operations in {took:?}");
 
     // One operation of 64 KiB counts as 16.
     rig.attach("sized", "null:?size=16M", &["--iops", "320", "--iops-size", "4096"]);
@@ -142,7 +144,9 @@ fn a_write_limit_delays_neither_reads_nor_flushes() {
     rig.attach("d1", "ram:r?size=16M", &["--iops-write", "1"]);
     let mut writer = Client::connect(&rig.socket("d1"), "").unwrap();
     let mut other = Client::connect(&rig.socket("d1"), "").unwrap();
-    for block in 0..20 {
+    // They take nearly a minute at this limit, and what follows here must not.
+    const WRITES: u64 = 50;
+    for block in 0..WRITES {
         writer.send(WRITE, block * 4096, 4096, &[2; 4096]).unwrap();
     }
     wait_until("the writes wait", || {
@@ -167,13 +171,13 @@ fn a_write_limit_delays_neither_reads_nor_flushes() {
             None => writes += 1,
         }
     }
-    assert!(writes < 20, "reads and flushes came after all writes");
+    assert!(writes < WRITES, "reads and flushes came after all writes");
     let waiting = rig.ctl_json(&["stats", "d1"])[0]["throttled_now"].as_u64().unwrap();
     assert!(waiting > 0, "the writes do not wait any more, so nothing was shown");
-    // Without the limit, those that wait go at once: 20 s would be their time.
+    // Without the limit, those that wait go at once, and not one each second.
     rig.ctl_ok(&["qos", "d1", "--iops-write", "0"]);
     let start = Instant::now();
-    while writes < 20 {
+    while writes < WRITES {
         assert_eq!(writer.receive().unwrap().error, 0);
         writes += 1;
     }
@@ -189,7 +193,8 @@ fn a_write_limit_delays_neither_reads_nor_flushes() {
 fn a_group_limit_holds_over_disks_on_two_shards() {
     let rig = Rig::with(2, &[]);
     let shards = rig.ctl_json(&["shards"]).as_array().unwrap().len();
-    rig.ctl_ok(&["qos", "--group", "vm", "--iops", "400"]);
+    // Few, so that the slowest machine does many times as many without it.
+    rig.ctl_ok(&["qos", "--group", "vm", "--iops", "50"]);
     for disk in 0..2 {
         let shard = (disk % shards).to_string();
         rig.attach(&format!("d{disk}"), "null:?size=16M", &["--group", "vm", "--shard", &shard]);
@@ -205,15 +210,15 @@ fn a_group_limit_holds_over_disks_on_two_shards() {
     let done: Vec<u64> = loads.into_iter().map(|load| load.join().unwrap()).collect();
     let took = start.elapsed();
     let together = (done[0] + done[1]) as f64;
-    assert!(together <= allowed(400.0, 0.0, took, 4.0), "{done:?} operations in {took:?}");
+    assert!(together <= allowed(50.0, 0.0, took, 4.0), "{done:?} operations in {took:?}");
     assert!(done[0] > 0 && done[1] > 0, "one of them got nothing: {done:?}");
     assert!(done[2] > 2 * (done[0] + done[1]), "a disk outside of the group is not limited: {done:?}");
-    println!("{done:?} operations in {took:?}, at a limit of 400/s for the first two");
+    println!("{done:?} operations in {took:?}, at a limit of 50/s for the first two");
 
     // Out of the group, live.
     rig.ctl_ok(&["qos", "d0", "--group", ""]);
     let (free, took) = keep_busy(&rig.socket("d0"), READ, 512, 16, Duration::from_secs(1));
-    assert!(free as f64 > allowed(400.0, 0.0, took, 4.0), "{free} operations in {took:?}");
+    assert!(free as f64 > allowed(50.0, 0.0, took, 4.0), "{free} operations in {took:?}");
     assert_eq!(rig.ctl_json(&["qos", "--group", "vm"])["disks"], serde_json::json!(["d1"]));
 }
 

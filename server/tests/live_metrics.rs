@@ -90,6 +90,8 @@ fn counters_are_what_clients_did() {
     let errors: Vec<u32> = (0..3).map(|_| client.receive().unwrap().error).collect();
     assert_eq!(errors.iter().filter(|error| **error != 0).count(), 1, "{errors:?}");
 
+    // fio's connection ends a moment after fio.
+    wait_until("one client is left", || scrape(&rig).contains("blktapd_disk_clients{disk=\"d1\"} 1\n"));
     let text = scrape(&rig);
     let found = series(&text);
     let value = |name: &str| {
@@ -186,7 +188,9 @@ fn five_hundred_and_twelve_disks_are_scraped_and_nothing_grows() {
     }
     let config = rig.path("attaches");
     std::fs::write(&config, attaches).unwrap();
-    run("curl", &["--config", &config.display().to_string()]).expect_ok();
+    // Each flushes the state.
+    let limit = Duration::from_secs(300);
+    run_command(Command::new("curl").arg("--config").arg(config), limit).expect_ok();
     for _ in 0..3 {
         scrape(&rig);
     }

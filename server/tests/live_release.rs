@@ -64,8 +64,8 @@ fn a_released_image_belongs_to_others_until_the_resume() {
             rig.terminate();
         }
         rig.restart();
-        let (was, reason) = state(&rig);
-        assert!(was == "failed" && reason.contains("ctl resume"), "{was}: {reason}");
+        wait_until("it says what it waits for", || state(&rig).1.contains("ctl resume"));
+        assert_eq!(state(&rig).0, "failed");
         others_write(&file, 98);
         fs::rename(&other, &file).unwrap();
         rig.ctl_ok(&["resume", "d"]);

@@ -86,6 +86,13 @@ fn data_is_verified_on_every_kind_of_ring_and_disk() {
         let peer = shown["connections"][0]["peer"].as_str().unwrap().to_owned();
         assert!(peer.starts_with(&format!("blkif unix pid {}", std::process::id())), "{peer}");
         assert_eq!(tables(&rig), shape.queues);
+        let guest = rig.ctl_json(&["guests"])[0].clone();
+        assert!(guest["device"].as_str().is_some_and(|name| name.starts_with("blkif/file/")), "{guest}");
+        assert_eq!(
+            (&guest["link"], &guest["queues"]),
+            (&"connected".into(), &shape.queues.into()),
+            "{guest}"
+        );
         let expected = verified(one, 8 * MIB, 120);
         wait_until("the client is gone", || clients(&rig, "file") == 0);
         rig.ctl_ok(&["detach", "file"]);
@@ -97,7 +104,8 @@ fn data_is_verified_on_every_kind_of_ring_and_disk() {
         verified(session(&path, "memory", shape), 8 * MIB, 120);
         wait_until("the client is gone", || clients(&rig, "memory") == 0);
         rig.ctl_ok(&["detach", "memory"]);
-        assert_eq!(tables(&rig), 0, "tables go with their clients");
+        wait_until("tables go with their clients", || tables(&rig) == 0);
+        assert_eq!(rig.ctl_json(&["guests"]), serde_json::json!([]));
     }
     wait_until("all descriptors are back", || descriptors(rig.pid()) <= before + 4);
 }
@@ -125,11 +133,12 @@ fn pause_and_move_under_load_lose_nothing() {
     let image = rig.image("d.img", 16 * MIB);
     let path = attach(&rig, "d", &raw(&image), &["--shard", "0"]);
     // Another disk with a client on each shard: numbers of clients must not meet when a disk comes.
-    let others = ["a", "b"]
-        .map(|name| attach(&rig, name, "ram:x?size=4M", &["--shard", if name == "a" { "0" } else { "1" }]));
+    let shards = rig.ctl_json(&["shards"]).as_array().unwrap().len();
+    let last = (shards - 1).to_string();
+    let others = [("a", "0"), ("b", &*last)]
+        .map(|(name, shard)| attach(&rig, name, "ram:x?size=4M", &["--shard", shard]));
     let mut others =
         ["a", "b"].iter().zip(&others).map(|(name, path)| session(path, name, SMALL)).collect::<Vec<_>>();
-    let shards = rig.ctl_json(&["shards"]).as_array().unwrap().len();
     let shape = Shape { queues: 2, ring_pages: 2, places: 40, pages: 32, persistent: true, ..SMALL };
     let two = session(&path, "d", shape);
     static STOP: AtomicBool = AtomicBool::new(false);
@@ -138,9 +147,10 @@ fn pause_and_move_under_load_lose_nothing() {
         .map(|(number, line)| {
             let mut load = Load::new(line, (number * part) as u64, part);
             std::thread::spawn(move || {
-                while !STOP.load(Ordering::Relaxed) {
+                // However slow the machine is, it goes on.
+                while !STOP.load(Ordering::Relaxed) || load.answered < 50 {
                     load.submit();
-                    load.check(PATIENCE);
+                    assert!(load.check(PATIENCE), "no answer");
                 }
                 load.drain();
                 load
@@ -161,7 +171,6 @@ fn pause_and_move_under_load_lose_nothing() {
     }
     STOP.store(true, Ordering::Relaxed);
     let loads: Vec<Load> = threads.into_iter().map(|thread| thread.join().expect("a load")).collect();
-    assert!(loads.iter().all(|load| load.answered > 50), "the load went on");
     let expected: Vec<u8> = loads.iter().flat_map(Load::expected).collect();
     drop((two.socket, loads));
     wait_until("the client is gone", || clients(&rig, "d") == 0);
@@ -205,7 +214,7 @@ fn the_end_of_the_daemon_is_clean_and_the_socket_comes_back() {
     assert_eq!(tables(&rig), 1);
     rig.kill();
     rig.restart();
-    assert_eq!(tables(&rig), 0);
+    wait_until("they are removed", || tables(&rig) == 0);
     rig.wait_for_state("d", "running");
     let mut one = session(&path, "d", SMALL);
     assert_eq!(one.lines[0].read(0, 512), (Status::Okay, vec![9; 512]));
@@ -223,7 +232,7 @@ fn a_broken_ring_ends_its_client_and_nobody_else() {
     assert!(reason.contains("queue 1"), "{reason}");
     assert_eq!(good.lines[0].write(0, &[1; 512]), Status::Okay);
     wait_until("the other one is gone", || clients(&rig, "d") == 1);
-    assert_eq!(tables(&rig), 1);
+    wait_until("its tables are gone", || tables(&rig) == 1);
 }
 
 /// Where the client that is killed connects to.
@@ -349,7 +358,7 @@ fn hostile_packets_are_refused_with_a_sentence() {
     }
     wait_until("all descriptors are back", || descriptors(rig.pid()) <= before + 4);
     wait_until("all tables are gone", || tables(&rig) == 1);
-    assert_eq!(clients(&rig, "d"), 1);
+    wait_until("all but one are gone", || clients(&rig, "d") == 1);
 }
 
 #[test]
@@ -370,7 +379,7 @@ fn silent_clients_keep_nobody_out_and_clients_are_counted() {
         .collect();
     let mut many: Vec<Session> = (0..16).map(|_| session(&path, "d", SMALL)).collect();
     // Each that still negotiates has its channels; there are at most 16 of them.
-    assert!(descriptors(rig.pid()) <= before + 16 * 19 + 16 * 5, "{} and {before}", descriptors(rig.pid()));
+    wait_until("others have lost theirs", || descriptors(rig.pid()) <= before + 16 * 19 + 16 * 5);
     drop(silent);
     let reason = try_session(&path, "d", SMALL).err().expect("no room");
     assert!(reason.contains("has 16 clients"), "{reason}");

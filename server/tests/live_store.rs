@@ -230,7 +230,7 @@ impl Frozen {
     fn new(test: &str, point: &Path) -> Option<Frozen> {
         let point = point.display().to_string();
         let mut thaw = Command::new("sh");
-        let watchdog = Running::start(thaw.args(["-c", "sleep 50; fsfreeze -u \"$0\"", &point]));
+        let watchdog = Running::start(thaw.args(["-c", "sleep 150; fsfreeze -u \"$0\"", &point]));
         possible(test, "fsfreeze", &["-f", &point])?;
         Some(Frozen { point, _watchdog: watchdog })
     }
@@ -322,13 +322,14 @@ fn a_store_that_never_answers_makes_a_zombie_and_disturbs_nobody() {
     assert!(!client.speaks_within(Duration::from_millis(500)), "the store answers, so nothing is tested");
     neighbour.wait_for(500);
     // What waits for the store gives up in time, and changes nothing.
-    let outcome = rig.ctl(&["--timeout", "1", "pause", "d1"]);
+    let outcome = rig.ctl(&["--timeout", "2", "pause", "d1"]);
     assert_eq!(outcome.code, Some(6), "{outcome:?}");
     assert!(outcome.stderr.contains("1 requests were not answered in time"), "{outcome:?}");
     let overlays = [rig.path("over-d1.qcow2"), rig.path("over-neighbour.qcow2")];
     let [stuck, other] = overlays.each_ref().map(|path| format!("qcow2:{}", path.display()));
     let pair = [format!("d1={stuck}"), format!("neighbour={other}")];
-    let outcome = rig.ctl(&["--timeout", "2", "snapshot", &pair[0], &pair[1]]);
+    // Long enough for the overlays to be made.
+    let outcome = rig.ctl(&["--timeout", "6", "snapshot", &pair[0], &pair[1]]);
     assert_eq!(outcome.code, Some(6), "{outcome:?}");
     assert!(outcome.stderr.contains("1 requests were not answered in time"), "{outcome:?}");
     assert!(

@@ -55,6 +55,7 @@ fn open_chain(chain: &str) -> Result<(Backend, u64), Failure> {
             flush: false,
             snapshot: None,
             log: None,
+            key: None,
         });
     }
     Ok((Backend::Image(Arc::new(ImageChain { layers })), size.unwrap_or_default()))

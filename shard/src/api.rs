@@ -107,6 +107,8 @@ pub struct ChainLayer {
     pub flush: bool,
     /// A snapshot inside of it to serve.
     pub snapshot: Option<String>,
+    /// The key of an encrypted one.
+    pub key: Option<formats::crypt::Secret>,
     /// Where its allocations are noted: of a writable one, unless there was no room for a log. What it holds is carried out before the
     /// image is opened.
     pub log: Option<Arc<crate::alog::LogFile>>,

@@ -193,6 +193,9 @@ struct Seed {
 /// parks, so the only place where this thread waits is the shard's ring.
 fn run(seed: Seed) {
     let Seed { options, inbox, wake, events, counters, ready } = seed;
+    // Before the ring, whose workers are made in this thread's likeness.
+    let flusher = rustix::process::configure_io_flusher_behavior(true);
+    counters.io_flusher.set(u64::from(flusher.is_ok()));
     let kernel = match Uring::new(options.ring, wake.clone()) {
         Ok(kernel) => kernel,
         Err(error) => {

@@ -30,8 +30,8 @@ pub(crate) struct Job {
 /// What to do.
 #[derive(Debug)]
 pub(crate) enum Work {
-    /// Read this many bytes, at most [`PIECE`].
-    Read { offset: u64, len: u32 },
+    /// Read this many bytes, at most [`PIECE`]. `lend`: into memory of the shard's, which is soon given up.
+    Read { offset: u64, len: u32, lend: bool },
     /// Write, at most [`PIECE`] bytes.
     Write { offset: u64, data: Buf },
     /// Read into the payload of a request.
@@ -177,6 +177,33 @@ impl ShardFile {
         Box::pin(std::future::ready(Err(error)))
     }
 
+    /// Reads piece by piece, all at once.
+    fn read_to(&self, offset: u64, len: usize, lend: bool) -> Pending<'static, Buf> {
+        let what = format!("read of {len} bytes at {offset}");
+        let pieces: Vec<_> = (0..len)
+            .step_by(PIECE as usize)
+            .map(|at| {
+                let part = (len - at).min(PIECE as usize) as u32;
+                self.port.start(self.slot, Work::Read { offset: offset + at as u64, len: part, lend })
+            })
+            .collect();
+        let name = self.name.clone();
+        Box::pin(async move {
+            let whole = pieces.len() == 1;
+            let mut bytes = Buf::zeroed(if whole { 0 } else { len });
+            let mut at = 0;
+            for piece in pieces {
+                let part = piece.await.map_err(|errno| Error::io(&name, &what, errno))?;
+                if whole {
+                    return Ok(part);
+                }
+                bytes[at..at + part.len()].copy_from_slice(&part);
+                at += part.len();
+            }
+            Ok(bytes)
+        })
+    }
+
     /// Runs one operation whose answer carries nothing.
     fn run(&self, work: Work, what: String) -> Pending<'static, ()> {
         let answer = self.port.start(self.slot, work);
@@ -203,29 +230,11 @@ impl ImageFile for ShardFile {
     }
 
     fn read(&self, offset: u64, len: usize) -> Pending<'static, Buf> {
-        let what = format!("read of {len} bytes at {offset}");
-        let pieces: Vec<_> = (0..len)
-            .step_by(PIECE as usize)
-            .map(|at| {
-                let part = (len - at).min(PIECE as usize) as u32;
-                self.port.start(self.slot, Work::Read { offset: offset + at as u64, len: part })
-            })
-            .collect();
-        let name = self.name.clone();
-        Box::pin(async move {
-            let whole = pieces.len() == 1;
-            let mut bytes = Buf::zeroed(if whole { 0 } else { len });
-            let mut at = 0;
-            for piece in pieces {
-                let part = piece.await.map_err(|errno| Error::io(&name, &what, errno))?;
-                if whole {
-                    return Ok(part);
-                }
-                bytes[at..at + part.len()].copy_from_slice(&part);
-                at += part.len();
-            }
-            Ok(bytes)
-        })
+        self.read_to(offset, len, false)
+    }
+
+    fn read_lent(&self, offset: u64, len: usize) -> Pending<'static, Buf> {
+        self.read_to(offset, len, true)
     }
 
     fn write(&self, offset: u64, data: Buf) -> Pending<'static, ()> {

@@ -66,9 +66,11 @@ where
     let (inbox_wake, wake) = (eventfd()?, eventfd()?);
     let (_commands, inbox) = unbounded();
     let (tx, events) = unbounded();
+    let pool = Pool::new(BUFFER_BYTES, BUFFER_BYTES * 3).map_err(failed)?;
+    pool.use_large_pages();
     let mut shard = Shard::new(ShardParts {
         kernel: Uring::new(flavour, inbox_wake.clone()).map_err(failed)?,
-        pool: Pool::new(BUFFER_BYTES, BUFFER_BYTES * 3).map_err(failed)?,
+        pool,
         inbox,
         inbox_wake,
         events: EventSink { tx, wake, shard: 0 },

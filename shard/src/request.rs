@@ -111,6 +111,8 @@ pub enum Via {
         req: ReqKey,
         /// Byte of its payload.
         at: u32,
+        /// What the file has is encrypted.
+        sealed: Sealed,
     },
     /// Something that a future asked for.
     Future {
@@ -120,7 +122,20 @@ pub enum Via {
         reply: usize,
         /// Its memory is the payload of this request from a byte on; else it has its own.
         payload: Option<(ReqKey, u32)>,
+        /// What was read may stay in the buffer that it was read to.
+        lend: bool,
     },
+}
+
+/// Whether the bytes of a piece are encrypted in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sealed {
+    /// They are not.
+    No,
+    /// What is read is decrypted where it arrived, with the cipher of this layer.
+    Read(u16),
+    /// What is written is encrypted, in memory of its own.
+    Written,
 }
 
 impl Via {
@@ -134,6 +149,7 @@ impl Via {
     /// The request whose payload is used, and from which byte on.
     pub fn payload(self) -> Option<(ReqKey, u32)> {
         match self {
+            Via::Piece { sealed: Sealed::Written, .. } => None,
             Via::Piece { req, at, .. } => Some((req, at)),
             Via::Future { payload, .. } => payload,
         }

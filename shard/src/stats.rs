@@ -181,6 +181,9 @@ pub struct ShardCounters {
     pub buffer_waits: Cell,
     /// Ring set-up in use: 0 deferred taskrun, 1 cooperative, 2 plain.
     pub ring_flavour: Cell,
+    /// 1 when the kernel lets this thread have memory without waiting for write-back, which may itself wait for this thread
+    /// (`PR_SET_IO_FLUSHER`); 0 where it may not ask for that.
+    pub io_flusher: Cell,
     /// What it holds of guests.
     pub grants: crate::blkif::GrantAccounts,
 }

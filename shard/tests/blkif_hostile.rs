@@ -18,7 +18,7 @@ use ring_bridge::blkif::request::Status;
 use ring_bridge::blkif::wire::{self, Abi, Decoded, PAGE_BYTES, REQ_PROD, RSP_PROD, WireSegment, entry_at};
 use ring_bridge::grants::budget::Budget;
 use ring_bridge::memory::RingMemory;
-use shard::api::{Command, Event, Reply, ShardErrorKind};
+use shard::api::{Command, Event, Reply};
 
 /// One second of a hostile guest: writes to everything until its ring is stopped, or `stop`.
 fn attack(hostile: &mut Hostile, queue: &Queue, abi: Abi, sectors: u64, stop: &AtomicBool) {
@@ -118,12 +118,7 @@ fn hostile_guests_hurt_nobody() {
                 let ring_pages = [1, 2, 16][connects as usize % 3];
                 let kind = Kind { abi, ring_pages, segments: 16, persistent, ..Kind::default() };
                 let guest = Guest::new(2 + connects as u16, kind);
-                // The kernel may still work for requests of a guest that was disconnected by force.
-                let soon = Instant::now() + PATIENCE;
-                while let Err(error) = rig.connect(0, disk, guest.connect()) {
-                    assert!(error.kind == ShardErrorKind::WrongState && Instant::now() < soon, "{error:?}");
-                    std::thread::sleep(Duration::from_millis(1));
-                }
+                rig.connect_in_turn(0, disk, &guest);
                 let enough = AtomicBool::new(false);
                 std::thread::scope(|scope| {
                     for seed in 0..2 {

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 300
+# long: figures for people
 # Goal: figures beside those of `reference`.
 # Method: the same job on the same disk.
 # shellcheck source=deploy/xen/dom0.sh

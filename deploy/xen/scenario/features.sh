@@ -39,7 +39,15 @@ requests=$(($(completed_requests xvda) - requests))
 [ "$requests" -eq 32 ] || fail "32 writes of 1 MiB were $requests requests"
 write_and_verify /dev/xvda --bsrange=512k-1m
 
-metrics | grep -i 'grant\|ring' || true
+step "metrics"
+ctl guests
+metrics >/tmp/metrics
+metric() { awk -v name="blktapd_guest_$1{" 'index($1, name) == 1 { print int($2) }' /tmp/metrics; }
+[ "$(metric rings)" = 2 ] || fail "blktapd_guest_rings is '$(metric rings)'"
+for name in indirect_requests_total segments_mapped_total persistent_pages; do
+    note "blktapd_guest_$name is $(metric $name)"
+    [ "$(metric $name)" -gt 0 ] || fail "blktapd_guest_$name is '$(metric $name)'"
+done
 ctl detach d1
 wait_no_device /dev/xvda
 wait_footprint "$before"

@@ -10,8 +10,8 @@ modprobe xen-blkback
 before=$(footprint)
 attach_loop "$raw_disk"
 { filesystem_job xvda; trim_job; } | create_guest g1 pv "phy:$loop_device,xvda,w"
-wait_guest g1 120 "trimmed and checked"
-wait_shut_down g1 60
+wait_guest g1 "trimmed and checked"
+wait_shut_down g1
 guest_log g1 | grep 'guest:'
 refused grep -q 'timeout closing device' /var/log/xen/console/guest-g1.log
 xl destroy g1

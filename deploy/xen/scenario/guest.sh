@@ -15,7 +15,7 @@ guest_cpus=2
 {
     filesystem_job xvda
     cat <<'JOB'
-wait_until 120 "$disk has grown" grep -qx 196608 /sys/block/xvda/size
+wait_until "$disk has grown" grep -qx 196608 /sys/block/xvda/size
 resize2fs $disk || fail "resize2fs"
 say "grown"
 JOB
@@ -23,7 +23,7 @@ JOB
 } | create_guest g1 pv 'vdev=xvda,access=rw,script=block-blktapd,target=raw:/images/g1.raw'
 front=$(frontend_of "$guest_id" xvda)
 xl block-list g1
-wait_guest g1 120 verified
+wait_guest g1 verified
 xenstore-ls -f "$front"
 wait_node "$front/multi-queue-num-queues" 2
 wait_node "$front/feature-persistent" 1
@@ -31,15 +31,15 @@ wait_node "$front/feature-persistent" 1
 step "resize"
 disk_name=$(ctl --json list | grep -o '"name": *"[^"]*"' | cut -d '"' -f 4 | head -n 1)
 ctl resize "$disk_name" 96M
-wait_guest g1 60 grown
-wait_guest g1 120 "trimmed and checked"
+wait_guest g1 grown
+wait_guest g1 "trimmed and checked"
 
 step "shutdown"
-wait_guest g1 60 "done"
+wait_guest g1 "done"
 began=$SECONDS
-wait_shut_down g1 60
+wait_shut_down g1
 note "the guest was down $((SECONDS - began)) s after its last word"
-[ $((SECONDS - began)) -lt 5 ] || fail "the shutdown took $((SECONDS - began)) s"
+# What blkfront says when its backend has not answered for five seconds.
 refused grep -q 'timeout closing device' /var/log/xen/console/guest-g1.log
 xl destroy g1
 wait_footprint "$before"

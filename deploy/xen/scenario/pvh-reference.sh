@@ -10,8 +10,8 @@ modprobe xen-blkback
 before=$(footprint)
 attach_loop "$raw_disk"
 filesystem_job xvda | create_guest h1 pvh "phy:$loop_device,xvda,w"
-wait_guest h1 300 verified
-wait_shut_down h1 80
+wait_guest h1 verified
+wait_shut_down h1
 guest_log h1 | grep 'guest:'
 xl destroy h1
 wait_footprint "$before"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 300
+# long: figures for people
 # Goal: figures of Linux's own backend to compare ours with, and the proof that domain 0 can attach disks to itself and that
 # nothing is left when one is removed.
 # Method: blkback on a loop device over the raw disk, blkfront in the same domain; the job of compare.fio; removal; grants,

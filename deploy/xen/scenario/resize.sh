@@ -14,7 +14,7 @@ write_and_verify /dev/xvda &
 load=$!
 ctl resize d1 96M
 is_grown() { [ "$(blockdev --getsize64 /dev/xvda)" -eq $((96 << 20)) ]; }
-wait_until 60 "/dev/xvda has 96 MiB" is_grown
+wait_until "/dev/xvda has 96 MiB" is_grown
 wait "$load"
 write_and_verify /dev/xvda --offset=64M
 verify_again /dev/xvda

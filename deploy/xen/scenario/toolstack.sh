@@ -14,7 +14,7 @@ for params in "raw:$raw_disk" "aio:$raw_disk" "aio:raw:$raw_disk"; do
     back=$(backend_of 0 xvda vbd3)
     script=/etc/xen/scripts/block-blktapd
     write_nodes 0 xvda vbd3 w "$params" script "$script"
-    wait_until 60 "the backend is in state 2 or further" xenstore_state_from 2 "$back"
+    wait_until "the backend is in state 2 or further" xenstore_state_from 2 "$back"
     XENBUS_PATH=$back XENBUS_TYPE=vbd3 XENBUS_BASE_PATH=backend "$script" add
     wait_node "$back/hotplug-status" connected
     wait_device /dev/xvda

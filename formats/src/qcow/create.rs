@@ -151,6 +151,7 @@ async fn preallocate(file: Rc<dyn ImageFile>, size: u64) -> Result<(), Error> {
         budget: Budget::new(4 << 20),
         log: None,
         snapshot: None,
+        key: None,
     };
     let image = super::open_image(open).await?;
     let mut at = 0;

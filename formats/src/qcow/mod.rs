@@ -113,6 +113,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         backing,
         data_files: Vec::new(),
         identity: None,
+        encryption: None,
         writable,
         properties,
     })

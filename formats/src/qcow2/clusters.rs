@@ -387,6 +387,7 @@ impl Image {
         let range = start..start + wanted;
         let former = if self.file.is_device() { u64::MAX } else { self.file.length() };
         self.file.extend(range.end << bits).await?;
+        self.file.reserve(range.start << bits..range.end << bits).await?;
         if range.start << bits < former {
             self.late.finish(self.file.zero(range.start << bits..(range.end << bits).min(former))).await?;
         }

@@ -1,8 +1,8 @@
 //! New images.
 //!
 //! ```text
-//!  cluster 0   1 ..            ..              ..
-//!  header      refcount table  refcount blocks  L1 table  (preallocated: L2 tables and data)
+//!  cluster 0   1 ..            ..              ..        ..
+//!  header      refcount table  refcount blocks  L1 table  (LUKS header) (preallocated: L2 tables and data)
 //! ```
 //! The header is written last, behind a flush: until then the file is no image.
 
@@ -17,6 +17,7 @@ use super::header::{self, Geometry, KNOWN_BYTES, L1_MAX_BYTES, MAGIC, RawHeader,
 use super::l2::Entry;
 use super::refcount;
 use crate::codec::Method;
+use crate::crypt::options::{LuksOptions, passphrase};
 use crate::driver::{Budget, Create, Open, Order, Space};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
@@ -24,6 +25,8 @@ use crate::size::parse_size;
 
 /// Memory for tables while space is preallocated.
 const BUDGET_BYTES: usize = 4 << 20;
+/// Border on which the data of a LUKS header would begin, as QEMU has it; here there is none behind it.
+const LUKS_ALIGN: u64 = 4096;
 /// Clusters that are preallocated at a time.
 const PREALLOCATE_CLUSTERS: u64 = 256;
 /// Smallest cluster with a table of the names of features.
@@ -46,9 +49,12 @@ struct Options {
     data_file_raw: bool,
     compression: Method,
     preallocation: Preallocation,
+    /// Encrypted so.
+    luks: Option<LuksOptions>,
 }
 
-const KNOWN: &str = "cluster_size, compat, compression_type, data_file, data_file_raw, extended_l2, lazy_refcounts, preallocation, refcount_bits";
+const KNOWN: &str = "cluster_size, compat, compression_type, data_file, data_file_raw, encrypt.format, extended_l2, lazy_refcounts, \
+                     preallocation, refcount_bits";
 
 fn parse_options(create: &Create) -> Result<Options, Error> {
     let mut geometry =
@@ -60,7 +66,9 @@ fn parse_options(create: &Create) -> Result<Options, Error> {
         data_file_raw: false,
         compression: Method::Deflate,
         preallocation: Preallocation::Off,
+        luks: None,
     };
+    let (mut luks, mut refines_luks) = (LuksOptions::default(), None);
     for (name, value) in &create.options {
         let bad = |expected: &str| Error::invalid(format!("option {name} is {value:?}: expected {expected}"));
         let switch = || match value.as_str() {
@@ -109,8 +117,31 @@ fn parse_options(create: &Create) -> Result<Options, Error> {
                     _ => return Err(bad("off, metadata, falloc or full")),
                 }
             }
+            "encrypt.format" => match value.as_str() {
+                "luks" => options.luks = Some(LuksOptions::default()),
+                "aes" => {
+                    let message = "encrypt.format=aes protects little, so no such images are made: take encrypt.format=luks";
+                    return Err(Error::invalid(message));
+                }
+                _ => return Err(bad("luks")),
+            },
+            encryption if encryption.strip_prefix("encrypt.").is_some() => {
+                let option = encryption.strip_prefix("encrypt.").unwrap_or_default();
+                if !luks.take(option, value)? {
+                    let known = crate::crypt::options::KNOWN;
+                    return Err(Error::invalid(format!(
+                        "there is no option {name}: behind encrypt. there are format, {known}"
+                    )));
+                }
+                refines_luks = Some(name);
+            }
             _ => return Err(Error::invalid(format!("a qcow2 image has no option {name}: it has {KNOWN}"))),
         }
+    }
+    match (&mut options.luks, refines_luks) {
+        (Some(chosen), _) => *chosen = luks,
+        (None, Some(name)) => return Err(Error::invalid(format!("{name} needs encrypt.format=luks"))),
+        (None, None) => {}
     }
     geometry.data_file = options.data_file.is_some();
     options.geometry = geometry;
@@ -123,6 +154,11 @@ fn parse_options(create: &Create) -> Result<Options, Error> {
 }
 
 impl Options {
+    /// Bytes of the LUKS header.
+    fn luks_bytes(&self) -> Result<u64, Error> {
+        self.luks.as_ref().map_or(Ok(0), |luks| Ok(luks.layout(LUKS_ALIGN)?.area_bytes()))
+    }
+
     fn check(&self, create: &Create) -> Result<(), Error> {
         let geometry = &self.geometry;
         let refuse = |message: &str| Err(Error::invalid(message));
@@ -146,6 +182,14 @@ impl Options {
         if self.data_file_raw && create.backing.is_some() {
             return refuse(
                 "data_file_raw excludes a backing file: the data file could not be read by itself",
+            );
+        }
+        if self.luks.is_some() && geometry.data_file {
+            return refuse("encrypt.format excludes data_file: encrypt the image's own clusters");
+        }
+        if self.luks.is_some() && geometry.version < 3 && self.preallocation != Preallocation::Off {
+            return refuse(
+                "an encrypted image can be preallocated with compat=1.1 only: 0.10 has no zero clusters",
             );
         }
         if self.preallocation != Preallocation::Off && create.backing.is_some() {
@@ -179,6 +223,11 @@ impl Options {
             super::plain_path("the new image", "data file", path)?;
             extensions::append(&mut tail, extensions::DATA_FILE, path.as_bytes());
         }
+        if layout.luks_bytes > 0 {
+            let offset = layout.luks << geometry.cluster_bits;
+            let place = [offset.to_be_bytes(), layout.luks_bytes.to_be_bytes()].concat();
+            extensions::append(&mut tail, extensions::LUKS, &place);
+        }
         if v3 && geometry.cluster() >= FEATURE_TABLE_FROM {
             extensions::append(&mut tail, extensions::FEATURE_NAMES, &extensions::feature_table());
         }
@@ -194,7 +243,7 @@ impl Options {
             backing_len: U32::new(backing.map_or(0, <[u8]>::len) as u32),
             cluster_bits: U32::new(geometry.cluster_bits),
             size: U64::new(layout.size),
-            crypt_method: U32::new(0),
+            crypt_method: U32::new(if layout.luks_bytes > 0 { 2 } else { 0 }),
             l1_entries: U32::new(layout.l1_entries as u32),
             l1_offset: U64::new(layout.l1 << geometry.cluster_bits),
             reftable_offset: U64::new(geometry.cluster()),
@@ -238,12 +287,16 @@ struct Layout {
     blocks: u64,
     /// First cluster of the L1 table.
     l1: u64,
+    /// First cluster of the LUKS header.
+    luks: u64,
+    /// Its bytes; 0 for none.
+    luks_bytes: u64,
     /// First cluster behind everything.
     end: u64,
 }
 
 impl Layout {
-    fn new(geometry: &Geometry, size: u64) -> Result<Layout, Error> {
+    fn new(geometry: &Geometry, size: u64, luks_bytes: u64) -> Result<Layout, Error> {
         let l1_entries = geometry.l1_entries_for(size);
         if l1_entries * 8 > L1_MAX_BYTES {
             let most = L1_MAX_BYTES / 8 * geometry.l2_covers();
@@ -254,11 +307,21 @@ impl Layout {
         let l1_clusters = geometry.clusters_of(l1_entries * 8).max(1);
         let (mut table, mut blocks) = (1, 1);
         loop {
-            let end = 1 + table + blocks + l1_clusters;
+            let luks = 1 + table + blocks + l1_clusters;
+            let end = luks + geometry.clusters_of(luks_bytes);
             let needed = end.div_ceil(geometry.block_entries());
             let needed_table = geometry.clusters_of(needed * 8);
             if needed <= blocks && needed_table <= table {
-                return Ok(Layout { size, l1_entries, table, blocks, l1: 1 + table + blocks, end });
+                return Ok(Layout {
+                    size,
+                    l1_entries,
+                    table,
+                    blocks,
+                    l1: 1 + table + blocks,
+                    luks,
+                    luks_bytes,
+                    end,
+                });
             }
             (table, blocks) = (needed_table.max(table), needed.max(blocks));
         }
@@ -281,7 +344,7 @@ impl Layout {
         file.write(geometry.cluster(), table).await?;
         // The L1 table: zeroes, written in pieces.
         let mut at = self.l1 << geometry.cluster_bits;
-        let end = self.end << geometry.cluster_bits;
+        let end = self.luks << geometry.cluster_bits;
         while at < end {
             let len = (end - at).min(1 << 20);
             file.write(at, Buf::zeroed(len as usize)).await?;
@@ -298,14 +361,16 @@ pub(super) fn data_files(create: &Create) -> Result<Vec<String>, Error> {
 
 /// See [`crate::driver::Format::space`]: with the tables of a disk that has a place for every cluster, as `qemu-img measure` counts.
 pub(super) fn space(create: &Create) -> Result<Space, Error> {
-    let geometry = parse_options(create)?.geometry;
+    let options = parse_options(create)?;
+    let geometry = options.geometry;
     let size = create.size.ok_or_else(|| Error::invalid("an image needs a size to be measured"))?;
     let cluster = geometry.cluster();
-    let layout = Layout::new(&geometry, size)?;
+    let layout = Layout::new(&geometry, size, options.luks_bytes()?)?;
     let data = if geometry.data_file { 0 } else { size.div_ceil(cluster) };
     let tables = size.div_ceil(geometry.l2_covers());
     // Header, L1 table, L2 tables, and refcounts of all that and of themselves.
-    let fixed = 1 + geometry.clusters_of(layout.l1_entries * 8) + tables;
+    let fixed =
+        1 + geometry.clusters_of(layout.l1_entries * 8) + tables + geometry.clusters_of(layout.luks_bytes);
     let (mut blocks, mut table) = (1, 1);
     loop {
         let needed = (fixed + data + blocks + table).div_ceil(geometry.block_entries());
@@ -333,13 +398,24 @@ pub(super) async fn create(
         return Err(Error::invalid(format!("a size of {size} bytes: take a multiple of 512")));
     }
     let geometry = options.geometry;
-    let layout = Layout::new(&geometry, size)?;
+    let layout = Layout::new(&geometry, size, options.luks_bytes()?)?;
     let first = options.first_cluster(create, &layout)?;
+    let luks = match &options.luks {
+        Some(luks) => Some(luks.measured(LUKS_ALIGN)?.make(passphrase(create.key.as_ref())?)?),
+        None => None,
+    };
     if geometry.data_file && data_files.is_empty() {
         return Err(Error::invalid("option data_file: the data file was not given"));
     }
     file.extend(layout.end << geometry.cluster_bits).await?;
     layout.write_tables(&geometry, &file).await?;
+    let key = match luks {
+        Some((header, key)) => {
+            file.write(layout.luks << geometry.cluster_bits, Buf::copy_of(&header)).await?;
+            Some(key)
+        }
+        None => None,
+    };
     if options.data_file_raw
         && let Some(data) = data_files.first()
     {
@@ -360,6 +436,7 @@ pub(super) async fn create(
         budget: Budget::new(BUDGET_BYTES),
         log: None,
         snapshot: None,
+        key,
     };
     let driver = super::driver::open(open).await?;
     let filled = preallocate(&driver, options.preallocation).await;
@@ -392,8 +469,10 @@ async fn preallocate(driver: &Qcow2Driver, how: Preallocation) -> Result<(), Err
                 let guest = done << geometry.cluster_bits;
                 let table = image.own_table(guest).await?;
                 let host = Some(cluster << geometry.cluster_bits);
-                let entry =
-                    Entry { host, copied: true, data: geometry.all_subclusters(), zero: 0, compressed: None };
+                let all = geometry.all_subclusters();
+                // What is in the place reads as zero only if nobody decrypts it.
+                let (data, zero) = if image.cipher.is_some() { (0, all) } else { (all, 0) };
+                let entry = Entry { host, copied: true, data, zero, compressed: None };
                 image.change_l2_entry(table, guest, Order::Anytime, |_| Some(entry)).await?;
                 done += 1;
             }

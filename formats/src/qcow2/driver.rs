@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use super::header::{self, Header};
 use super::image::{Image, Parts};
-use super::{bitmap, repair, snapshot};
+use super::{bitmap, crypt, repair, snapshot};
+use crate::crypt::PayloadCipher;
 use crate::driver::{Driver, Encoding, Erase, Erased, Extent, Open, Plan, Usage};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, Pending};
@@ -17,6 +18,20 @@ pub(super) struct Qcow2Driver {
 
 /// Opens an image; `open.files` are the image and, if it has one, its data file.
 pub(super) async fn open(open: Open) -> Result<Rc<Qcow2Driver>, Error> {
+    open_as(open, Payload::Used).await
+}
+
+/// Whether payload is touched through an opened image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Payload {
+    /// It is.
+    Used,
+    /// Only tables are: no key is needed.
+    LeftAlone,
+}
+
+/// [`open`], maybe without a key.
+pub(super) async fn open_as(open: Open, payload: Payload) -> Result<Rc<Qcow2Driver>, Error> {
     let Some(file) = open.files.first().cloned() else {
         return Err(Error::invalid("a qcow2 image needs its file"));
     };
@@ -46,6 +61,10 @@ pub(super) async fn open(open: Open) -> Result<Rc<Qcow2Driver>, Error> {
         repair::after_crash(&file, &header).await?;
         header = Header::read(&file).await?;
     }
+    let cipher = match payload {
+        Payload::Used => crypt::cipher(&file, &header, open.key.as_ref()).await?,
+        Payload::LeftAlone => None,
+    };
     let snapshots = snapshot::read(&file, &header).await?;
     let bitmaps = match header.extensions.bitmaps {
         Some(place) if open.writable && header.autoclear & header::BITMAPS != 0 => {
@@ -80,6 +99,7 @@ pub(super) async fn open(open: Open) -> Result<Rc<Qcow2Driver>, Error> {
         };
     let parts = Parts {
         data,
+        cipher,
         bitmaps,
         fixed_size,
         writable: open.writable,
@@ -108,6 +128,8 @@ fn fixed_places(header: &Header, snapshot_bytes: u64, length: u64) -> Vec<Range<
     add(header.l1.offset, header.l1.entries * 8);
     add(header.reftable.offset, header.reftable.entries * 8);
     add(header.snapshots_offset, snapshot_bytes);
+    let luks = header.luks_area().unwrap_or_default();
+    add(luks.start, luks.end - luks.start);
     let bitmaps = header.extensions.bitmaps.filter(|_| header.autoclear & header::BITMAPS != 0);
     // A directory that cannot be is not read, so nothing is kept away from it.
     if let Some(range) = bitmaps.and_then(|place| bitmap::directory_range(geometry, place, length)) {
@@ -215,6 +237,10 @@ impl Driver for Qcow2Driver {
 
     fn close(&self) -> Pending<'_, ()> {
         Box::pin(self.shut())
+    }
+
+    fn cipher(&self) -> Option<&PayloadCipher> {
+        self.image.cipher.as_ref()
     }
 
     fn decode(&self, range: Range<u64>) -> Pending<'_, Buf> {

@@ -109,7 +109,9 @@ impl Image {
                                 _ => unused.push(cluster..cluster + 1),
                             }
                         }
-                        if old.copied {
+                        // Zeroes in a place do not read as zero when they are decrypted, and after a crash its entry may be the old one:
+                        // an encrypted place goes back to the store when the removal of its entry is durable.
+                        if old.copied && self.cipher.is_none() {
                             let bytes = host + (part.start - guest)..host + (part.end - guest);
                             self.punch(&mut punched, Some(bytes)).await?;
                         }
@@ -202,7 +204,11 @@ impl Image {
         let taken = self.allocate(1).await?;
         let Some(cluster) = taken.first().map(|range| range.start) else { return Ok(()) };
         let host = Some(cluster << self.geometry.cluster_bits);
-        let entry = Entry { host, copied: true, data: subclusters, zero: 0, compressed: None };
+        let entry = match &self.cipher {
+            None => Entry { host, copied: true, data: subclusters, zero: 0, compressed: None },
+            // The place reads as zero only if nobody decrypts it.
+            Some(_) => Entry { host, copied: true, data: 0, zero: subclusters, compressed: None },
+        };
         match self.change_l2_entry(table, guest, Order::Anytime, |_| Some(entry)).await {
             Ok(old) => {
                 self.free_places(&old);

@@ -7,6 +7,7 @@
 //! | 0x6803f857 | names of features, 48 bytes each: kind, bit, name |
 //! | 0x23852875 | bitmaps: count, reserved, size and offset of their directory |
 //! | 0x44415441 | name of the external data file |
+//! | 0x0537be77 | LUKS header: its offset and length |
 //!
 //! Others are allowed by the specification to be ignored; we never rewrite the list, so they stay.
 
@@ -22,6 +23,8 @@ pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
 pub(super) const BITMAPS: u32 = 0x2385_2875;
 /// Name of the external data file.
 pub(super) const DATA_FILE: u32 = 0x4441_5441;
+/// Full disk encryption header.
+pub(super) const LUKS: u32 = 0x0537_be77;
 /// Bytes of an entry of the feature name table.
 const FEATURE_BYTES: usize = 48;
 /// Most extensions that are read.
@@ -50,6 +53,15 @@ pub(super) struct BitmapsPlace {
     pub directory_offset: u64,
 }
 
+/// Where the LUKS header is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LuksPlace {
+    /// Byte offset.
+    pub offset: u64,
+    /// Bytes, with the stripes.
+    pub bytes: u64,
+}
+
 /// What the extensions say.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Extensions {
@@ -59,6 +71,8 @@ pub(super) struct Extensions {
     pub data_file: Option<String>,
     /// Bitmaps.
     pub bitmaps: Option<BitmapsPlace>,
+    /// LUKS header.
+    pub luks: Option<LuksPlace>,
     /// Feature name table: kind, bit, name.
     features: Vec<(u8, u8, String)>,
 }
@@ -107,6 +121,13 @@ pub(super) fn parse(name: &str, mut area: &[u8]) -> Result<Extensions, Error> {
             DATA_FILE => found.data_file = text("name of the data file")?,
             FEATURE_NAMES => found.features = data.chunks_exact(FEATURE_BYTES).map(feature).collect(),
             BITMAPS => found.bitmaps = Some(bitmaps(name, data)?),
+            LUKS => {
+                let place = be64(data).zip(data.get(8..).and_then(be64));
+                let wrong =
+                    || Error::corrupt(name, format!("its LUKS extension has {len} bytes instead of 16"));
+                let (offset, bytes) = place.ok_or_else(wrong)?;
+                found.luks = Some(LuksPlace { offset, bytes });
+            }
             _ => {}
         }
         area = area.get(8 + (len as usize).next_multiple_of(8)..).unwrap_or_default();

@@ -191,6 +191,20 @@ pub(super) struct TablePlace {
     pub entries: u64,
 }
 
+/// How payload is encrypted: the encryption method of the header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CryptMethod {
+    /// 0: not at all.
+    Plain,
+    /// 1: AES-CBC.
+    Aes,
+    /// 2: LUKS.
+    Luks,
+}
+
+/// Bytes of a LUKS header with its stripes, at most.
+const LUKS_MAX_BYTES: u64 = 64 << 20;
+
 /// A checked header with its extensions.
 #[derive(Debug, Clone)]
 pub(super) struct Header {
@@ -216,6 +230,8 @@ pub(super) struct Header {
     pub backing: Option<String>,
     /// Header extensions.
     pub extensions: Extensions,
+    /// How payload is encrypted.
+    pub encryption: CryptMethod,
     /// How compressed clusters are encoded.
     pub compression: Method,
 }
@@ -269,8 +285,18 @@ impl Header {
                 format!("its compression type is {what}, and the feature bit for others than zlib is {bit}");
             return Err(Error::corrupt(name, what));
         }
+        let encryption = match raw.crypt_method.get() {
+            0 => CryptMethod::Plain,
+            1 => CryptMethod::Aes,
+            2 => CryptMethod::Luks,
+            other => {
+                let what = format!("its encryption method is {other}; 1 (AES) and 2 (LUKS) are known");
+                return Err(Error::unsupported(name, what));
+            }
+        };
         let header = Header {
             geometry,
+            encryption,
             size: raw.size.get(),
             l1: TablePlace { offset: raw.l1_offset.get(), entries: u64::from(raw.l1_entries.get()) },
             reftable: TablePlace {
@@ -293,6 +319,12 @@ impl Header {
     /// Guest data in a data file that is a raw image by itself.
     pub fn data_file_raw(&self) -> bool {
         self.geometry.data_file && self.autoclear & DATA_FILE_RAW != 0
+    }
+
+    /// Where the LUKS header is, in bytes of the file; `None` without one.
+    pub fn luks_area(&self) -> Option<std::ops::Range<u64>> {
+        let place = self.extensions.luks.filter(|_| self.encryption == CryptMethod::Luks)?;
+        Some(place.offset..place.offset + place.bytes)
     }
 
     /// Checks what the tables' places and sizes must keep.
@@ -330,6 +362,21 @@ impl Header {
         if self.snapshots > 0 {
             table("snapshot table", self.snapshots_offset, 40 * u64::from(self.snapshots), u64::MAX)?;
         }
+        match (self.encryption, self.extensions.luks) {
+            (CryptMethod::Luks, None) => {
+                return corrupt("it is encrypted with LUKS and does not say where".into());
+            }
+            (CryptMethod::Luks, Some(place)) => {
+                table("LUKS header", place.offset, place.bytes, LUKS_MAX_BYTES)?;
+                if place.bytes < crate::crypt::luks1::HEADER_BYTES as u64 {
+                    return corrupt(format!("its LUKS header has {} bytes", place.bytes));
+                }
+            }
+            _ => {}
+        }
+        if self.encryption != CryptMethod::Plain && self.data_file_raw() {
+            return corrupt("it is encrypted and says that its data file is a raw image".into());
+        }
         if self.l1.entries < geometry.l1_entries_for(self.size) {
             return corrupt(format!(
                 "its L1 table has {} entries, but a disk of {} bytes needs {}",
@@ -366,16 +413,6 @@ fn geometry_of(name: &str, raw: &RawHeader) -> Result<Geometry, Error> {
             name,
             format!("its cluster bits are {cluster_bits}; 9 to 21 are possible"),
         ));
-    }
-    let cipher = match raw.crypt_method.get() {
-        0 => None,
-        1 => Some("AES-CBC encryption".to_owned()),
-        2 => Some("LUKS encryption".to_owned()),
-        other => Some(format!("the unknown encryption method {other}")),
-    };
-    if let Some(cipher) = cipher {
-        let what = format!("it uses {cipher}; decrypt it with `qemu-img convert` first");
-        return Err(Error::unsupported(name, what));
     }
     let mut geometry =
         Geometry { version, cluster_bits, refcount_order: 4, extended_l2: false, data_file: false };

@@ -12,6 +12,7 @@ use super::l1::L1Entry;
 use super::l2::{Entry, State};
 use super::plan::{Joined, Piece};
 use crate::codec::Decoded;
+use crate::crypt::PayloadCipher;
 use crate::driver::{Extent, FileIndex, Place, push_extent};
 use crate::error::{Error, ErrorKind};
 use crate::file::{Buf, ImageFile, Pending};
@@ -30,6 +31,8 @@ pub(super) struct Image {
     pub file: Rc<dyn ImageFile>,
     /// The external data file.
     pub data: Option<Rc<dyn ImageFile>>,
+    /// How payload is encrypted.
+    pub cipher: Option<PayloadCipher>,
     /// Constant properties.
     pub geometry: Geometry,
     /// The header as it was at the open.
@@ -88,6 +91,7 @@ pub(super) fn slice_bytes(geometry: &Geometry) -> usize {
 pub(super) struct Parts {
     pub file: Rc<dyn ImageFile>,
     pub data: Option<Rc<dyn ImageFile>>,
+    pub cipher: Option<PayloadCipher>,
     pub header: Header,
     pub bitmaps: Vec<Bitmap>,
     pub fixed_size: Option<&'static str>,
@@ -102,7 +106,7 @@ pub(super) struct Parts {
 
 impl Image {
     pub fn new(parts: Parts) -> Image {
-        let Parts { file, data, header, budget, log, .. } = parts;
+        let Parts { file, data, cipher, header, budget, log, .. } = parts;
         let geometry = header.geometry;
         let payload = vec![data.clone().unwrap_or_else(|| file.clone())];
         let slice = slice_bytes(&geometry);
@@ -110,6 +114,7 @@ impl Image {
             maps: Tables::new(file.clone(), IMAGE_FILE, payload, slice, &budget, log),
             refs: Tables::new(file.clone(), IMAGE_FILE, Vec::new(), slice, &budget, None),
             reftable: Rc::new(Cell::new(header.reftable)),
+            cipher,
             geometry,
             header,
             bitmaps: parts.bitmaps,

@@ -11,6 +11,7 @@
 //! | `clusters`, `growth` | free clusters, the reserve, refcounts while the image is in use |
 //! | `plan`, `erase`, `resize` | changes |
 //! | `encoded` | compressed clusters |
+//! | `crypt` | encrypted payload |
 //! | `driver` | the interface |
 //! | `create`, `check`, `repair`, `snapshots` | offline work |
 //!
@@ -18,10 +19,11 @@
 //! refers to bytes that are durable or read as zero durably. Order is kept by `clusters` (flush ahead) and by
 //! [`crate::metadata::Tables`] (payload before mapping).
 //!
-//! Refused by name: encryption, unknown incompatible features.
+//! Refused by name: unknown incompatible features.
 
 use std::rc::Rc;
 
+use crate::crypt::Secret;
 use crate::driver::{
     Create, Description, Driver, Findings, Format, Link, Open, Repair, SnapshotChange, Space,
 };
@@ -33,6 +35,7 @@ mod bitmap;
 mod check;
 mod clusters;
 mod create;
+mod crypt;
 mod driver;
 mod encoded;
 mod erase;
@@ -66,6 +69,10 @@ impl Format for Qcow2 {
         "qcow2"
     }
 
+    fn has_snapshots(&self) -> bool {
+        true
+    }
+
     fn recognises(&self, head: &[u8], _tail: &[u8]) -> bool {
         // Version 1 has the same magic number and is another format.
         head.starts_with(&header::MAGIC.to_be_bytes()) && matches!(head.get(4..8), Some([0, 0, 0, 2 | 3]))
@@ -73,6 +80,10 @@ impl Format for Qcow2 {
 
     fn describe(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Description> {
         Box::pin(describe(file))
+    }
+
+    fn unlock<'a>(&'a self, file: Rc<dyn ImageFile>, passphrase: &'a Secret) -> Pending<'a, Secret> {
+        Box::pin(crypt::unlock(file, passphrase))
     }
 
     fn open(&self, open: Open) -> Pending<'_, Rc<dyn Driver>> {
@@ -169,6 +180,8 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         ("snapshots", header.snapshots.to_string()),
         ("bitmaps", header.extensions.bitmaps.map_or(0, |place| place.count).to_string()),
     ];
+    let (encryption, of_encryption) = crypt::describe(&file, &header).await?;
+    properties.extend(of_encryption);
     if geometry.data_file {
         properties.push(("data_file_raw", yes(header.data_file_raw())));
     }
@@ -178,6 +191,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         data_files,
         identity: None,
         writable,
+        encryption,
         properties,
     })
 }

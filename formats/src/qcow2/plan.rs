@@ -8,6 +8,7 @@
 //! | compressed cluster | new cluster, `Decoded` | after data |
 //! | own cluster that is called zero, or subclusters without data | same place, `Zeroes` or `Below` | after data: old bytes are in it |
 //! | external data file | its own place there, as the line above | after data |
+//! | encrypted, and the first line | new cluster, `Zeroes`: what reads as zero there does not when it is decrypted | after data |
 //!
 //! With subclusters several plans can be out for one cluster: they share its new place through [`Joined`]. A shared or compressed cluster
 //! with subclusters is copied by the driver first, as a whole, since a plan covers a part of it only.
@@ -17,6 +18,7 @@ use std::ops::Range;
 use super::image::Image;
 use super::l1::L1Entry;
 use super::l2::{Entry, State, mask};
+use crate::crypt::Spot;
 use crate::driver::{Fill, Order, Plan, Under};
 use crate::error::Error;
 use crate::file::Buf;
@@ -156,12 +158,10 @@ impl Image {
                 order = Order::AfterData;
             }
             let covered = request.start <= start && request.end >= start + granule;
-            if matches!(under, Under::Below | Under::Zeroes) && !covered {
-                if !fresh {
-                    // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it
-                    // leaves behind when it goes away lands in its own range only.
-                    self.late.finish(self.payload().1.zero(place..place + granule)).await?;
-                }
+            if matches!(under, Under::Below | Under::Zeroes) && !covered && !fresh {
+                // Old bytes are in the place. We zero it ourselves, so that the caller writes no more than it has to: what it leaves
+                // behind when it goes away lands in its own range only.
+                self.clear_place(Spot { disk: start, file: place }, granule).await?;
                 if under == Under::Zeroes {
                     under = Under::Kept;
                 }
@@ -187,7 +187,7 @@ impl Image {
             (State::Data, _) => Under::Kept,
             (State::Compressed, _) => Under::Decoded,
             (State::Absent, _) if self.below_has(start) => Under::Below,
-            _ if fresh => Under::Kept,
+            _ if fresh && self.cipher.is_none() => Under::Kept,
             _ => Under::Zeroes,
         }
     }
@@ -332,7 +332,12 @@ impl Image {
         let Some(host) = draft.pool.first().map(|range| range.start << self.geometry.cluster_bits) else {
             return Ok(());
         };
-        let (copy, data) = self.bytes_of(&entry, guest).await?;
+        let (mut copy, data) = self.bytes_of(&entry, guest).await?;
+        if let Some(cipher) = &self.cipher {
+            self.each_subcluster(data, |at| {
+                cipher.encrypt(Spot { disk: guest, file: host }.after(at.start as u64), &mut copy[at])
+            });
+        }
         // Written to from now on: it must not go back as clean.
         let taken = draft.pool.remove(0);
         let written = self.file.write(host, copy).await;
@@ -365,9 +370,16 @@ impl Image {
         Ok(())
     }
 
-    /// The bytes of a cluster with subclusters, and which of them it has.
+    /// Calls `with` with the bytes of a cluster that each of these subclusters has.
+    fn each_subcluster(&self, subclusters: u32, mut with: impl FnMut(Range<usize>)) {
+        let granule = self.geometry.granule() as usize;
+        for sub in (0..self.geometry.subclusters()).filter(|sub| subclusters & (1 << sub) != 0) {
+            with(sub as usize * granule..(sub as usize + 1) * granule);
+        }
+    }
+
+    /// The bytes of a cluster as the guest knows them, and the subclusters that it has.
     pub async fn bytes_of(&self, entry: &Entry, guest: u64) -> Result<(Buf, u32), Error> {
-        let granule = self.geometry.granule();
         let mut copy = Buf::zeroed(self.geometry.cluster() as usize);
         if let Some(place) = entry.compressed {
             copy.copy_from_slice(&self.decode_cluster(place, guest).await?);
@@ -375,10 +387,12 @@ impl Image {
         }
         let Some(old) = entry.host else { return Ok((copy, 0)) };
         let bytes = self.file.read(old, copy.len()).await?;
-        for sub in (0..self.geometry.subclusters()).filter(|sub| entry.state(*sub) == State::Data) {
-            let at = (u64::from(sub) * granule) as usize..(u64::from(sub + 1) * granule) as usize;
-            copy[at.clone()].copy_from_slice(&bytes[at]);
-        }
+        self.each_subcluster(entry.data, |at| {
+            copy[at.clone()].copy_from_slice(&bytes[at.clone()]);
+            if let Some(cipher) = &self.cipher {
+                cipher.decrypt(Spot { disk: guest, file: old }.after(at.start as u64), &mut copy[at]);
+            }
+        });
         Ok((copy, entry.data))
     }
 

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::header::{L1_MAX_BYTES, TablePlace};
 use super::image::Image;
 use super::l2::State;
+use crate::crypt::Spot;
 use crate::driver::{Erase, Open};
 use crate::error::Error;
 use crate::file::Buf;
@@ -125,9 +126,8 @@ impl Image {
         match (entry.state(sub), entry.host) {
             (State::Data, Some(host)) if entry.copied || self.geometry.data_file => {
                 let at = host + (old - cluster_start);
-                let file = self.payload().1;
-                file.write(at, Buf::zeroed((whole - old) as usize)).await?;
-                file.flush().await
+                self.clear_place(Spot { disk: old, file: at }, whole - old).await?;
+                self.payload().1.flush().await
             }
             (State::Data | State::Compressed, _) => {
                 // Shared or encoded: the bytes before the end get a place of their own, with zeroes behind them.
@@ -143,6 +143,9 @@ impl Image {
                 tail.fill(0);
                 let plan = self.plan_write(start, granule).await?;
                 let place = plan.fills.first().map(|fill| fill.offset);
+                if let Some((cipher, place)) = self.cipher.as_ref().zip(place) {
+                    cipher.encrypt(Spot { disk: start, file: place }, &mut bytes);
+                }
                 let written = match place {
                     Some(place) => self.file.write(place, bytes).await,
                     None => Ok(()),

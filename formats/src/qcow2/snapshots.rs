@@ -106,7 +106,8 @@ async fn prepare(open: Open) -> Result<(Rc<dyn ImageFile>, Rc<Qcow2Driver>), Err
         return Err(Error::invalid("a qcow2 image needs its file"));
     };
     let below_size = open.below_size.or(Some(0));
-    let driver = super::driver::open(Open { below_size, ..open }).await?;
+    let driver =
+        super::driver::open_as(Open { below_size, ..open }, super::driver::Payload::LeftAlone).await?;
     if driver.image().geometry.data_file {
         return Err(Error::unsupported(file.name(), "internal snapshots exclude an external data file"));
     }

@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use super::pages::Pages;
 use super::store::{Store, Stuck};
+use crate::crypt::Secret;
 use crate::driver::{Budget, Driver, Erase, Extent, Format, Open, Place, Repair};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
@@ -102,7 +103,15 @@ impl Target {
         let mut files: Vec<Rc<dyn ImageFile>> = vec![self.store.open(0, writable)];
         files.extend((0..count).map(|_| self.store.open(1, writable) as Rc<dyn ImageFile>));
         let below_size = description.and_then(|description| description.backing.as_ref()).map(|_| 3 << 20);
-        Open { files, writable, below_size, budget: self.budget.clone(), log: None, snapshot: None }
+        Open {
+            files,
+            writable,
+            below_size,
+            budget: self.budget.clone(),
+            log: None,
+            snapshot: None, // Not unlocked: what a header asks for is another test's affair.
+            key: Some(Secret::new(vec![7; 64])),
+        }
     }
 
     /// The answer, or what ended the attempt: an error is fine, being stuck is not.
@@ -358,6 +367,14 @@ mod tests {
                     qcow2(&[("cluster_size", "512"), ("refcount_bits", "1")]),
                     qcow2(&[("cluster_size", "4k"), ("compat", "0.10")]),
                     qcow2(&[("cluster_size", "16k"), ("extended_l2", "on"), ("lazy_refcounts", "on")]),
+                    image(
+                        LayerCase::new(
+                            &crate::qcow2::Qcow2,
+                            &[("encrypt.format", "luks"), ("encrypt.iter-time", "1")],
+                            3 * MIB,
+                        )
+                        .encrypted(),
+                    ),
                     compressed(&[("cluster_size", "4k")]),
                     compressed(&[
                         ("compression_type", "zstd"),
@@ -373,6 +390,10 @@ mod tests {
                     qcow(&[("cluster_size", "512"), ("extended", "off")]),
                     image(LayerCase::new(&crate::qcow::Qcow, &[("cluster_size", "16k")], 3 * MIB).encoded()),
                 ],
+            ),
+            Ok("luks") => seeds(
+                &crate::crypt::luks::Luks,
+                &[image(LayerCase::new(&crate::crypt::luks::Luks, &[("iter-time", "1")], MIB).encrypted())],
             ),
             _ => seeds(
                 &crate::vhd::Vhd,
@@ -403,6 +424,11 @@ mod tests {
     #[test]
     fn hostile_qcow2_images() {
         hostile_images("qcow2");
+    }
+
+    #[test]
+    fn hostile_luks_images() {
+        hostile_images("luks");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use super::fault::Kind;
+use super::pages::Pages;
 use super::record::Change;
 use super::store::{Action, Answer, Store};
 use crate::error::Error;
@@ -26,6 +27,24 @@ impl MemFile {
     pub(super) fn new(store: Rc<Store>, file: usize, name: &str, writable: bool) -> Rc<MemFile> {
         let failed_flush = Rc::new(Cell::new(None));
         Rc::new(MemFile { store, file, name: name.to_string(), writable, failed_flush })
+    }
+
+    /// A file in a store of its own whose operations are done when they are made ([`Store::done_at_once`]).
+    pub fn alone(name: &str, pages: Pages, writable: bool) -> Rc<MemFile> {
+        let store = Store::new(0);
+        store.done_at_once();
+        let file = store.add(name, pages);
+        if writable { file } else { store.open(file.file(), false) }
+    }
+
+    /// The store it is in.
+    pub fn store(&self) -> &Rc<Store> {
+        &self.store
+    }
+
+    /// A copy of what it holds now.
+    pub fn pages(&self) -> Pages {
+        self.store.pages(self.file)
     }
 
     /// Its number in the store.

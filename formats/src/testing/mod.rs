@@ -7,7 +7,9 @@
 //!    └───────── submissions, completions, log, marks ──────┘      History ──── which bytes are legal ┘
 //! ```
 
+pub mod at_once;
 pub mod conformance;
+mod disk_file;
 pub mod dm_log;
 pub mod fault;
 pub mod fuzz;
@@ -18,6 +20,7 @@ pub mod log;
 mod mem_file;
 pub mod oracle;
 pub mod pages;
+pub mod programs;
 pub mod record;
 pub mod replay;
 pub mod rig;
@@ -25,6 +28,7 @@ pub mod run;
 pub mod store;
 pub mod toy;
 
+pub use disk_file::DiskFile;
 pub use fault::{Fault, Kind, Landed, Op, Rule};
 pub use log::MemLog;
 pub use mem_file::MemFile;

@@ -1,17 +1,34 @@
 //! Judges of images besides our own drivers: `qemu-img`, and the rule for the footers of a VHD.
 
 use std::path::Path;
-use std::process::{Command, Output};
 
 use super::pages::Pages;
-use super::rig::{Rig, read_all};
+use super::programs;
+use super::rig::{PASSPHRASE, Rig, read_all};
 
-/// Runs `qemu-img` in a folder (it looks for data files there), with a deadline; `None` when the host has none.
-fn qemu_img(folder: &Path, arguments: &[&str]) -> Option<Output> {
-    let mut command = Command::new("timeout");
-    command.args(["-s", "KILL", "60", "qemu-img"]).args(arguments).current_dir(folder);
-    // 127: timeout did not find the program.
-    command.output().ok().filter(|output| output.status.code() != Some(127))
+fn words(named: &[String]) -> impl Iterator<Item = &str> {
+    named.iter().map(String::as_str)
+}
+
+/// How QEMU is told about an image, with its keys.
+fn named(rig: &Rig, image: &str) -> Vec<String> {
+    let layers = &rig.case.layers;
+    let format = layers[0].format.name();
+    if layers.iter().all(|layer| layer.key.is_none()) {
+        return ["-f", format, image].map(str::to_owned).into();
+    }
+    let mut options = format!("driver={format},file.filename={image}");
+    let mut at = String::new();
+    for layer in layers {
+        match (layer.format.name(), &layer.key) {
+            ("qcow2", Some(_)) => options += &format!(",{at}encrypt.format=luks,{at}encrypt.key-secret=key"),
+            (_, Some(_)) => options += &format!(",{at}key-secret=key"),
+            _ => {}
+        }
+        at += "backing.";
+    }
+    let secret = format!("secret,id=key,data={PASSPHRASE}");
+    ["--object".to_owned(), secret, "--image-opts".to_owned(), options].into()
 }
 
 /// Saves all files of a chain into a folder, under the names by which its images know each other.
@@ -56,13 +73,15 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
     let raw = folder.path().join("converted.raw");
-    let format = rig.case.layers[0].format.name();
-    let arguments = ["convert", "-f", format, "-O", "raw", &image, &raw.display().to_string()];
-    let Some(output) = qemu_img(folder.path(), &arguments) else { return Ok(()) };
+    let raw = raw.display().to_string();
+    let named = named(rig, &image);
+    let command: Vec<_> =
+        ["qemu-img", "convert", "-O", "raw"].into_iter().chain(words(&named)).chain([&*raw]).collect();
+    let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     if !output.status.success() {
         return Err(format!("qemu-img convert: {}", String::from_utf8_lossy(&output.stderr)));
     }
-    let theirs = Pages::load(&raw).map_err(|error| error.to_string())?;
+    let theirs = Pages::load(Path::new(&raw)).map_err(|error| error.to_string())?;
     match Pages::of(&ours).first_difference(&theirs) {
         Some(at) => Err(format!("qemu-img reads another byte than we at {at}")),
         None => Ok(()),
@@ -73,7 +92,9 @@ pub fn judge_closed(rig: &Rig) -> Result<(), String> {
 fn qcow2_is_sound(rig: &Rig) -> Result<(), String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let image = save(rig, folder.path())?;
-    let Some(output) = qemu_img(folder.path(), &["check", "-f", "qcow2", &image]) else { return Ok(()) };
+    let named = named(rig, &image);
+    let command: Vec<_> = ["qemu-img", "check"].into_iter().chain(words(&named)).collect();
+    let Some(output) = programs::run(folder.path(), &command) else { return Ok(()) };
     match output.status.code() {
         Some(0 | 3) => Ok(()),
         code => Err(format!(

@@ -136,6 +136,11 @@ impl Pages {
         out
     }
 
+    /// All of them, of a small file.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.bytes(0..self.length)
+    }
+
     /// Writes `data` at `offset`; a regular file grows with it, a device takes what lies inside.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         let mut end = offset + data.len() as u64;

@@ -8,10 +8,14 @@ use super::pages::Pages;
 use super::replay::{Cause, Crash};
 use super::store::Store;
 use crate::allocation_log::replay;
+use crate::crypt::Secret;
 use crate::driver::{Budget, Create, Erase, Findings, Format, Link, Open, Repair};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
 use crate::volume::{Layer, Memory, Volume, Window};
+
+/// The passphrase of all encrypted images here.
+pub const PASSPHRASE: &str = "0123456789abcdef";
 
 /// How a layer of a chain is made.
 #[derive(Clone)]
@@ -28,19 +32,27 @@ pub struct LayerCase {
     pub device_bytes: Option<u64>,
     /// It holds compressed data from the start.
     pub encoded: bool,
+    /// The passphrase of an encrypted image.
+    pub key: Option<Secret>,
 }
 
 impl LayerCase {
     /// A layer in one regular file.
     pub fn new(format: &'static dyn Format, options: &[(&str, &str)], size: u64) -> LayerCase {
         let options = options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
-        LayerCase { format, options, size, data_files: 0, device_bytes: None, encoded: false }
+        LayerCase { format, options, size, data_files: 0, device_bytes: None, encoded: false, key: None }
     }
 
     /// The same with compressed data in it.
     #[must_use]
     pub fn encoded(self) -> LayerCase {
         LayerCase { encoded: true, ..self }
+    }
+
+    /// The same, encrypted.
+    #[must_use]
+    pub fn encrypted(self) -> LayerCase {
+        LayerCase { key: Some(Secret::new(PASSPHRASE.into())), ..self }
     }
 }
 
@@ -112,6 +124,8 @@ pub struct Rig {
     /// Numbers of the files of each layer.
     files: Vec<Vec<usize>>,
     log: Option<Rc<MemLog>>,
+    /// Keys of encrypted layers.
+    keys: Vec<Option<Secret>>,
 }
 
 /// Writes `bytes` to a volume.
@@ -171,9 +185,11 @@ impl Rig {
             files.push(numbers);
         }
         let log = case.log_capacity.map(|capacity| store.add_log(capacity));
-        let mut rig = Rig { case: case.clone(), store, initial: Vec::new(), files, log };
+        let keys = vec![None; case.layers.len()];
+        let mut rig = Rig { case: case.clone(), store, initial: Vec::new(), files, log, keys };
         for index in (0..case.layers.len()).rev() {
             rig.create_layer(index)?;
+            rig.unlock(index)?;
             rig.initial.resize(case.layers[index].size as usize, 0);
             if case.layers[index].encoded {
                 rig.fill_encoded(index, &mut rng)?;
@@ -196,7 +212,12 @@ impl Rig {
             let link = Link { paths: vec![path], format, identity: description.identity };
             backing = Some((link, description.size));
         }
-        let create = Create { size: Some(layer.size), backing, options: layer.options.clone() };
+        let create = Create {
+            size: Some(layer.size),
+            backing,
+            options: layer.options.clone(),
+            key: layer.key.clone(),
+        };
         let mut files = self.open_files(index, true);
         let first = files.remove(0);
         self.store.run(layer.format.create(first, files, &create))
@@ -278,7 +299,14 @@ impl Rig {
             store.add(self.store.open(number, false).name(), pages);
         }
         let log = self.case.log_capacity.map(|capacity| store.add_log(capacity));
-        Rig { case: self.case.clone(), store, initial: self.initial.clone(), files: self.files.clone(), log }
+        Rig {
+            case: self.case.clone(),
+            store,
+            initial: self.initial.clone(),
+            files: self.files.clone(),
+            log,
+            keys: self.keys.clone(),
+        }
     }
 
     /// The chain as it is now, in a store of its own and with an empty log.
@@ -360,7 +388,19 @@ impl Rig {
             budget: budget.clone(),
             log: log.map(|log| log as Rc<dyn crate::allocation_log::AllocationLog>),
             snapshot: None,
+            key: self.keys[layer].clone(),
         }
+    }
+
+    /// The key of a layer that was made encrypted. In a store of its own: what that costs is not what the suites look at.
+    fn unlock(&mut self, index: usize) -> Result<(), Error> {
+        let LayerCase { format, key, .. } = &self.case.layers[index];
+        if let Some(passphrase) = key {
+            let aside = Store::new(1);
+            aside.add("aside", self.store.pages(self.files[index][0]));
+            self.keys[index] = Some(aside.run(format.unlock(aside.open(0, false), passphrase))?);
+        }
+        Ok(())
     }
 
     /// Checks the image of a layer.

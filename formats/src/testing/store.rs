@@ -80,6 +80,7 @@ pub struct Store {
     rules: RefCell<Vec<Rule>>,
     hold: RefCell<Option<Filter>>,
     in_order: Cell<bool>,
+    at_once: Cell<bool>,
     space_max_bytes: Cell<u64>,
     turns_left: Cell<u64>,
     submitted: Cell<u64>,
@@ -102,6 +103,7 @@ impl Store {
             rules: RefCell::default(),
             hold: RefCell::default(),
             in_order: Cell::new(false),
+            at_once: Cell::new(false),
             space_max_bytes: Cell::new(u64::MAX),
             turns_left: Cell::new(TURNS_MAX),
             submitted: Cell::new(0),
@@ -169,6 +171,12 @@ impl Store {
     /// Operations complete in the order in which they were submitted.
     pub fn complete_in_order(&self) {
         self.in_order.set(true);
+    }
+
+    /// Operations complete when they are submitted, so that futures over the files never wait; what breaks the contract of
+    /// [`crate::file`] fails the test at once.
+    pub fn done_at_once(&self) {
+        self.at_once.set(true);
     }
 
     /// All files together hold at most this much; writes beyond it fail with ENOSPC.
@@ -291,6 +299,9 @@ impl Store {
             failed_flush: file.failed_flush(),
             answer: answer.clone(),
         });
+        if self.at_once.get() {
+            self.step();
+        }
         answer
     }
 
@@ -299,6 +310,7 @@ impl Store {
         let name = file.label();
         let violation = |what: &str| {
             let line = format!("{name}: {what}: {op:?}");
+            assert!(!self.at_once.get(), "{line}");
             self.violations.borrow_mut().push(line);
         };
         if op.kind != Kind::Read && op.kind != Kind::Flush && !file.may_write() {

@@ -8,13 +8,16 @@
 //! | [`FIRST`] | clusters |
 //!
 //! Places come from past the end of the file: extended and flushed before one is used, so that they read as zero. Places that
-//! were freed are leaked until somebody repairs the image (a real driver does better).
+//! were freed are leaked until somebody repairs the image (a real driver does better). An image that is opened with a key has its
+//! clusters encrypted; it does not say so itself (a real one does).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::rc::Rc;
 
+use crate::crypt::cipher::{Cipher, Mode, SECTOR_BYTES, Vectors};
+use crate::crypt::{CountsFrom, PayloadCipher, Secret};
 use crate::driver::{
     Create, Description, Driver, Erase, Erased, Extent, FileIndex, Fill, Findings, Format, Open, Order,
     Place, Plan, Repair, Under, Usage,
@@ -66,6 +69,7 @@ struct Reserved {
 
 struct ToyDriver {
     bug: Option<Bug>,
+    cipher: Option<PayloadCipher>,
     file: Rc<dyn ImageFile>,
     tables: Rc<Tables>,
     size: Cell<u64>,
@@ -197,7 +201,9 @@ impl Driver for ToyDriver {
                 let entry = self.loaded_entry(cluster).await?;
                 let range = cluster * CLUSTER..(cluster + 1) * CLUSTER;
                 let below = entry == 0 && self.below_size.is_some_and(|size| size > range.start);
-                let order = match below && !self.has(Bug::EarlyMapping) {
+                // What is in a new place reads as zero, but not when it is decrypted.
+                let encrypted = self.cipher.is_some() && entry <= ZERO;
+                let order = match (below || encrypted) && !self.has(Bug::EarlyMapping) {
                     true => Order::AfterData,
                     false => Order::Anytime,
                 };
@@ -205,7 +211,11 @@ impl Driver for ToyDriver {
                 if entry <= ZERO {
                     reserved.push(Reserved { cluster, place, order });
                 }
-                let under = if below { Under::Below } else { Under::Kept };
+                let under = match (below, encrypted) {
+                    (true, _) => Under::Below,
+                    (false, true) => Under::Zeroes,
+                    (false, false) => Under::Kept,
+                };
                 fills.push(Fill { range, file: FileIndex(0), offset: place, under });
             }
             let id = self.next_plan.get();
@@ -295,9 +305,21 @@ impl Driver for ToyDriver {
         })
     }
 
+    fn cipher(&self) -> Option<&PayloadCipher> {
+        self.cipher.as_ref()
+    }
+
     fn usage(&self) -> Usage {
         self.tables.usage()
     }
+}
+
+/// AES with the key as it is.
+fn cipher_of(key: &Secret) -> Result<PayloadCipher, Error> {
+    let key = key.bytes();
+    let mode = if key.len() == 64 { Mode::Xts } else { Mode::Cbc };
+    let cipher = Cipher { mode, vectors: Vectors::Plain64, key_bytes: key.len(), sector_bytes: SECTOR_BYTES };
+    Ok(PayloadCipher::new(cipher.with_key(key).map_err(Error::invalid)?, CountsFrom::File))
 }
 
 impl Format for Toy {
@@ -318,9 +340,14 @@ impl Format for Toy {
                 data_files: Vec::new(),
                 identity: None,
                 writable: Ok(()),
+                encryption: None,
                 properties: Vec::new(),
             })
         })
+    }
+
+    fn unlock<'a>(&'a self, _file: Rc<dyn ImageFile>, key: &'a Secret) -> Pending<'a, Secret> {
+        Box::pin(std::future::ready(Ok(key.clone())))
     }
 
     fn open(&self, open: Open) -> Pending<'_, Rc<dyn Driver>> {
@@ -330,11 +357,13 @@ impl Format for Toy {
                 return Err(Error::invalid("one file is needed"));
             };
             let size = read_header(&*file).await?;
+            let cipher = open.key.as_ref().map(cipher_of).transpose()?;
             let data = vec![file.clone()];
             let tables =
                 Tables::new(file.clone(), FileIndex(0), data, CLUSTER as usize, &open.budget, open.log);
             Ok(Rc::new(ToyDriver {
                 bug,
+                cipher,
                 file,
                 tables,
                 size: Cell::new(size),

@@ -56,7 +56,7 @@ fn no_file<'a, T: 'a>() -> Pending<'a, T> {
 impl Payload for Chunk<'_> {
     fn read(&self, file: FileId, offset: u64, at: usize, len: usize) -> Pending<'_, ()> {
         let Some(file) = self.volume.file(file) else { return no_file() };
-        let read = file.read(offset, len);
+        let read = file.read_lent(offset, len);
         Box::pin(async move {
             self.put(at, read.await?);
             Ok(())
@@ -113,13 +113,6 @@ pub(super) async fn read(volume: &Volume, offset: u64, len: usize) -> Result<Buf
 pub(super) async fn write(volume: &Volume, offset: u64, bytes: Buf) -> Result<(), Error> {
     let len = bytes.len() as u64;
     volume.write(offset, len, &Chunk::of(volume, bytes)).await
-}
-
-/// Whether all bytes are zero.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    // Comparing slices is the fastest that safe code can do.
-    static ZEROES: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
 }
 
 /// Cuts `len` bytes at `offset` of a disk into runs of aligned units that are alike: the bytes of each run, and what it is.

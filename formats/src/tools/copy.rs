@@ -10,11 +10,13 @@ use super::walk::{Depth, Span, State, Walk};
 use super::{CHUNK, IN_FLIGHT, Progress};
 use crate::driver::Erase;
 use crate::error::Error;
-use crate::file::Buf;
-use crate::volume::Volume;
+use crate::file::{Buf, is_zero};
+use crate::volume::{Source, Volume};
 
 /// Bytes of zeroes in one step, at most.
 const ZERO_STEP: u64 = 1 << 30;
+/// Bytes that get their space at once, at most.
+const ROOM: u64 = 64 << 20;
 
 /// What the target holds where nothing is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +52,38 @@ struct Step {
     kind: Kind,
 }
 
+/// Gives data of a new target their space before they are written, where they have their place already: a store that has to find space for
+/// each write does one after the other. What turns out to be zero gives its space back; when that is much of the data no more is given.
+struct Room<'a> {
+    target: &'a Volume,
+    /// Bytes of the target before this may have space.
+    end: Cell<u64>,
+    /// Bytes of data that were written, and that were zero.
+    data: Cell<u64>,
+    zero: Cell<u64>,
+}
+
+impl Room<'_> {
+    /// Data are to come at `at`.
+    async fn make(&self, at: u64, len: u64) -> Result<(), Error> {
+        let mut pieces = Vec::new();
+        let len = len.min(ROOM);
+        let wanted = at >= self.end.get() && self.zero.get() <= self.data.get() / 8;
+        if !wanted || !self.target.map_write(at, len, &mut pieces) {
+            return Ok(());
+        }
+        for piece in pieces {
+            if let Source::File { id, offset } = piece.source
+                && let Some(file) = self.target.file(id)
+                && file.reserve(offset..offset + piece.len).await?
+            {
+                self.end.set(at + len);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Puts spans together to steps that do not cross a border of [`CHUNK`] in the target.
 struct Steps<'a> {
     walk: Walk<'a>,
@@ -57,6 +91,8 @@ struct Steps<'a> {
     /// What is added to an offset in the source to have the one in the target.
     shift: i128,
     rest: Option<Span>,
+    /// Of a new target.
+    room: Option<&'a Room<'a>>,
 }
 
 impl Steps<'_> {
@@ -85,6 +121,9 @@ impl Steps<'_> {
             };
             let Some(span) = span else { return Ok(step) };
             let kind = self.kind(&span);
+            if let Some(room) = self.room.filter(|_| kind == Kind::Data) {
+                room.make((i128::from(span.start) + self.shift) as u64, span.len).await?;
+            }
             let start = step.map_or(span.start, |step| step.start);
             let border = self.border(start, step.map_or(kind, |step| step.kind));
             if step.is_some_and(|step| step.kind != kind) || span.start >= border {
@@ -125,22 +164,24 @@ pub async fn copy(
     progress.begin(len);
     let shift = i128::from(to) - i128::from(range.start);
     let walk = Walk::new(source.0, source.1, range);
-    let steps = Steps { walk, depth: source.1, shift, rest: None };
-    let (data, zero) = (Cell::new(0), Cell::new(0));
+    let room = Room { target: target.0, end: Cell::new(0), data: Cell::new(0), zero: Cell::new(0) };
+    let room_of_new = (target.1 == Target::New).then_some(&room);
+    let steps = Steps { walk, depth: source.1, shift, rest: None, room: room_of_new };
+    let zero = Cell::new(0);
     stream::try_unfold(steps, |mut steps| async move {
         let step = steps.next().await?;
         Ok::<_, Error>(step.map(|step| (step, steps)))
     })
     .try_for_each_concurrent(IN_FLIGHT, |step| {
-        let (data, zero) = (&data, &zero);
+        let (room, zero) = (&room, &zero);
         async move {
             let at = (i128::from(step.start) + shift) as u64;
             match step.kind {
                 Kind::Data => {
                     let bytes = chunk::read(source.0, step.start, step.len as usize).await?;
-                    let written = write(target, at, bytes).await?;
-                    data.set(data.get() + written);
-                    zero.set(zero.get() + step.len - written);
+                    let written = write(target, at, bytes, room.end.get()).await?;
+                    room.data.set(room.data.get() + written);
+                    room.zero.set(room.zero.get() + step.len - written);
                 }
                 Kind::Zero => {
                     if target.1 == Target::Used {
@@ -155,13 +196,13 @@ pub async fn copy(
         }
     })
     .await?;
-    Ok(Copied { data: data.get(), zero: zero.get() })
+    Ok(Copied { data: room.data.get(), zero: zero.get() + room.zero.get() })
 }
 
-/// Writes bytes except zeroes; returns how many were written as data.
-async fn write(target: (&Volume, Target), at: u64, bytes: Buf) -> Result<u64, Error> {
+/// Writes bytes except zeroes; returns how many were written as data. Bytes of the target before `room` may have space already.
+async fn write(target: (&Volume, Target), at: u64, bytes: Buf, room: u64) -> Result<u64, Error> {
     let unit = chunk::unit_of(target.0);
-    let runs = chunk::runs(at, bytes.len(), unit, |run| chunk::is_zero(&bytes[run]));
+    let runs = chunk::runs(at, bytes.len(), unit, |run| is_zero(&bytes[run]));
     if let [(run, false)] = &runs[..] {
         let len = run.len() as u64;
         chunk::write(target.0, at, bytes).await?;
@@ -173,7 +214,7 @@ async fn write(target: (&Volume, Target), at: u64, bytes: Buf) -> Result<u64, Er
         if !is_zero {
             chunk::write(target.0, start, Buf::copy_of(&bytes[run])).await?;
             written += len;
-        } else if target.1 == Target::Used {
+        } else if target.1 == Target::Used || start < room {
             target.0.erase(start, len, Erase::Zero).await?;
         }
     }

@@ -133,7 +133,8 @@ async fn write_batch(
     let unit = encoding.unit;
     let units =
         batch.iter().flat_map(|(at, bytes)| (*at..).step_by(unit as usize).zip(bytes.chunks(unit as usize)));
-    let (places, units): (Vec<u64>, Vec<&[u8]>) = units.filter(|(_, bytes)| !chunk::is_zero(bytes)).unzip();
+    let (places, units): (Vec<u64>, Vec<&[u8]>) =
+        units.filter(|(_, bytes)| !crate::file::is_zero(bytes)).unzip();
     let encoded = encoder.encode(encoding, &units);
     let mut shorter = Vec::with_capacity(units.len());
     let (mut data, mut plain) = (0, Vec::new());

@@ -20,6 +20,8 @@ pub struct LayerFiles {
     pub files: Vec<Rc<dyn ImageFile>>,
     /// A snapshot inside it instead of its active state.
     pub snapshot: Option<String>,
+    /// Its key, if it is encrypted.
+    pub key: Option<crate::crypt::Secret>,
 }
 
 impl LayerFiles {
@@ -32,6 +34,7 @@ impl LayerFiles {
             budget: budget.clone(),
             log: None,
             snapshot: self.snapshot.clone(),
+            key: self.key.clone(),
         }
     }
 }
@@ -263,7 +266,7 @@ mod tests {
             let image = |(number, fate): (usize, &Fate)| {
                 let file = store.add(&format!("image-{number}"), Pages::of(&[0; 512]));
                 let format = Box::leak(Box::new(Watched { fate: *fate, closes }));
-                LayerFiles { format, files: vec![file], snapshot: None }
+                LayerFiles { format, files: vec![file], snapshot: None, key: None }
             };
             let images: Vec<_> = fates.iter().enumerate().map(image).collect();
             let budget = Budget::new(1 << 20);

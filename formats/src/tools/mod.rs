@@ -20,6 +20,8 @@ pub mod measure;
 pub mod rebase;
 pub mod snapshot;
 #[cfg(test)]
+mod space_tests;
+#[cfg(test)]
 mod tests;
 pub mod walk;
 

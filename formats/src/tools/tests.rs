@@ -94,6 +94,7 @@ fn images(rig: &Rig, first: usize, writable: bool) -> Vec<LayerFiles> {
                 format: layer.format,
                 files: rig.files(index).iter().map(open).collect(),
                 snapshot: None,
+                key: None,
             }
         })
         .collect()
@@ -108,9 +109,9 @@ async fn contents(images: &[LayerFiles]) -> Vec<u8> {
 async fn made(rig: &Rig, name: &'static str, size: u64) -> LayerFiles {
     let file = rig.store.add(&format!("mem/new.{name}"), Pages::empty());
     let format = format(name).unwrap();
-    let create = Create { size: Some(size), backing: None, options: Vec::new() };
+    let create = Create { size: Some(size), backing: None, options: Vec::new(), key: None };
     format.create(file.clone(), Vec::new(), &create).await.unwrap();
-    LayerFiles { format, files: vec![file], snapshot: None }
+    LayerFiles { format, files: vec![file], snapshot: None, key: None }
 }
 
 #[test]
@@ -347,7 +348,7 @@ fn measured_space_is_enough_and_not_much_more() {
             rig.store.run(async {
                 let source = layers::open(&images(&rig, 0, false), false, &budget()).await.unwrap();
                 let image = made(&rig, target, SIZE).await;
-                let create = Create { size: None, backing: None, options: Vec::new() };
+                let create = Create { size: None, backing: None, options: Vec::new(), key: None };
                 let measured = measure::measure(image.format, &create, Some(&source)).await.unwrap();
                 let new = layers::open(std::slice::from_ref(&image), true, &budget()).await.unwrap();
                 copy((&source, Depth::Chain), 0..SIZE, (&new, Target::New), 0, &()).await.unwrap();

@@ -236,6 +236,10 @@ impl<'a> Walk<'a> {
     /// Cuts a span of data where the store begins or ends to have bytes; the rest goes back into the queue.
     async fn split_at_hole(&mut self, span: Span) -> Result<Span, Error> {
         let State::Data { file: id, offset } = span.state else { return Ok(span) };
+        if self.volume.cipher(id.layer).is_some() {
+            // A hole is no zeroes when it is decrypted.
+            return Ok(span);
+        }
         let is_known = |(file, range, _): &(FileId, Range<u64>, bool)| *file == id && range.contains(&offset);
         if !self.known.as_ref().is_some_and(is_known) {
             let Some(file) = self.volume.file(id) else { return Ok(span) };

@@ -9,6 +9,9 @@
 //! | 16 | 4 | sectors of the map |
 //! | 20 | 4 | version: 0x00010001 sums signed bytes, 0x00010002 unsigned ones |
 //! | 24 | 4 | checksum of the map's bytes that the current size needs, whole sectors |
+//! | 28 | 1 | marker of the tools |
+//! | 29 | 1 | method of encryption, 0 for none |
+//! | 30, 62 | 32 each | nonce and hash of the key |
 //!
 //! Bits count from the highest of each byte. Map and checksum are two places, which no write changes at once: a crash between
 //! the two would leave a batmap that XenServer's tools refuse the image for. Therefore this driver never changes one of an
@@ -46,7 +49,18 @@ pub struct BatmapHeader {
     pub version: U32,
     pub checksum: U32,
     pub marker: u8,
-    pub reserved: [u8; 483],
+    pub key_hash: KeyHash,
+    pub reserved: [u8; 418],
+}
+
+/// How the key of an encrypted disk is known. See the module for the offsets.
+#[derive(Debug, Clone, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+#[allow(missing_docs)] // the module's table is the documentation
+pub struct KeyHash {
+    pub method: u8,
+    pub nonce: [u8; 32],
+    pub hash: [u8; 32],
 }
 
 /// A batmap that was read.
@@ -70,12 +84,22 @@ pub fn is_expected(footer: &Footer) -> bool {
     footer.is_tap() && footer.creator_version.get() >= 0x0001_0002
 }
 
+/// Whether the creator of an image knows batmaps.
+pub fn may_have_one(footer: &Footer) -> bool {
+    footer.is_tap() && footer.creator_version.get() >= 0x0001_0001
+}
+
 /// Bytes of a map that its checksum covers.
 fn covered_bytes(size: u64) -> u64 {
     (size >> (BLOCK_SHIFT + 3)).max(1).next_multiple_of(SECTOR)
 }
 
 impl BatmapHeader {
+    /// The header in these bytes; `None` if they are none.
+    pub fn of(bytes: &[u8]) -> Option<BatmapHeader> {
+        BatmapHeader::read_from_bytes(bytes).ok().filter(|header| header.cookie == COOKIE)
+    }
+
     /// A header for an empty map that begins right behind it.
     pub fn empty(header_offset: u64, entries: u32) -> BatmapHeader {
         let mut header = BatmapHeader::new_zeroed();
@@ -109,7 +133,7 @@ pub async fn read(
     header: &Header,
     blocks: u32,
 ) -> Result<Result<Option<Batmap>, String>, Error> {
-    if !footer.is_tap() || footer.creator_version.get() < 0x0001_0001 {
+    if !may_have_one(footer) {
         return Ok(Ok(None));
     }
     let header_offset = header_offset(header);
@@ -147,10 +171,13 @@ pub async fn read(
     Ok(Ok(Some(Batmap { header_offset, header: found, full })))
 }
 
-/// Writes an empty batmap behind the BAT. Not atomic: for new images and repairs.
+/// Writes an empty batmap behind the BAT; marker and key hash of the one that is there stay. Not atomic: for new images and repairs.
 pub async fn write_empty(file: &Rc<dyn ImageFile>, header: &Header) -> Result<(), Error> {
     let at = header_offset(header);
-    let empty = BatmapHeader::empty(at, header.entries.get());
+    let mut empty = BatmapHeader::empty(at, header.entries.get());
+    if let Some(old) = BatmapHeader::of(&file.read(at, SECTOR as usize).await?) {
+        (empty.marker, empty.key_hash) = (old.marker, old.key_hash);
+    }
     file.write(empty.offset.get(), Buf::zeroed(empty.map_bytes() as usize)).await?;
     file.write(at, Buf::copy_of(empty.as_bytes())).await
 }

@@ -29,6 +29,7 @@ pub mod bitmap;
 pub mod blocks;
 pub mod check;
 pub mod create;
+mod crypt;
 pub mod fixed;
 pub mod footer;
 pub mod geometry;
@@ -47,6 +48,7 @@ mod tests;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use crate::crypt::Secret;
 use crate::driver::{Create, Description, Driver, Findings, Format, Identity, Link, Open, Repair, Space};
 use crate::error::{Error, ErrorKind};
 use crate::file::{ImageFile, Pending};
@@ -86,6 +88,10 @@ impl Format for Vhd {
 
     fn describe(&self, file: Rc<dyn ImageFile>) -> Pending<'_, Description> {
         Box::pin(describe(file))
+    }
+
+    fn unlock<'a>(&'a self, file: Rc<dyn ImageFile>, key: &'a Secret) -> Pending<'a, Secret> {
+        Box::pin(crypt::unlock(file, key))
     }
 
     fn open(&self, open: Open) -> Pending<'_, Rc<dyn Driver>> {
@@ -169,9 +175,10 @@ async fn open_sparse(
         return Err(Error::corrupt(file.name(), what));
     }
     let footer = Rc::new(RefCell::new(layout.footer.clone()));
-    let differencing = layout.disk_type == DiskType::Differencing;
+    let cipher = crypt::cipher(&file, &layout, open.key.as_ref()).await?;
+    let keeps_bits = layout.disk_type == DiskType::Differencing || cipher.is_some();
     let reserve =
-        Reserve::new(file.clone(), &layout, shape, footer.clone(), !differencing, walk.end, walk.free)
+        Reserve::new(file.clone(), &layout, shape, footer.clone(), !keeps_bits, walk.end, walk.free)
             .avoiding(layout::ranges_behind(&layout, header));
     let tables = Tables::new(
         file.clone(),
@@ -188,6 +195,7 @@ async fn open_sparse(
         header: RefCell::new(header.clone()),
         footer,
         below_size,
+        cipher,
         writable: open.writable,
         damaged: walk.damaged,
         pinned: batmap.map_or_else(BlockSet::default, |batmap| batmap.full),
@@ -243,6 +251,7 @@ async fn describe(file: Rc<dyn ImageFile>) -> Result<Description, Error> {
         data_files: Vec::new(),
         identity: Some(Identity { uuid: footer.uuid, modified: None }),
         writable: Ok(()),
+        encryption: crypt::key_hash(&file, &layout).await?.map(|_| crypt::in_words()),
         properties,
     })
 }

@@ -23,6 +23,10 @@ impl Sparse {
         if size == old {
             return Ok(());
         }
+        if self.cipher.is_some() {
+            let what = "an encrypted VHD cannot grow: convert it into a new image that is larger";
+            return Err(Error::unsupported(name, what));
+        }
         let (old_blocks, blocks) = (self.shape.blocks(old), self.shape.blocks(size));
         let entries = self.header.borrow().entries.get();
         if blocks > entries {

@@ -26,6 +26,7 @@ use super::header::Header;
 use super::layout::Shape;
 use super::reserve::Reserve;
 use super::{bitmap, sparse_plan};
+use crate::crypt::PayloadCipher;
 use crate::driver::{Driver, Erase, Erased, Extent, FileIndex, Order, Place, Plan, Usage};
 use crate::error::{Error, ErrorKind};
 use crate::file::{ImageFile, Pending};
@@ -70,6 +71,8 @@ pub struct Sparse {
     pub(super) footer: Rc<RefCell<Footer>>,
     /// Bytes of the parent; `None` when there is none.
     pub(super) below_size: Option<u64>,
+    /// How sectors that are there are encrypted.
+    pub(super) cipher: Option<PayloadCipher>,
     pub(super) writable: bool,
     /// Blocks that are not served.
     pub(super) damaged: BlockSet,
@@ -105,6 +108,11 @@ impl Sparse {
     /// The disk has a parent.
     pub(super) fn is_differencing(&self) -> bool {
         self.below_size.is_some()
+    }
+
+    /// A sector without its bit is not in this file, also without a parent: bits of new blocks are set as their sectors are written.
+    pub(super) fn keeps_bits(&self) -> bool {
+        self.is_differencing() || self.cipher.is_some()
     }
 
     /// Looks a block up in the table, from memory, and checks the answer.
@@ -281,6 +289,9 @@ impl Sparse {
         self.check_writable()?;
         self.late.wait().await;
         let range = range.start..range.end.min(self.size.get());
+        if self.cipher.is_some() {
+            return self.erase_encrypted(range, how).await;
+        }
         if !self.is_differencing() {
             self.erase_blocks(range, how).await?;
             self.settle().await?;
@@ -292,6 +303,29 @@ impl Sparse {
         }
         self.zero_with_space(range).await?;
         Ok(Erased::Done)
+    }
+
+    /// Erases in an encrypted disk: whole blocks go, without a parent; else zeroes are written, since those in a place would be
+    /// something else when they are decrypted.
+    async fn erase_encrypted(&self, range: Range<u64>, how: Erase) -> Result<Erased, Error> {
+        if self.is_differencing() || how == Erase::ZeroKeep {
+            return Ok(Erased::WriteZeroes);
+        }
+        let mut erased = Erased::Done;
+        for (block, part) in self.per_block(range) {
+            match self.look_up(block).await? {
+                Found::At(start) if part == self.block_range(block) && self.may_unmap(block) => {
+                    self.set_entry(block, UNUSED).await?;
+                    self.full.borrow_mut().remove(block);
+                    // Not punched: after a crash the entry may be there still, and what it shows must be what was there.
+                    self.reserve.release((start / SECTOR) as u32);
+                }
+                Found::At(_) => erased = Erased::WriteZeroes,
+                Found::Nowhere | Found::Unknown => {}
+            }
+        }
+        self.settle().await?;
+        Ok(erased)
     }
 
     /// Erases in a disk without a parent.
@@ -436,6 +470,10 @@ impl Driver for Sparse {
 
     fn erase(&self, range: Range<u64>, how: Erase) -> Pending<'_, Erased> {
         Box::pin(self.erase_range(range, how))
+    }
+
+    fn cipher(&self) -> Option<&PayloadCipher> {
+        self.cipher.as_ref()
     }
 
     fn flush(&self) -> Pending<'_, ()> {

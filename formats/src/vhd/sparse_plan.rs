@@ -164,7 +164,7 @@ impl Sparse {
     async fn commit_part(&self, part: &Part) -> Result<(), Error> {
         let reservation = self.reservations.borrow().get(&part.block).copied();
         let fresh = reservation.filter(|reservation| part.fresh && !reservation.committed);
-        if self.is_differencing() || fresh.is_none() {
+        if self.keeps_bits() || fresh.is_none() {
             self.set_bits(part).await?;
         }
         let Some(Reservation { place, .. }) = fresh else { return Ok(()) };
@@ -173,7 +173,7 @@ impl Sparse {
             reservation.committed = true;
         }
         self.reserve.note_used(place);
-        if !self.is_differencing() {
+        if !self.keeps_bits() {
             // The reserve made its bitmap all ones.
             self.full.borrow_mut().insert(part.block);
         }

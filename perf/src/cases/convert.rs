@@ -118,7 +118,7 @@ fn measure(bench: &mut Bench, tool: &Tool, row: &Row, source: &Disk, target: &Di
 fn qemu_format(disk: &Disk) -> &'static str {
     match disk {
         Disk::Image { format, .. } => format.qemu_driver(),
-        Disk::File(_) | Disk::Ram(_) | Disk::Null(_) => "raw",
+        Disk::File(_) | Disk::Luks { .. } | Disk::Ram(_) | Disk::Null(_) => "raw",
     }
 }
 

@@ -6,6 +6,7 @@ pub mod chain;
 pub mod cold;
 pub mod convert;
 pub mod density;
+pub mod encrypted;
 pub mod formats;
 pub mod idle;
 pub mod qos;

@@ -197,10 +197,11 @@ impl<'a> Engine<'a> {
         loop {
             stop::check()?;
             let now = self.now_ns();
+            // Also what was due when this thread was not running: a stall at the end of the window must not make requests vanish.
+            self.send_due(now.min(until_ns))?;
             if now >= until_ns {
                 return Ok(());
             }
-            self.send_due(now)?;
             let wake = self.schedule.as_ref().map_or(until_ns, |schedule| schedule.peek().0.min(until_ns));
             if wake != self.armed_ns {
                 let wait = Duration::from_nanos(wake.saturating_sub(self.now_ns()).max(1));
@@ -399,14 +400,14 @@ mod tests {
     }
 
     // Goal: an open loop sends each due request exactly once and accounts for all of them. Method: 8 exports of one
-    // qemu-storage-daemon, 50/s each for one second: about 400 are due in the window.
+    // qemu-storage-daemon, 50/s each for one second: 400 are due in the window.
     #[test]
     fn open_loop_accounts_for_every_due_request() {
         let Some(server) = null_disk(Kind::QemuStorageDaemon, 8) else { return };
         let outcome = run(&job(&server, Op::Read, Pace::Open { per_second: 50.0 }), &mut |_| Ok(())).unwrap();
-        // On a busy machine the window is some milliseconds shorter or longer.
         let due = outcome.latency_ns.len() + outcome.unanswered;
-        assert!(due.abs_diff(400) <= 40, "{due} requests were accounted for in {:?}", outcome.window);
+        // The window's edges may fall between the requests of a connection.
+        assert!(due.abs_diff(400) <= 8, "{due} requests were accounted for in {:?}", outcome.window);
         assert_eq!(outcome.errors, 0);
     }
 

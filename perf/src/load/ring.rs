@@ -206,21 +206,22 @@ impl OpenLoop<'_> {
         loop {
             stop::check()?;
             let now_ns = self.start.elapsed().as_nanos() as u64;
-            let idle = self.lines.iter().all(|line| line.due_ns.iter().all(Option::is_none));
-            if now_ns >= end_ns || schedule.is_none() && idle {
-                return Ok(());
-            }
             let mut next_ns = end_ns;
             if let Some(schedule) = &mut schedule {
+                // Also what was due when this thread was not running: a stall at the end of the window must not make requests vanish.
                 loop {
                     let (due_ns, index) = schedule.peek();
                     next_ns = due_ns;
-                    if due_ns > now_ns {
+                    if due_ns > now_ns || due_ns >= end_ns {
                         break;
                     }
                     schedule.advance();
                     self.issue(index, due_ns, random)?;
                 }
+            }
+            let idle = self.lines.iter().all(|line| line.due_ns.iter().all(Option::is_none));
+            if now_ns >= end_ns || schedule.is_none() && idle {
+                return Ok(());
             }
             // Less than a millisecond is waited for by looking.
             let timeout_ms = (next_ns.min(end_ns).saturating_sub(now_ns) / 1_000_000).min(100) as i32;

@@ -55,6 +55,9 @@ pub(super) fn spec(disk: &Disk, name: &str) -> String {
     match disk {
         Disk::File(path) => format!("raw:{}", percent_encoded(path)),
         Disk::Image { format, path, .. } => format!("{}:{}", format.name(), percent_encoded(path)),
+        Disk::Luks { path, key } => {
+            format!("luks:{}?key-file={}", percent_encoded(path), percent_encoded(key))
+        }
         Disk::Ram(bytes) => format!("ram:{name}?size={bytes}"),
         Disk::Null(bytes) => format!("null:?size={bytes}"),
     }

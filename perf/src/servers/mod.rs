@@ -153,6 +153,13 @@ pub enum Disk {
         /// What is below it. The image names it by itself; QEMU is told again, so that `aio` holds for all layers.
         below: Option<Box<Disk>>,
     },
+    /// A raw disk behind a LUKS header, with direct I/O; for blktapd.
+    Luks {
+        /// Its file.
+        path: PathBuf,
+        /// The file of its passphrase.
+        key: PathBuf,
+    },
     /// Memory of so many bytes that really holds what is written.
     Ram(u64),
     /// A disk of so many bytes that holds nothing.
@@ -168,7 +175,7 @@ impl Disk {
     /// The file that is written, if there is one.
     pub fn path(&self) -> Option<&Path> {
         match self {
-            Disk::File(path) | Disk::Image { path, .. } => Some(path),
+            Disk::File(path) | Disk::Image { path, .. } | Disk::Luks { path, .. } => Some(path),
             Disk::Ram(_) | Disk::Null(_) => None,
         }
     }

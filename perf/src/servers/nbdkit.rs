@@ -24,6 +24,7 @@ pub(super) fn start(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
             command.args(["memory", &bytes.to_string()]);
         }
         [Disk::Image { format, .. }] => bail!("nbdkit has no plugin for {}", format.name()),
+        [Disk::Luks { .. }] => bail!("encrypted disks are measured on blktapd alone"),
         [Disk::Null(bytes)] => {
             command.args(["null", &bytes.to_string()]);
         }

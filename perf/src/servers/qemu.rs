@@ -30,6 +30,7 @@ pub(super) fn start_nbd(setup: &Setup<'_>, run_dir: &Path) -> Result<Started> {
                 .args(["--cache=none", &format!("--aio={}", setup.aio.name())])
                 .arg(path),
             Disk::Null(bytes) => command.args(["--image-opts", &format!("driver=null-co,size={bytes}")]),
+            Disk::Luks { .. } => bail!("encrypted disks are measured on blktapd alone"),
             Disk::Ram(_) => bail!("qemu-nbd has no memory disk"),
         };
         if index == 0 {
@@ -62,6 +63,7 @@ pub(super) fn start_daemon(setup: &Setup<'_>, run_dir: &Path) -> Result<Started>
                 format!("{},cache.direct=on", file_options("", path, setup.aio))
             }
             Disk::Image { .. } => format!("{},cache.direct=on", image_options("", disk, setup.aio)?),
+            Disk::Luks { .. } => bail!("encrypted disks are measured on blktapd alone"),
             Disk::Null(bytes) => format!("driver=null-co,size={bytes}"),
             Disk::Ram(bytes) if rings => {
                 // The run directory of a setup with memory is on tmpfs.
@@ -109,7 +111,7 @@ fn image_options(prefix: &str, disk: &Disk, aio: Aio) -> Result<String> {
     let (driver, path, below) = match disk {
         Disk::File(path) => ("raw", path, None),
         Disk::Image { format, path, below } => (format.qemu_driver(), path, below.as_deref()),
-        Disk::Ram(_) | Disk::Null(_) => bail!("only files can be below an image"),
+        Disk::Luks { .. } | Disk::Ram(_) | Disk::Null(_) => bail!("only files can be below an image"),
     };
     let mut options =
         format!("{prefix}driver={driver},{}", file_options(&format!("{prefix}file."), path, aio));

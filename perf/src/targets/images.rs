@@ -1,7 +1,7 @@
 //! The targets of the cases with qcow2 and VHD images.
 
 use super::{Judge, TargetResult, Wanted, plain, ratio};
-use crate::cases::{alloc, chain, cold, convert, density, formats, idle, single};
+use crate::cases::{alloc, chain, cold, convert, density, encrypted, formats, idle, single};
 use crate::report::{Metric, Row};
 use crate::servers::{Format, Kind};
 
@@ -17,6 +17,9 @@ impl Judge<'_> {
     pub(super) fn images(&self, cases: &[&str], results: &mut Vec<TargetResult>) {
         if cases.contains(&formats::CASE) {
             self.formats(results);
+        }
+        if cases.contains(&encrypted::CASE) {
+            self.encrypted(results);
         }
         if cases.contains(&alloc::CASE) {
             self.alloc(results);
@@ -50,6 +53,19 @@ impl Judge<'_> {
                 }
             }
         }
+    }
+
+    fn encrypted(&self, results: &mut Vec<TargetResult>) {
+        for point in encrypted::IN_MEMORY {
+            let blocks = self.ours(encrypted::CASE, point, &encrypted::subject(), Metric::Iops);
+            let gigabytes = blocks.map(|(blocks, _)| blocks * encrypted::BLOCK_BYTES as f64 / 1e9);
+            let name = format!("encrypted: {point}, GB/s on one core");
+            results.push(plain(name, Wanted::AtLeast(1.0), gigabytes, String::new()));
+        }
+        let point = single::READ_4K_QD32.name();
+        let ours = self.ours(encrypted::CASE, &point, &encrypted::subject(), Metric::Iops);
+        let raw = self.ours(encrypted::CASE, &point, &formats::raw(), Metric::Iops);
+        results.push(ratio(format!("encrypted {point}: IOPS to our raw"), Wanted::AtLeast(0.6), ours, raw));
     }
 
     fn alloc(&self, results: &mut Vec<TargetResult>) {

@@ -1,6 +1,6 @@
 //! The targets of disks that are reached through rings in shared memory.
 
-use super::{Judge, TargetResult, Wanted, ratio};
+use super::{Judge, TargetResult, Verdict, Wanted, ratio};
 use crate::cases::{blkif, rings, single};
 use crate::report::{Metric, Row};
 use crate::servers::Kind;
@@ -52,7 +52,17 @@ impl Judge<'_> {
         let ours = self.ours(rings::CASE, &point, &rings::subject(), metric);
         let theirs = self.best(rings::CASE, &point, metric, |row| row.variant.starts_with(rings::PER_DISK));
         let name = format!("blkif {point}: {} to a process per disk", metric.title());
-        results.push(ratio(name, Wanted::AtMost(0.5), ours, theirs));
+        let mut result = ratio(name, Wanted::AtMost(0.5), ours, theirs);
+        let late = |row: &Row| *row == rings::subject() || row.variant.starts_with(rings::PER_DISK);
+        let late = self.rows(rings::CASE, &point).filter(|summary| late(&summary.row));
+        let late: f64 = late.filter_map(|summary| summary.value(Metric::Unanswered)).sum();
+        if late > 0.0 {
+            // An open loop that the machine does not keep up with: both rows are another load than was asked for.
+            result.verdict = Verdict::NotMeasured;
+            result.note =
+                format!("{late} requests were not answered in time: this machine cannot carry the load");
+        }
+        results.push(result);
     }
 
     /// Operations per second of server CPU are the inverse of CPU per operation, so the division is the other way round.
@@ -87,7 +97,7 @@ impl Judge<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Verdict, judge};
+    use super::super::judge;
     use super::*;
     use crate::report::Report;
     use crate::report::tests::{report, sample};
@@ -119,5 +129,23 @@ mod tests {
         assert_eq!(verdicts(&found), (null, Some((None, Verdict::NotMeasured))));
         found.verified.push(format!("{}: {}", blkif::MEMORY, blkif::ram()));
         assert_eq!(verdicts(&found), (null, Some((Some(1.1), Verdict::Missed))));
+    }
+    // Goal: many rings are judged only when every request of the open loop was answered, on both sides.
+    // Method: the same figures, with a request missing on neither side, on ours, on theirs.
+    #[test]
+    fn an_open_loop_that_was_late_is_not_judged() {
+        let point = rings::point(rings::JUDGED);
+        let peer = Row::new(Kind::QemuStorageDaemon, rings::PER_DISK);
+        for (ours, theirs, verdict) in
+            [(0.0, 0.0, Verdict::Met), (1.0, 0.0, Verdict::NotMeasured), (0.0, 1.0, Verdict::NotMeasured)]
+        {
+            let row = |row: Row, cpu, late| {
+                let values = [(Metric::CpuPerMillion, cpu), (Metric::Unanswered, late)];
+                sample(rings::CASE, &point, row, &values)
+            };
+            let found = report(vec![row(rings::subject(), 1.0, ours), row(peer.clone(), 4.0, theirs)]);
+            let results = judge(&found, &[rings::CASE]);
+            assert_eq!(results.iter().map(|result| result.verdict).collect::<Vec<_>>(), [verdict]);
+        }
     }
 }

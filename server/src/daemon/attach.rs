@@ -1,6 +1,7 @@
 //! Attach: open the image, find a shard, add the disk, bind its socket, keep it. A step that fails takes back those before it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use shard::api::{Command, DiskId, Reply};
 use shard::limits::Limits;
@@ -36,7 +37,12 @@ impl Daemon {
         for_device(&mut attachment, device)?;
         let read_only = attachment.request.read_only;
         let (disk, new) = self.attach_checked(name, attachment, deadline).await?;
-        if let Err(problem) = self.guests()?.create(device, name, read_only, deadline).await {
+        let live = self.find(name);
+        let to_come = |yes| live.iter().for_each(|disk| disk.device_to_come.store(yes, Ordering::Relaxed));
+        to_come(true);
+        let created = self.guests()?.create(device, name, read_only, deadline).await;
+        to_come(false);
+        if let Err(problem) = created {
             // One that was cut off may have come through.
             if new
                 && let Err(problem) = self.detach(name, true, Instant::now() + super::DEFAULT_TIMEOUT).await

@@ -224,7 +224,7 @@ impl Daemon {
             (now, inner.attachment.image.clone())
         };
         let refuse = |why: String| Err(Problem::invalid(format!("disk {name}: {why}")));
-        if matches!(image.image_type, formats::spec::ImageType::Ram | formats::spec::ImageType::Null) {
+        if !image.image_type.is_file() {
             return refuse(format!("{image} has the size of its name: attach another"));
         }
         if !size_bytes.is_multiple_of(512) || size_bytes > formats::raw::SIZE_MAX_BYTES {

@@ -1,6 +1,6 @@
 //! One disk as the control thread knows it.
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use shard::api::{DiskConfig, DiskId};
@@ -47,6 +47,8 @@ pub struct Disk {
     pub place: Arc<RwLock<()>>,
     /// Connections that were handed over and are not counted by the shard yet.
     pub connecting: AtomicU32,
+    /// Its device is being made in XenStore, which may not have it yet.
+    pub device_to_come: AtomicBool,
     /// Its clients that share memory.
     pub sharers: Clients,
     /// Held by the one attempt to bring a disk up that is down.
@@ -143,6 +145,7 @@ impl Disk {
             since: Instant::now(),
             place: Arc::default(),
             connecting: AtomicU32::new(0),
+            device_to_come: AtomicBool::new(attachment.request.guest.is_some()),
             sharers: Clients::default(),
             attempt: tokio::sync::Mutex::default(),
             interrupt: Notify::new(),

@@ -4,6 +4,7 @@
 //! disk; whoever brings it up holds `attempt` instead, and looks under the name whether the disk is still wanted.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -32,6 +33,12 @@ impl Daemon {
         let mut first_tries = JoinSet::new();
         for (name, attachment) in kept {
             let disk = Disk::new(&name, attachment, "its image is being opened");
+            {
+                // Until XenStore has told otherwise, its guest may have requests in rings of the daemon that is gone.
+                let mut inner = disk.inner();
+                inner.awaiting = inner.attachment.device.is_some();
+            }
+            disk.device_to_come.store(false, Ordering::Relaxed);
             self.insert(&disk);
             let (daemon, slots) = (self.clone(), slots.clone());
             first_tries.spawn(async move {

@@ -11,6 +11,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use formats::crypt::Secret;
+use formats::crypt::source::KeySources;
 use formats::driver::Create;
 use formats::spec::{ImageSpec, ImageType, Target};
 use shard::api::{Backend, ChainLayer, Command, DiskId, ImageChain};
@@ -103,7 +105,7 @@ impl Daemon {
         if read_only {
             return refuse("is read-only, so there is nothing that a snapshot could keep".into());
         }
-        if matches!(image.image_type, ImageType::Ram | ImageType::Null) {
+        if !image.image_type.is_file() {
             return refuse(format!("is of type {}: only files and devices have snapshots", image.image_type));
         }
         Ok(Taking { disk, spec, paused, made: false, next: None, swapped: false })
@@ -133,16 +135,17 @@ impl Daemon {
 
     /// Makes the new file over the disk's image, and opens it.
     async fn make_overlay(&self, one: &mut Taking, deadline: Instant) -> Result<(), Problem> {
-        let (link, below, spec, size) = {
+        let (link, below, spec, size, encrypted) = {
             let inner = one.disk.inner();
             let spec = inner.attachment.image.clone();
             let image = inner.live.as_ref().map(|live| &live.image);
             let Some((image, file)) = image.and_then(|image| Some((image, image.file()?))) else {
                 return Err(Problem::failed("it has no file"));
             };
-            (image.link(&spec), file, spec, image.size_bytes)
+            (image.link(&spec), file, spec, image.size_bytes, image.encrypted())
         };
-        let create = Create { size: None, backing: Some((link, size)), options: Vec::new() };
+        let (options, key) = self.encryption_of_overlay(one, &spec, &encrypted, deadline).await?;
+        let create = Create { size: None, backing: Some((link, size)), options, key };
         self.images.create_overlay(&one.spec, create, &one.disk.name, deadline).await?;
         one.made = true;
         let top = self.images.open_overlay(&one.spec, (below, &spec), &one.disk.name, deadline).await?;
@@ -156,6 +159,46 @@ impl Daemon {
             )));
         }
         Ok(())
+    }
+
+    /// How the overlay over an image of `below` is encrypted: if a key is named for it, which must be so when what is right below it is.
+    /// The keys of the images below are named in its own specification from now on.
+    async fn encryption_of_overlay(
+        &self,
+        one: &mut Taking,
+        below: &ImageSpec,
+        encrypted: &[bool],
+        deadline: Instant,
+    ) -> Result<(Vec<(String, String)>, Option<Secret>), Problem> {
+        let keys_of = |spec: &ImageSpec| match spec.target() {
+            Ok(Target::Image { options, .. }) => options.keys,
+            _ => KeySources::default(),
+        };
+        let own = keys_of(&one.spec);
+        for (option, value) in keys_of(below).carried(encrypted) {
+            if !KeySources::KINDS.iter().any(|kind| {
+                option
+                    .rsplit_once('-')
+                    .is_some_and(|(_, number)| one.spec.options.contains_key(&format!("{kind}-{number}")))
+            }) {
+                one.spec.options.insert(option, value);
+            }
+        }
+        match own.of(0) {
+            None if encrypted.first() == Some(&true) => Err(Problem::invalid(format!(
+                "it is encrypted and {} would not be: name a key for the overlay, like qcow2:FILE?key-file=PATH",
+                one.spec
+            ))),
+            None => Ok((Vec::new(), None)),
+            Some(_) if one.spec.image_type != ImageType::Image("qcow2") => Err(Problem::invalid(format!(
+                "a key is named for {}, and only a qcow2 overlay can be encrypted",
+                one.spec
+            ))),
+            Some(source) => {
+                let key = self.images.read_key(source, deadline).await?;
+                Ok((vec![("encrypt.format".to_owned(), "luks".to_owned())], Some(key)))
+            }
+        }
     }
 
     /// Holds the requests of all disks; returns when nothing is in flight on any.
@@ -382,7 +425,7 @@ impl Daemon {
     ) -> Result<(), Problem> {
         let (id, shard) = live(disk)?;
         let image = disk.inner().attachment.image.clone();
-        if matches!(image.image_type, ImageType::Ram | ImageType::Null) {
+        if !image.image_type.is_file() {
             return Err(Problem::invalid(format!(
                 "disk {} is paused; {image} has no file to release",
                 disk.name
@@ -459,6 +502,7 @@ fn stack(overlay: &Backend, old: &Backend, old_spec: &ImageSpec) -> Result<Backe
                 writable: false,
                 flush: true,
                 snapshot: None,
+                key: None,
                 log: None,
             });
         }

@@ -161,6 +161,7 @@ impl Daemon {
                     _ => "plain",
                 }
                 .into(),
+                io_flusher: counters.io_flusher.get() != 0,
                 disks: counters.disks.get(),
                 clients: counters.clients.get(),
                 ops_in_flight: counters.ops_in_flight.get(),

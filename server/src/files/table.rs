@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use formats::crypt::Secret;
 use shard::api::{CacheMode, ImageFile};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -558,6 +559,32 @@ impl Files {
             image::ask(path, image, |file| Box::pin(formats::registry::describe(format, file)))
         };
         self.measure(key, deadline, "read its header", ask).await
+    }
+
+    /// The key of an open encrypted image, by what the operator has. Takes as long as the image wants. Errors: `Timeout`, `Io`; `Invalid`
+    /// with the driver's words.
+    pub async fn unlock(
+        &self,
+        key: FileKey,
+        format: &'static dyn formats::driver::Format,
+        secret: Secret,
+        deadline: Duration,
+    ) -> Result<Secret, OpenError> {
+        let ask = move |path: &Path, image: &ImageFile| {
+            image::ask(path, image, |file| Box::pin(async move { format.unlock(file, &secret).await }))
+        };
+        self.measure(key, deadline, "unlock it", ask).await
+    }
+
+    /// The key in a file, which is where the allowed directories let it be. Errors: those of the opener; `Invalid` if it is no key.
+    pub async fn read_key(&self, path: &Path, deadline: Instant) -> Result<Secret, OpenError> {
+        let object = self.opener.find(path, deadline).await?;
+        let mount = object.mount.clone();
+        let call = move || {
+            crate::keys::read_file(&object.reopen_path(), &object.path.display().to_string())
+                .map_err(|message| OpenError::new(OpenErrorKind::Invalid, message))
+        };
+        self.opener.lanes().run(&mount, deadline, path, "read the key", call).await?
     }
 
     /// The snapshots inside an open image of a format. Errors as above.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -33,9 +34,6 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long a guest that has let go of its device waits for answers; then what has not begun is dropped.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
-
-/// A disk that is younger may be on its way to XenStore.
-const NEW_DISK: Duration = Duration::from_secs(15);
 
 /// A device that is served.
 #[derive(Debug)]
@@ -144,7 +142,9 @@ impl GuestDisks {
         for disk in daemon.all_disks() {
             let device = disk.inner().attachment.device.clone();
             let device = device.and_then(|device| DeviceId::from_xenbus_path(&format!("backend/{device}")));
-            let Some(device) = device.filter(|_| disk.since.elapsed() >= NEW_DISK) else { continue };
+            let Some(device) = device.filter(|_| !disk.device_to_come.load(Ordering::Relaxed)) else {
+                continue;
+            };
             if matches!(store.list(&device.backend(own)).await, Ok(None)) {
                 self.leave(daemon.clone(), device, disk);
             }
@@ -209,8 +209,7 @@ pub(super) fn properties(disk: &Disk, offer: &Offer) -> Option<Properties> {
     let live = inner.live.as_ref()?;
     let read_only = offer.read_only || inner.attachment.request.read_only;
     let physical = live.image.file().map_or(512, |file| file.offset_align.max(512));
-    let overwrites =
-        matches!(inner.attachment.image.image_type, ImageType::Raw | ImageType::Ram | ImageType::Null);
+    let overwrites = !matches!(inner.attachment.image.image_type, ImageType::Image(_));
     let block = u64::from(offer.block_bytes);
     Some(Properties {
         sectors: live.image.size_bytes / block * (block / 512),
@@ -387,12 +386,16 @@ impl Disks for GuestDisks {
         }
     }
 
-    fn awaiting(&self, id: DeviceId) {
+    fn awaiting(&self, id: DeviceId, awaits: bool) {
         let Ok(daemon) = self.daemon() else { return };
         let device = id.to_string();
         let disks = daemon.all_disks();
         let disk = disks.iter().find(|disk| disk.inner().attachment.device.as_ref() == Some(&device));
         let Some(disk) = disk else { return };
+        if !awaits {
+            disk.inner().awaiting = false;
+            return;
+        }
         {
             let mut inner = disk.inner();
             inner.awaiting = true;

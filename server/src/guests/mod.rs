@@ -18,7 +18,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use ring_bridge::grants::budget::Budget;
-use shard::blkif::GuestCounters;
+use shard::blkif::{GuestCounters, GuestInUse};
 use tokio::time::Instant;
 
 pub use disks::GuestDisks;
@@ -47,6 +47,30 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 /// What tells that this host may have a XenStore.
 const SIGNS: [&str; 4] =
     ["/run/xenstored/socket", "/var/run/xenstored/socket", "/dev/xen/xenbus", "/proc/xen/xenbus"];
+
+/// A device, and its counters once somebody serves it.
+pub type Found = (model::GuestDevice, Option<Arc<GuestCounters>>);
+
+/// All devices of guests, and the clients without Xen that share memory.
+pub fn all(daemon: &Daemon) -> Vec<Found> {
+    let mut all = daemon.guests.get().map(Guests::list).unwrap_or_default();
+    for disk in daemon.all_disks() {
+        all.extend(disk.sharers.list(&disk.name));
+    }
+    all
+}
+
+impl model::GuestDevice {
+    fn with(self, in_use: Option<&GuestInUse>, counters: Option<&Arc<GuestCounters>>) -> model::GuestDevice {
+        model::GuestDevice {
+            queues: in_use.map(|in_use| in_use.entries.len() as u32),
+            ring_entries: in_use.and_then(|in_use| in_use.entries.first().copied()),
+            persistent: in_use.map(|in_use| in_use.persistent),
+            counters: counters.map(|counters| counters::totals(counters)),
+            ..self
+        }
+    }
+}
 
 /// The devices of all guests.
 pub struct Guests {
@@ -163,15 +187,16 @@ impl Guests {
         self.backend.problem()
     }
 
-    /// All devices that were found.
-    pub fn list(&self) -> Vec<model::GuestDevice> {
+    /// All devices that were found, with the counters of those that are served.
+    fn list(&self) -> Vec<Found> {
         let devices = self.backend.devices().into_iter();
         devices
             .map(|status| {
                 let id = status.id;
                 let number = |state: Option<XenbusState>| state.map(|state| state.number());
                 let (disk, in_use) = self.disks.details(id);
-                model::GuestDevice {
+                let counters = self.disks.counters(id);
+                let device = model::GuestDevice {
                     device: id.to_string(),
                     domain: id.domid,
                     vdev: vdev_of(id.devid),
@@ -181,18 +206,11 @@ impl Guests {
                     served: status.served,
                     link: format!("{:?}", status.link).to_lowercase(),
                     reason: status.reason,
-                    queues: in_use.as_ref().map(|in_use| in_use.entries.len() as u32),
-                    ring_entries: in_use.as_ref().and_then(|in_use| in_use.entries.first().copied()),
-                    persistent: in_use.as_ref().map(|in_use| in_use.persistent),
-                    counters: self.disks.counters(id).map(|counters| counters::totals(&counters)),
-                }
+                    ..model::GuestDevice::default()
+                };
+                (device.with(in_use.as_ref(), counters.as_ref()), counters)
             })
             .collect()
-    }
-
-    /// The counters of a device that is served.
-    pub fn counters_of(&self, device: &model::GuestDevice) -> Option<Arc<GuestCounters>> {
-        self.disks.counters(DeviceId::from_xenbus_path(&format!("backend/{}", device.device))?)
     }
 
     async fn in_time<T>(

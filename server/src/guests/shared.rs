@@ -26,7 +26,7 @@ use ring_bridge::grants::Domid;
 use ring_bridge::grants::budget::Budget;
 use ring_bridge::grants::share::{self, CHANNELS_MAX, Message, ShareError};
 use shard::api::{Command, Reply};
-use shard::blkif::{GuestConnect, Transport};
+use shard::blkif::{GuestConnect, GuestCounters, GuestInUse, Transport};
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
@@ -36,6 +36,7 @@ use super::disks::{self, PATIENCE};
 use super::tables;
 use crate::config::Settings;
 use crate::daemon::{Daemon, Disk, lock};
+use crate::model::GuestDevice;
 use crate::nbd::places::{Places, Ticket};
 use crate::nbd::{Connecting, bind_seqpacket, pause_after_failed_accept, peer};
 use crate::problem::{Problem, ProblemKind};
@@ -109,6 +110,9 @@ struct News {
 struct Member {
     bytes: u64,
     news: watch::Sender<News>,
+    counters: Arc<GuestCounters>,
+    /// Once its rings are connected.
+    in_use: Option<GuestInUse>,
 }
 
 /// The clients of one disk whose rings are connected, or are being so.
@@ -139,6 +143,24 @@ impl Clients {
         }
     }
 
+    /// What they have.
+    pub(super) fn list(&self, disk: &str) -> Vec<super::Found> {
+        let members = lock(&self.members);
+        let describe = |(domid, member): (&Domid, &Member)| {
+            let device = GuestDevice {
+                device: format!("blkif/{disk}/{domid}"),
+                domain: *domid,
+                vdev: "-".into(),
+                disk: Some(disk.to_owned()),
+                served: true,
+                link: if member.in_use.is_some() { "connected" } else { "connecting" }.into(),
+                ..GuestDevice::default()
+            };
+            (device.with(member.in_use.as_ref(), Some(&member.counters)), Some(member.counters.clone()))
+        };
+        members.iter().map(describe).collect()
+    }
+
     /// Nobody is left.
     pub fn is_empty(&self) -> bool {
         lock(&self.members).is_empty()
@@ -151,6 +173,7 @@ struct Membership<'a> {
     disk: &'a Disk,
     domid: Domid,
     news: watch::Receiver<News>,
+    counters: Arc<GuestCounters>,
 }
 
 impl<'a> Membership<'a> {
@@ -171,8 +194,15 @@ impl<'a> Membership<'a> {
         let domid =
             daemon.shared.take_domid().ok_or_else(|| full("gets no number for one more client".into()))?;
         let (sender, news) = watch::channel(News::default());
-        members.insert(domid, Member { bytes, news: sender });
-        Ok(Membership { daemon, disk, domid, news })
+        let counters: Arc<GuestCounters> = Arc::default();
+        members.insert(domid, Member { bytes, news: sender, counters: counters.clone(), in_use: None });
+        Ok(Membership { daemon, disk, domid, news, counters })
+    }
+
+    fn connected(&self, in_use: GuestInUse) {
+        if let Some(member) = lock(&self.disk.sharers.members).get_mut(&self.domid) {
+            member.in_use = Some(in_use);
+        }
     }
 }
 
@@ -327,7 +357,9 @@ async fn attend(
         memory: opened.memory,
         channels: opened.channels.into_iter().map(Arc::new).collect(),
     };
-    connect_rings(daemon, &disk, &tables, connect, transport, peer).await?;
+    let counters = membership.counters.clone();
+    let in_use = connect_rings(daemon, &disk, &tables, connect, transport, counters, peer).await?;
+    membership.connected(in_use);
     tracing::debug!(disk = name, "blkif client {peer} connected as domain {domid}");
     let ended = attend_connected(&disk, socket, &mut membership.news).await;
     let find = || daemon.find(name).filter(|found| Arc::ptr_eq(found, &disk));
@@ -356,8 +388,9 @@ async fn connect_rings(
     tables: &Tables,
     connect: Connect,
     transport: Transport,
+    counters: Arc<GuestCounters>,
     peer: &str,
-) -> Result<(), Problem> {
+) -> Result<GuestInUse, Problem> {
     let _counted = Connecting::new(disk);
     // Waits while the disk is on its way to another shard.
     let _place = tokio::time::timeout(PATIENCE, disk.place.read()).await.map_err(|_| {
@@ -381,10 +414,10 @@ async fn connect_rings(
         persistent: connect.persistent.then(|| daemon.shared.budget.clone()),
         offer,
         recover: false,
-        counters: Arc::default(),
+        counters,
     });
     match daemon.fleet.call(shard, Command::ConnectGuest { disk: id, guest }).await? {
-        Reply::GuestConnected(_) => Ok(()),
+        Reply::GuestConnected(in_use) => Ok(*in_use),
         other => Err(Problem::failed(format!("unexpected answer to a connect: {other:?}"))),
     }
 }

@@ -1,4 +1,4 @@
-//! Guests of Xen: their devices, and what toolstacks' scripts ask for.
+//! Guests: their devices, and what toolstacks' scripts ask for.
 
 use axum::Json;
 use axum::extract::State;
@@ -6,13 +6,14 @@ use axum::extract::State;
 use super::extract::{Body, Params};
 use super::{Api, Errors};
 use crate::daemon::deadline_after;
+use crate::guests;
 use crate::model::{ClaimRequest, Deadline, Disk, GuestDevice};
 use crate::problem::Problem;
 
-/// All devices of guests that were found in XenStore. Empty on a host without Xen.
+/// All devices of guests that were found in XenStore, and the clients of `--blkif` sockets whose rings are connected.
 #[utoipa::path(get, path = "/v1/guests", tag = "guests", responses((status = 200, body = Vec<GuestDevice>), Errors))]
 pub async fn list(State(api): State<Api>) -> Json<Vec<GuestDevice>> {
-    Json(api.daemon.guests.get().map(|guests| guests.list()).unwrap_or_default())
+    Json(guests::all(&api.daemon).into_iter().map(|(device, _)| device).collect())
 }
 
 /// Take a device over whose toolstack runs a script for it; answers with its disk when that is ready.

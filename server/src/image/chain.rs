@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use formats::crypt::Secret;
+use formats::crypt::source::{KeySource, KeySources};
 use formats::driver::{Description, Format, Identity, Link, Snapshot};
 use formats::error::ErrorKind;
 use formats::file::ImageFile;
@@ -18,6 +20,7 @@ use super::name::ImageName;
 use crate::files::FileKey;
 use crate::images::links;
 use crate::images::logs::{refuse_live, refuse_live_new};
+use crate::keys;
 
 /// What an operator allows images to name, and where a daemon may have left something of theirs.
 #[derive(Debug)]
@@ -75,6 +78,8 @@ pub struct Opened {
     pub files: Vec<OpenFile>,
     /// What it says of itself.
     pub description: Description,
+    /// Its key, when it is encrypted and one was named.
+    pub key: Option<Secret>,
 }
 
 impl Opened {
@@ -95,7 +100,7 @@ impl Opened {
         for link in &description.data_files {
             files.push(open_data_file(name, link, want, gate)?);
         }
-        Ok(Opened { name: name.clone(), files, description })
+        Ok(Opened { name: name.clone(), files, description, key: None })
     }
 
     /// How another image refers to this one that lies at `child`: paths (best first), type, identity; and its size.
@@ -182,6 +187,7 @@ impl Chain {
         let want = wants.first().copied().unwrap_or(Want::Read);
         let mut images = vec![Opened::open(name, want, gate)?];
         follow(&mut images, wants, gate)?;
+        unlock(&mut images, &name.keys)?;
         let chain = Chain { images };
         chain.check_writable(wants)?;
         Ok(chain)
@@ -220,7 +226,12 @@ impl Chain {
 
     /// How many files each image has.
     pub fn shape(&self) -> Shape {
-        let image = |image: &Opened| (image.name.format, image.files.len(), image.name.snapshot.clone());
+        let image = |image: &Opened| LayerShape {
+            format: image.name.format,
+            files: image.files.len(),
+            snapshot: image.name.snapshot.clone(),
+            key: image.key.clone(),
+        };
         Shape(self.images.iter().map(image).collect())
     }
 
@@ -249,17 +260,67 @@ fn follow(images: &mut Vec<Opened>, wants: &[Want], gate: &Gate) -> Result<(), F
     Ok(())
 }
 
+/// Opens the encrypted images of a chain with the keys that were named for them. Without a key an image stays closed, which is enough
+/// for who looks at tables only.
+fn unlock(images: &mut [Opened], keys: &KeySources) -> Result<(), Failure> {
+    let is_encrypted = |image: &Opened| image.description.encryption.is_some();
+    let encrypted: Vec<_> = images.iter().map(is_encrypted).collect();
+    keys.check_used(&encrypted).map_err(Failure::usage)?;
+    for (number, image) in images.iter_mut().enumerate().filter(|(_, image)| is_encrypted(image)) {
+        if let Some(warning) = image.description.encryption.as_ref().and_then(|found| found.warning) {
+            eprintln!("blktapd image: {}: {warning}", image.name);
+        }
+        if let Some(source) = keys.of(number) {
+            let secret = read_key(source)?;
+            let file = image.files[0].blocking()?;
+            let unlocked = futures_lite::future::block_on(image.name.format.unlock(file, &secret));
+            image.key = Some(unlocked.map_err(|error| error.context(&format!("the key from {source}")))?);
+        }
+    }
+    Ok(())
+}
+
+/// The key at a place.
+///
+/// # Errors
+/// There is none.
+pub fn read_key(source: &KeySource) -> Result<Secret, Failure> {
+    let read = match source {
+        KeySource::File(path) => keys::read_file(path, &path.display().to_string()),
+        KeySource::Credential(name) => {
+            keys::credential_path(name).and_then(|path| keys::read_file(&path, &source.to_string()))
+        }
+        KeySource::Descriptor(number) => {
+            let path = format!("/proc/self/fd/{number}");
+            let file = std::fs::File::open(&path)
+                .map_err(|error| format!("the key cannot be read from descriptor {number}: {error}"));
+            file.and_then(|file| keys::read(file, &format!("descriptor {number}")))
+        }
+    };
+    read.map_err(Failure::new)
+}
+
+/// What has to be known of an image besides its files.
+#[derive(Clone)]
+struct LayerShape {
+    format: &'static dyn Format,
+    files: usize,
+    snapshot: Option<String>,
+    key: Option<Secret>,
+}
+
 /// Which files belong to which image.
 #[derive(Clone)]
-pub struct Shape(Vec<(&'static dyn Format, usize, Option<String>)>);
+pub struct Shape(Vec<LayerShape>);
 
 impl Shape {
     /// Takes the files of a chain from the front.
     pub fn take(&self, files: &mut std::vec::IntoIter<Rc<dyn ImageFile>>) -> Vec<LayerFiles> {
-        let layer = |(format, count, snapshot): &(&'static dyn Format, usize, Option<String>)| LayerFiles {
-            format: *format,
-            files: files.take(*count).collect(),
-            snapshot: snapshot.clone(),
+        let layer = |shape: &LayerShape| LayerFiles {
+            format: shape.format,
+            files: files.take(shape.files).collect(),
+            snapshot: shape.snapshot.clone(),
+            key: shape.key.clone(),
         };
         self.0.iter().map(layer).collect()
     }

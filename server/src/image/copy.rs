@@ -13,7 +13,7 @@ use super::args::{ConvertArgs, DdArgs};
 use super::chain::{Chain, Gate};
 use super::failure::Failure;
 use super::file::{OpenFile, Want};
-use super::make::{NewImage, make};
+use super::make::{NewImage, key_of_new, make};
 use super::name::ImageName;
 use super::progress::Bar;
 use super::threads::AllCores;
@@ -64,7 +64,8 @@ pub fn convert(args: &ConvertArgs, gate: &Gate, json: bool) -> Result<u8, Failur
     let goal = match args.in_place || raw_device {
         true => Goal::used(&args.target, gate)?,
         false => {
-            let create = Create { size: Some(size), backing: None, options: args.new.options.clone() };
+            let key = key_of_new(&args.target)?;
+            let create = Create { size: Some(size), backing: None, options: args.new.options.clone(), key };
             let image = NewImage::make(&args.target, &create, args.new.force, gate)?;
             Goal::New(Box::new(create), image)
         }
@@ -111,7 +112,8 @@ pub fn dd(args: &DdArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
         true => Goal::used(&args.target, gate)?,
         false => {
             let end = to.checked_add(len).ok_or_else(|| Failure::usage("--seek: too many"))?;
-            let create = Create { size: Some(end), backing: None, options: Vec::new() };
+            let key = key_of_new(&args.target)?;
+            let create = Create { size: Some(end), backing: None, options: Vec::new(), key };
             let image = NewImage::make(&args.target, &create, false, gate)?;
             Goal::New(Box::new(create), image)
         }
@@ -149,7 +151,8 @@ fn run(
             Ok(shape) => (shape.take(&mut files), Target::Used),
             Err(create) => {
                 let files: Vec<_> = files.collect();
-                (vec![make(format, &files, &create).await?], Target::New)
+                let kind = if format.starts_zero(&create) { Target::New } else { Target::Used };
+                (vec![make(format, &files, &create).await?], kind)
             }
         };
         let target = layers::open(&images, true, &budget).await?;

@@ -13,6 +13,7 @@ use formats::error::Error;
 use formats::file::{Buf, ImageFile, Pending};
 use formats::metadata::Budget;
 use formats::tools::layers::BUDGET_BYTES;
+use rustix::fs::FallocateFlags;
 use shard::api::{CacheMode, FileKind};
 use shard::executor::{RingFlavour, probe_ring};
 use shard::offline::{self, OfflineError, OfflineFile};
@@ -145,6 +146,10 @@ impl ImageFile for Sparse {
         self.file.read(offset, len)
     }
 
+    fn read_lent(&self, offset: u64, len: usize) -> Pending<'static, Buf> {
+        self.file.read_lent(offset, len)
+    }
+
     fn write(&self, offset: u64, data: Buf) -> Pending<'static, ()> {
         self.file.write(offset, data)
     }
@@ -155,6 +160,14 @@ impl ImageFile for Sparse {
 
     fn extend(&self, length: u64) -> Pending<'static, ()> {
         self.file.extend(length)
+    }
+
+    fn reserve(&self, range: Range<u64>) -> Pending<'static, bool> {
+        let len = range.end.saturating_sub(range.start);
+        // A store that has no space left says so to the writes as well.
+        let done = !self.file.is_device()
+            && rustix::fs::fallocate(&self.store, FallocateFlags::KEEP_SIZE, range.start, len).is_ok();
+        Box::pin(std::future::ready(Ok(done)))
     }
 
     fn truncate(&self, length: u64) -> Pending<'static, ()> {

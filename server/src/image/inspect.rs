@@ -57,6 +57,7 @@ fn info_json(image: &Opened) -> Value {
         "allocated_bytes": allocated,
         "parent": parent,
         "data_files": data_files,
+        "encryption": description.encryption.as_ref().map(|encryption| &encryption.words),
         "writable": description.writable.is_ok(),
         "read_only_reason": description.writable.as_ref().err(),
         "properties": properties,
@@ -76,6 +77,10 @@ fn info_text(image: &Opened) -> String {
         lines.push(("parent", format!("{format}:{}", link.paths.join(" or "))));
     }
     lines.extend(image.files.iter().skip(1).map(|file| ("data file", file.path.display().to_string())));
+    if let Some(encryption) = &description.encryption {
+        lines.push(("encryption", encryption.words.clone()));
+        lines.extend(encryption.warning.map(|warning| ("warning", warning.to_owned())));
+    }
     lines.extend(description.writable.as_ref().err().map(|reason| ("read-only", reason.clone())));
     lines.extend(description.properties.iter().map(|(key, value)| (*key, value.clone())));
     // What comes from the image is shown without what a terminal would obey.
@@ -140,7 +145,7 @@ fn examine(name: &ImageName, repair: Option<Repair>, gate: &Gate) -> Result<Find
     let format = name.format;
     let files: Vec<_> = image.files.iter().collect();
     let mut found = engine::run(&files, move |files, budget| async move {
-        let layer = layers::LayerFiles { format, files, snapshot: None };
+        let layer = layers::LayerFiles { format, files, snapshot: None, key: None };
         format.check(layer.how(repair.is_some(), below_size, &budget), repair).await
     })?;
     found.remarks.extend(remarks);
@@ -290,7 +295,7 @@ pub fn compare(
 /// The source cannot be read, or the new format cannot tell.
 pub fn measure(args: &MeasureArgs, gate: &Gate, json: bool) -> Result<u8, Failure> {
     let format = format(&args.to).map_err(Failure::usage)?;
-    let create = Create { size: args.size, backing: None, options: args.options.clone() };
+    let create = Create { size: args.size, backing: None, options: args.options.clone(), key: None };
     let source = args.source.as_ref().map(|source| Chain::open(source, gate)).transpose()?;
     let shape = source.as_ref().map(Chain::shape);
     let files = source.as_ref().map(Chain::files).unwrap_or_default();

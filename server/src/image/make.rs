@@ -8,7 +8,7 @@ use formats::tools::snapshot::is_empty;
 use serde_json::json;
 
 use super::args::{CreateArgs, Internal, NewArgs, SnapshotArgs};
-use super::chain::{Chain, Gate, Opened};
+use super::chain::{Chain, Gate, Opened, read_key};
 use super::failure::Failure;
 use super::file::{OpenFile, Want};
 use super::name::ImageName;
@@ -98,16 +98,24 @@ fn make_over(
     (gate, json): (&Gate, bool),
 ) -> Result<u8, Failure> {
     let backing = parent.map(|parent| parent.link_from(image)).transpose()?;
-    let create = Create { size, backing, options: new.options.clone() };
+    let key = key_of_new(image)?;
+    let create = Create { size, backing, options: new.options.clone(), key };
     let files = NewImage::make(image, &create, new.force, gate)?;
     let format = image.format;
     let below = create.backing.as_ref().map(|(_, size)| *size);
-    let size = engine::run_blocking(&files.files(), |files, budget| async move {
+    let (size, encrypted) = engine::run_blocking(&files.files(), |files, budget| async move {
         let layer = make(format, &files, &create).await?;
+        let encrypted = layer.key.is_some();
         let driver = format.open(layer.how(false, below, &budget)).await?;
-        Ok(driver.size())
+        Ok((driver.size(), encrypted))
     })?;
     files.publish()?;
+    if !encrypted && parent.is_some_and(|parent| parent.description.encryption.is_some()) {
+        eprintln!(
+            "blktapd image: {image} is not encrypted and its parent is: what is written from now on can be read by everybody who has the \
+             file (-o encrypt.format=luks and a key-file= make an encrypted one)"
+        );
+    }
     let parent = parent.map(|parent| parent.name.to_string());
     let over = parent.as_ref().map_or(String::new(), |parent| format!(" over {parent}"));
     let text = format!("{image}: {}{over}\n", output::bytes(size));
@@ -129,7 +137,24 @@ pub async fn make(
         return Err(formats::error::Error::invalid("an image needs its file"));
     };
     format.create(file.clone(), data_files.to_vec(), create).await?;
-    Ok(LayerFiles { format, files: files.to_vec(), snapshot: None })
+    let key = match &create.key {
+        None => None,
+        Some(_) if format.describe(file.clone()).await?.encryption.is_none() => {
+            return Err(formats::error::Error::invalid(
+                "a key was given for an image that would not be encrypted: add -o encrypt.format=luks, or take the key away",
+            ));
+        }
+        Some(passphrase) => Some(format.unlock(file.clone(), passphrase).await?),
+    };
+    Ok(LayerFiles { format, files: files.to_vec(), snapshot: None, key })
+}
+
+/// The passphrase for an image that is to be made.
+///
+/// # Errors
+/// It cannot be read.
+pub fn key_of_new(name: &ImageName) -> Result<Option<formats::crypt::Secret>, Failure> {
+    name.keys.of(0).map(read_key).transpose()
 }
 
 /// `snapshot`.
@@ -181,10 +206,10 @@ fn skip_empty(chain: &mut Chain, size: Option<u64>) -> Result<(), Failure> {
         if !reads_same || top.name.snapshot.is_some() {
             return Ok(());
         }
-        let (format, below_size) = (top.name.format, chain.below_size());
+        let (format, below_size, key) = (top.name.format, chain.below_size(), top.key.clone());
         let empty =
             engine::run_blocking(&top.files.iter().collect::<Vec<_>>(), |files, budget| async move {
-                let layer = LayerFiles { format, files, snapshot: None };
+                let layer = LayerFiles { format, files, snapshot: None, key };
                 is_empty(&layers::open_alone(&layer, false, below_size, &budget).await?).await
             })?;
         if !empty {
@@ -232,7 +257,12 @@ fn internal(
     let top = chain.top();
     let below_size = chain.below_size();
     let files = top.files.iter().map(|file| file.blocking().map(|file| file as std::rc::Rc<dyn ImageFile>));
-    let layer = LayerFiles { format: image.format, files: files.collect::<Result<_, _>>()?, snapshot: None };
+    let layer = LayerFiles {
+        format: image.format,
+        files: files.collect::<Result<_, _>>()?,
+        snapshot: None,
+        key: None,
+    };
     let open = layer.how(true, below_size, &Budget::new(BUDGET_BYTES));
     futures_lite::future::block_on(image.format.change_snapshots(open, &change))?;
     let done = match action {

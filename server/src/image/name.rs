@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use formats::crypt::source::KeySources;
 use formats::driver::Format;
 use formats::registry;
 use formats::spec::NamedImage;
@@ -21,6 +22,8 @@ pub struct ImageName {
     pub snapshot: Option<String>,
     /// Through the page cache.
     pub buffered: bool,
+    /// Where the keys of encrypted images are: of it, and of what is below it.
+    pub keys: KeySources,
 }
 
 impl fmt::Debug for ImageName {
@@ -45,6 +48,14 @@ impl FromStr for ImageName {
         let mut name = ImageName::plain(format, image.path);
         name.typed_absolute = text.split_once(':').is_some_and(|(_, path)| path.starts_with(['/', '%']));
         for (key, value) in image.options {
+            let path = match KeySources::is_file_option(&key) && !value.is_empty() {
+                true => base.join(&value).into_os_string().into_string(),
+                false => Ok(value.clone()),
+            };
+            let path = path.map_err(|path| format!("{path:?} is not UTF-8"))?;
+            if name.keys.take(&key, &path)? {
+                continue;
+            }
             match (key.as_str(), value.as_str()) {
                 ("snapshot", _) => name.snapshot = Some(value),
                 ("cache", "none") => {}
@@ -56,7 +67,8 @@ impl FromStr for ImageName {
                 }
                 _ => {
                     return Err(format!(
-                        "{key:?} is no option of images here: there are snapshot=NAME and cache=none|writeback|writethrough"
+                        "{key:?} is no option of images here: there are snapshot=NAME, cache=none|writeback|writethrough, \
+                         key-file=PATH, key-credential=NAME and key-fd=N"
                     ));
                 }
             }
@@ -68,7 +80,14 @@ impl FromStr for ImageName {
 impl ImageName {
     /// Without options.
     pub fn plain(format: &'static dyn Format, path: PathBuf) -> ImageName {
-        ImageName { format, path, typed_absolute: true, snapshot: None, buffered: false }
+        ImageName {
+            format,
+            path,
+            typed_absolute: true,
+            snapshot: None,
+            buffered: false,
+            keys: KeySources::default(),
+        }
     }
 
     /// The folder that relative paths in the image are relative to.

@@ -10,6 +10,8 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use formats::crypt::Secret;
+use formats::crypt::source::KeySource;
 use formats::driver::{Create, Description, Format, Identity, Link};
 use formats::spec::{FormatOptions, ImageSpec, Target};
 use shard::alog::LogFile;
@@ -20,6 +22,7 @@ use super::links::{self, named_format};
 use super::logs::refuse_live_new;
 use super::{Held, Images, OpenImage, problem};
 use crate::files::{FileKey, OpenError, OpenErrorKind, OpenRequest};
+use crate::keys;
 use crate::problem::{Problem, ProblemKind};
 
 /// An image of a format that a disk wants.
@@ -127,6 +130,8 @@ impl Images {
         if let Some(layer) = chain.layers.first_mut() {
             layer.snapshot = snapshot;
         }
+        let encrypted: Vec<_> = chain.layers.iter().map(|layer| layer.key.is_some()).collect();
+        wanted.options.keys.check_used(&encrypted).map_err(Problem::invalid)?;
         Ok((size, identity))
     }
 
@@ -167,6 +172,7 @@ impl Images {
         let (image, key) = self.open_gated(wanted, chain, path.clone(), read_only, beside).await?;
         let left = wanted.deadline.saturating_duration_since(Instant::now());
         let description = self.files.describe(key, format, left).await.map_err(problem)?;
+        let volume_key = self.unlock(wanted, chain, format, (key, &path), &description).await?;
         let name: Arc<str> = path.display().to_string().into();
         let (mut files, mut names, mut keys) = (vec![image.clone()], vec![name], vec![key]);
         let place = self.place_of(&image, &path);
@@ -200,9 +206,59 @@ impl Images {
             writable: !read_only,
             flush: false,
             snapshot: None,
+            key: volume_key,
             log,
         });
         Ok((image, description))
+    }
+
+    /// The key at a place that an operator named.
+    pub async fn read_key(&self, source: &KeySource, deadline: Instant) -> Result<Secret, Problem> {
+        match source {
+            KeySource::File(path) => self.files.read_key(path, deadline).await.map_err(problem),
+            KeySource::Credential(name) => {
+                let path = keys::credential_path(name).map_err(image_problem)?;
+                let what = source.to_string();
+                let read = tokio::task::spawn_blocking(move || keys::read_file(&path, &what));
+                read.await.unwrap_or_else(|error| Err(error.to_string())).map_err(image_problem)
+            }
+            KeySource::Descriptor(number) => Err(Problem::invalid(format!(
+                "key-fd={number}: a descriptor is of one process, and the daemon is another: use key-file= or key-credential="
+            ))),
+        }
+    }
+
+    /// The key of the next image of a chain, if it is encrypted.
+    async fn unlock(
+        &self,
+        wanted: &Wanted<'_>,
+        chain: &mut Chain,
+        format: &'static dyn Format,
+        (file, path): (FileKey, &Path),
+        description: &Description,
+    ) -> Result<Option<Secret>, Problem> {
+        let Some(encryption) = &description.encryption else { return Ok(None) };
+        let number = chain.layers.len();
+        let Some(source) = wanted.options.keys.of(number) else {
+            return Err(image_problem(format!(
+                "{} is encrypted ({}) and no key was named for it: add key-file=PATH, or key-file-{number}=PATH for this image of the chain \
+                 alone",
+                path.display(),
+                encryption.words
+            )));
+        };
+        let secret = self.read_key(source, wanted.deadline).await?;
+        if let Some(warning) = encryption.warning {
+            chain.notes.push(format!("{}: {warning}", path.display()));
+        }
+        let turn = tokio::time::timeout_at(wanted.deadline, self.unlock_turn.lock()).await;
+        let _turn = turn.map_err(|_| {
+            let message = format!("{}: other images are still being unlocked", path.display());
+            Problem::new(ProblemKind::TimedOut, message)
+        })?;
+        let left = wanted.deadline.saturating_duration_since(Instant::now());
+        let unlocked = self.files.unlock(file, format, secret, left).await;
+        unlocked.map(Some).map_err(|error| problem(error).context(&format!("the key from {source}")))
     }
 
     /// The log of an image whose files are open for writing.
@@ -368,7 +424,7 @@ impl Images {
         let Target::Image { format, path, options } = spec.target()? else {
             return Err(image_problem(format!("{spec} is no overlay")));
         };
-        let wanted = Wanted { format: format.name(), path, options, read_only: false, disk, deadline };
+        let wanted = Wanted { format, path, options, read_only: false, disk, deadline };
         let mut chain = Chain::default();
         let format = built_in(wanted.format)?;
         let opened = self.open_layer(&wanted, &mut chain, format, wanted.path.clone(), false, None).await;

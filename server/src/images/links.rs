@@ -229,6 +229,7 @@ mod tests {
             data_files: Vec::new(),
             identity: None,
             writable: Ok(()),
+            encryption: None,
             properties: Vec::new(),
         };
         // The second one's identifier is the first one's name.

@@ -207,6 +207,7 @@ mod tests {
             data_files: Vec::new(),
             identity: Some(Identity { uuid: [1; 16], modified: None }),
             writable: Ok(()),
+            encryption: None,
             properties: vec![("cluster_size", "65536".into()), ("dirty", "no".into())],
         }
     }

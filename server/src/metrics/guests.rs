@@ -1,4 +1,4 @@
-//! Per device of a guest: `blktapd_guest_*`. Nothing of it is there on a host without Xen.
+//! Per device of a guest, and per client that shares memory without Xen: `blktapd_guest_*`. Nothing of it is there while there are none.
 
 use std::sync::Arc;
 
@@ -7,24 +7,28 @@ use shard::blkif::GuestCounters;
 
 use super::text::TextFamily;
 use crate::daemon::Daemon;
+use crate::guests;
 use crate::guests::counters::{self, Kind};
 use crate::model::GuestDevice;
 
 /// Writes all families of guests.
 pub fn write(daemon: &Arc<Daemon>, out: &mut String) {
-    let Some(guests) = daemon.guests.get() else { return };
-    let devices: Vec<(GuestDevice, Arc<GuestCounters>)> = guests
-        .list()
+    if let Some(guests) = daemon.guests.get() {
+        let mut up = TextFamily::new(
+            out,
+            "blktapd_xenstore_up",
+            "1 while XenStore answers and nothing keeps guests from being served.",
+            MetricType::GAUGE,
+        );
+        up.value(&[("xenstore", "host")], f64::from(u8::from(guests.problem().is_none())));
+    }
+    let devices: Vec<(GuestDevice, Arc<GuestCounters>)> = guests::all(daemon)
         .into_iter()
-        .filter_map(|device| guests.counters_of(&device).map(|counters| (device, counters)))
+        .filter_map(|(device, counters)| counters.map(|counters| (device, counters)))
         .collect();
-    let mut up = TextFamily::new(
-        out,
-        "blktapd_xenstore_up",
-        "1 while XenStore answers and nothing keeps guests from being served.",
-        MetricType::GAUGE,
-    );
-    up.value(&[("xenstore", "host")], f64::from(u8::from(guests.problem().is_none())));
+    if devices.is_empty() {
+        return;
+    }
     let mut info = TextFamily::new(
         out,
         "blktapd_guest_info",

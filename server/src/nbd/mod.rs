@@ -135,15 +135,24 @@ impl Daemon {
         if self.is_stopping() {
             return refuse(ProblemKind::Unavailable, "goes down with the daemon".into());
         }
-        let (standing, closing) = {
+        let (standing, closing, awaiting) = {
             let inner = disk.inner();
-            (inner.standing, inner.closing)
+            (inner.standing, inner.closing, inner.awaiting && !inner.attachment.request.read_only)
         };
         if standing != crate::daemon::disk::Standing::Live {
             return refuse(ProblemKind::Busy, "is not served now".into());
         }
         if closing > 0 {
             return refuse(ProblemKind::Busy, "is being detached".into());
+        }
+        if awaiting {
+            // What its guest wrote into rings of the daemon that is gone is yet to be done: nobody may write in between.
+            return refuse(
+                ProblemKind::Busy,
+                "awaits the recovery of its guest's requests, and nobody else may write to it until then: restart or unplug the \
+                 guest's disk, or give it up with `ctl detach --force`"
+                    .into(),
+            );
         }
         let limits = self.nbd.limits();
         let clients = disk.counters.clients.get() + u64::from(disk.connecting.load(Ordering::Relaxed)) + more;

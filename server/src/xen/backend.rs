@@ -51,9 +51,9 @@ pub trait Disks: Send + Sync + 'static {
     /// The device is gone: its disk is not used any more.
     fn removed(&self, id: DeviceId) -> impl Future<Output = ()> + Send;
 
-    /// The device was found connected, by a daemon that is dead: its guest waits, and its image must not be written by others. Called
-    /// before [`Disks::open`]; over with the next [`Disks::connect`] or [`Disks::removed`].
-    fn awaiting(&self, id: DeviceId);
+    /// How the device was found. `awaits`: connected, by a daemon that is dead: its guest waits, and its image must not be written by others,
+    /// until the next [`Disks::connect`] or [`Disks::removed`]. Called before [`Disks::open`].
+    fn awaiting(&self, id: DeviceId, awaits: bool);
 }
 
 /// What a shard says by itself.
@@ -145,6 +145,8 @@ pub(super) struct Context<D> {
     pub(super) own: OnceLock<Domid>,
     pub(super) entries: Mutex<BTreeMap<DeviceId, Arc<Entry>>>,
     tapback: tokio::sync::Mutex<Option<(Instant, Option<u32>)>>,
+    /// Memory is kept for disks of our own domain, or why it is not.
+    pub(super) kept: tokio::sync::OnceCell<Result<(), String>>,
     problems: Mutex<BTreeMap<&'static str, String>>,
 }
 
@@ -223,6 +225,7 @@ impl<D: Disks> Backend<D> {
             host,
             features,
             own: OnceLock::new(),
+            kept: tokio::sync::OnceCell::new(),
             entries: Mutex::default(),
             tapback: tokio::sync::Mutex::new(None),
             problems: Mutex::default(),

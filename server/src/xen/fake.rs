@@ -190,7 +190,8 @@ impl FakeStore {
     }
 
     pub async fn wait(&self, what: &str, condition: impl Fn(&FakeStore) -> bool) {
-        for _ in 0..20_000 {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        while tokio::time::Instant::now() < deadline {
             if condition(self) {
                 return;
             }

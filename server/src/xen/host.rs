@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use super::device::DeviceId;
+use crate::files::doctor::may_lock_memory;
 
 /// The name of tapback's processes: the master and one for each domain.
 const TAPBACK: &str = "tapback";
@@ -20,6 +21,13 @@ pub trait Host: Send + Sync + 'static {
 
     /// Has the kernel's blkback this device?
     fn blkback_has(&self, id: DeviceId) -> bool;
+
+    /// A disk is about to be used in this very domain: its dirty pages, written back when memory is short, come to this process,
+    /// which must not wait for memory then. Shards do not ([`shard::executor`]); here its own pages are kept.
+    ///
+    /// # Errors
+    /// What cannot be had, and what to do.
+    fn keep_memory(&self) -> Result<(), String>;
 }
 
 /// This host.
@@ -51,6 +59,17 @@ impl Host for ThisHost {
 
     fn blkback_has(&self, id: DeviceId) -> bool {
         self.bus.join(format!("devices/vbd-{}-{}/driver", id.domid, id.devid)).exists()
+    }
+
+    fn keep_memory(&self) -> Result<(), String> {
+        use rustix::mm::{MlockAllFlags, mlockall};
+        // What is not touched costs nothing; what once was stays.
+        let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+        // Under a limit later mappings would fail, which is worse than what this is against.
+        if !may_lock_memory() {
+            return Err("memory cannot be locked: start blktapd with LimitMEMLOCK=infinity (ulimit -l unlimited) or give CAP_IPC_LOCK".into());
+        }
+        mlockall(all).map_err(|error| format!("memory cannot be locked: {error}"))
     }
 }
 

@@ -113,6 +113,9 @@ async fn adopt<D: Disks>(
                     // A death that was noticed before the device was known is not noticed again.
                     let alive = context.store.domain_exists(id.domid).await.unwrap_or(true);
                     lock(&entry.marks).dead = !alive;
+                    if id.domid == context.own() {
+                        keep_memory(context).await;
+                    }
                     return Some((wanted, own));
                 }
                 Err(reason) => {
@@ -139,6 +142,19 @@ async fn adopt<D: Disks>(
             () = entry.wake.notified() => {}
             () = tapback_ends => {}
         }
+    }
+}
+
+/// Before a disk of this very domain is served.
+async fn keep_memory<D: Disks>(context: &Arc<Context<D>>) {
+    let keep = async || {
+        let context = context.clone();
+        tokio::task::spawn_blocking(move || context.host.keep_memory()).await.unwrap_or(Ok(()))
+    };
+    if let Err(why) = context.kept.get_or_init(keep).await {
+        tracing::warn!(
+            "a disk is used in the domain that serves it, and under memory pressure both may wait for each other: {why}"
+        );
     }
 }
 
@@ -234,9 +250,7 @@ impl<'a, D: Disks> Task<'a, D> {
     ) -> Task<'a, D> {
         // Rings that somebody served before this daemon started; `Closing` may mean that, too.
         let awaits = matches!(own, XenbusState::Connected | XenbusState::Closing);
-        if awaits {
-            context.disks.awaiting(id);
-        }
+        context.disks.awaiting(id, awaits);
         let now = Instant::now();
         let mut task = Task {
             context,

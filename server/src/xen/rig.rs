@@ -221,8 +221,10 @@ impl Disks for FakeDisks {
         self.change(id, "removed", &[None, Some(Use::Open)], None);
     }
 
-    fn awaiting(&self, id: DeviceId) {
-        self.state().awaiting.push(id);
+    fn awaiting(&self, id: DeviceId, awaits: bool) {
+        if awaits {
+            self.state().awaiting.push(id);
+        }
     }
 }
 
@@ -232,6 +234,8 @@ pub struct FakeHost {
     pub tapback: Mutex<Option<u32>>,
     pub loaded: Mutex<bool>,
     pub bound: Mutex<Vec<DeviceId>>,
+    /// Times that memory was to be kept.
+    pub kept: Mutex<u32>,
 }
 
 impl Host for FakeHost {
@@ -245,6 +249,11 @@ impl Host for FakeHost {
 
     fn blkback_has(&self, id: DeviceId) -> bool {
         self.bound.lock().unwrap().contains(&id)
+    }
+
+    fn keep_memory(&self) -> Result<(), String> {
+        *self.kept.lock().unwrap() += 1;
+        Err("a test's host keeps none".into())
     }
 }
 

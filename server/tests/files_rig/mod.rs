@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 /// Longer than anything here takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Tests of one program take turns: between fork and exec a child has every descriptor of its parent, and
 /// with them the locks that another test has just given up.
@@ -202,6 +202,16 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Whether files in this directory can be opened past the page cache: those of a tmpfs since Linux 6.6.
+pub fn takes_direct_io(dir: &Path) -> bool {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = dir.join("probe");
+    let mut options = File::options();
+    let opened = options.write(true).create_new(true).custom_flags(libc::O_DIRECT).open(&path);
+    let _ = fs::remove_file(path);
+    opened.is_ok()
 }
 
 /// Whether a read of `length` bytes at `offset`, in memory aligned to `align` and no coarser, is taken.

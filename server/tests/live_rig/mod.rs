@@ -474,7 +474,9 @@ pub fn fio_verified(uri: &str, jobs: u32, options: &[&str]) {
         "--group_reporting",
         "--output-format=json",
     ];
-    let Outcome { code, stdout, stderr, line } = run("fio", &[&fixed, options].concat());
+    // It flushes some hundred times, which takes a slow disk long.
+    let mut fio = Command::new("fio");
+    let Outcome { code, stdout, stderr, line } = run_command(fio.args(fixed).args(options), 3 * PATIENCE);
     let start = stdout.find('{').unwrap_or_default();
     let end = stdout.rfind('}').map_or(stdout.len(), |end| end + 1);
     let (said, json) = (format!("{}{stderr}", &stdout[..start]), &stdout[start..end]);

@@ -19,6 +19,7 @@ mod conns;
 mod guests;
 mod meter;
 mod ops;
+mod pace;
 mod rings;
 mod settle;
 mod swap;
@@ -44,6 +45,7 @@ use crate::storage::{Kernel, Op, TIMER};
 use actions::Gate;
 use meter::Meter;
 use ops::{OpKind, Ops};
+use pace::Pace;
 
 /// Housekeeping interval: buffers of idle connections go back to the system, stalled clients are looked at.
 const TICK: Nanos = SECOND;
@@ -175,6 +177,8 @@ pub struct Shard<K: Kernel> {
     /// Memory for tables of images.
     budget: std::rc::Rc<formats::metadata::Budget>,
     pieces: Vec<formats::volume::Piece>,
+    /// Where a piece is encrypted before it has its buffer.
+    sealing: formats::file::Buf,
     scratch: Vec<Action>,
     new_requests: Vec<Request>,
     timers: BinaryHeap<Reverse<(Nanos, u32)>>,
@@ -202,6 +206,7 @@ pub struct Shard<K: Kernel> {
     /// Buffer bytes in use when those that wait were last looked at.
     fed_at: usize,
     turn: u64,
+    pace: Pace,
     /// Actions of RAM disks that met another shard: tried again in the next turn.
     retry: Vec<(u32, Action)>,
     gates: HashMap<u64, Gate>,
@@ -255,6 +260,7 @@ impl<K: Kernel> Shard<K> {
             awake_next: Vec::new(),
             budget: formats::metadata::Budget::new(parts.table_budget_bytes),
             pieces: Vec::new(),
+            sealing: formats::file::Buf::zeroed(0),
             scratch: Vec::new(),
             new_requests: Vec::new(),
             timers: BinaryHeap::new(),
@@ -271,6 +277,7 @@ impl<K: Kernel> Shard<K> {
             sent_now: Vec::new(),
             fed_at: 0,
             turn: 0,
+            pace: Pace::default(),
             retry: Vec::new(),
             gates: HashMap::new(),
             unsettled: Vec::new(),
@@ -334,16 +341,19 @@ impl<K: Kernel> Shard<K> {
             self.timers.peek().map_or(self.next_tick, |Reverse((at, _))| (*at).min(self.next_tick));
         let deadline = self.rings.deadline().map_or(deadline, |at| at.min(deadline));
         self.kernel.set_timer(deadline);
-        self.kernel.enter(!more)?;
+        self.kernel.enter(if more { 0 } else { self.pace.want(self.ops.ios()) })?;
         let start = self.kernel.now();
         self.now = start;
+        let mut count = 0;
         while let Some(completion) = self.kernel.next_completion() {
+            count += 1;
             if completion.user_data != TIMER {
                 self.worked = true;
                 self.complete(completion);
                 self.run_actions();
             }
         }
+        self.pace.note(start, count);
         self.finish_sends();
         self.run_timers();
         self.wake_rings();
@@ -399,6 +409,7 @@ impl<K: Kernel> Shard<K> {
     }
 
     fn account(&mut self, start: Nanos) {
+        self.pool.collect();
         let end = self.kernel.now();
         let counters = &self.counters;
         counters.busy_ns.add(end.saturating_sub(start));

@@ -75,12 +75,19 @@ struct Slot {
 pub(super) struct Ops {
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// Reads and writes among those that are out.
+    ios: u32,
 }
 
 impl Ops {
     /// How many are out.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// Reads and writes that are out.
+    pub fn ios(&self) -> u32 {
+        self.ios
     }
 
     /// All that are out.
@@ -95,6 +102,7 @@ impl Ops {
             self.slots.push(Slot { generation: 0, kind: None });
             self.slots.len() as u32 - 1
         });
+        self.ios += u32::from(matches!(kind, OpKind::Io(_)));
         let slot = &mut self.slots[index as usize];
         slot.kind = Some(kind);
         u64::from(slot.generation) << 32 | u64::from(index)
@@ -118,6 +126,7 @@ impl Ops {
         // The top bit stays clear: user data with all bits set is the timer's.
         slot.generation = slot.generation.wrapping_add(1) & 0x7fff_ffff;
         self.free.push(index as u32);
+        self.ios -= u32::from(matches!(slot.kind, Some(OpKind::Io(_))));
         slot.kind.take()
     }
 }

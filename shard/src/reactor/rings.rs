@@ -16,7 +16,7 @@ use super::ops::OpKind;
 use super::*;
 use crate::blkif::Realm;
 use crate::blkif::domains::Host;
-use crate::blkif::ring::{GuestRing, Next, Outgoing, Piece};
+use crate::blkif::ring::{GuestRing, Next, Outgoing, Piece, Transfer};
 use crate::nbd::TURN_BYTES;
 use crate::storage::pool::Buf;
 
@@ -214,7 +214,7 @@ impl<K: Kernel> Shard<K> {
                     break;
                 };
                 let owner = copying.len() as u32;
-                let good = ring.fetch_in(&fetch, &buf, pool, opened, owner, now);
+                let good = ring.fetch_in(&fetch, &buf, pool, opened, owner, now) != Transfer::Failed;
                 copying.push(Copying { ring: slot, job: Job::Fetch(fetch, buf), good });
             }
         }
@@ -242,11 +242,17 @@ impl<K: Kernel> Shard<K> {
                 Next::Piece(piece) => {
                     let cost = piece.request.len.clamp(512, u64::from(crate::request::PIECE));
                     share = share.saturating_sub(cost);
-                    let owner = copying.len() as u32;
-                    let good = ring.copy_in(&piece, &mut self.pool, opened, owner, self.now);
-                    copying.push(Copying { ring: slot, job: Job::Start(piece), good });
                     if let Some(entry) = self.disks.get_mut(disk as usize) {
                         entry.share.1 = entry.share.1.saturating_sub(cost);
+                    }
+                    let owner = copying.len() as u32;
+                    let copied = ring.copy_in(&piece, &mut self.pool, opened, owner, self.now);
+                    if copied == Transfer::Done && copying.is_empty() {
+                        self.submit(piece.request);
+                        self.run_actions();
+                    } else {
+                        let good = copied != Transfer::Failed;
+                        copying.push(Copying { ring: slot, job: Job::Start(piece), good });
                     }
                 }
                 Next::Buffer => {
@@ -315,8 +321,14 @@ impl<K: Kernel> Shard<K> {
             let mut outgoing = ring.take_outgoing();
             for data in outgoing.drain(..) {
                 let owner = copying.len() as u32;
-                let good = ring.copy_out(&data, &mut self.pool, opened, owner, now);
-                copying.push(Copying { ring: slot, job: Job::Out(data), good });
+                match ring.copy_out(&data, &mut self.pool, opened, owner, now) {
+                    Transfer::Done => ring.on_copied(&mut self.pool, data, true),
+                    // A part of what failed may be planned.
+                    copied => {
+                        let good = copied != Transfer::Failed;
+                        copying.push(Copying { ring: slot, job: Job::Out(data), good });
+                    }
+                }
             }
             ring.give_outgoing(outgoing);
         }

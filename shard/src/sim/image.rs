@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use formats::blocking::wait;
+use formats::crypt::Secret;
 use formats::driver::Open;
 use formats::error::Error;
 use formats::file::{Buf, ImageFile as FormatFile, Pending};
@@ -154,6 +155,7 @@ impl Sim {
                 writable: false,
                 flush: false,
                 snapshot: None,
+                key: None,
                 log: None,
             }],
             Backend::Ram(_) | Backend::Null => return None,
@@ -184,8 +186,11 @@ impl Sim {
         let index = world.files.len();
         world.register_file(image.fd.as_raw_fd(), index, image.offset_align > 1);
         world.files.push(file);
+        // Some are encrypted.
+        let key = (index % 3 == 0).then(|| Secret::new(vec![7; 64]));
         let top = ChainLayer {
             format: &TOY,
+            key,
             files: vec![Arc::new(image)],
             names: vec![format!("overlay{index}").into()],
             writable: true,
@@ -218,6 +223,7 @@ pub fn contents(world: &World, chain: &ImageChain, durable: bool, ranges: &[Rang
             budget: Budget::new(1 << 20),
             log: None,
             snapshot: None,
+            key: layer.key.clone(),
         };
         let driver = wait(layer.format.open(open)).expect("the image opens");
         layers.push(Layer { driver, files });

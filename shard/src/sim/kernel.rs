@@ -580,7 +580,8 @@ impl Kernel for SimKernel {
     }
 
     /// Never waits: [`std::io::ErrorKind::WouldBlock`] ends the turn before it began, and the driver takes over.
-    fn enter(&mut self, wait: bool) -> std::io::Result<()> {
+    fn enter(&mut self, want: u32) -> std::io::Result<()> {
+        let wait = want > 0;
         let mut world = self.world.borrow_mut();
         let lane = &mut world.lanes[self.shard];
         lane.enters += 1;

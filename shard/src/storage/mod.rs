@@ -17,7 +17,7 @@ pub mod uring;
 
 use std::os::fd::RawFd;
 
-use crate::clock::Nanos;
+use crate::clock::{MICROSECOND, Nanos};
 use side::{SideDone, SideJob};
 
 /// One operation for the kernel. Addresses are of memory that outlives the operation (see the module's invariant).
@@ -124,6 +124,9 @@ pub struct Completion {
 /// User data of the completions that [`Kernel::set_timer`] makes.
 pub const TIMER: u64 = u64::MAX;
 
+/// The longest that [`Kernel::enter`] waits for more completions when it has one.
+pub const BATCH_WAIT: Nanos = 50 * MICROSECOND;
+
 /// What a shard needs of its surroundings: a clock, a ring, side threads. Linux in [`uring::Uring`], or the simulator.
 pub trait Kernel {
     /// The time.
@@ -139,8 +142,9 @@ pub trait Kernel {
     /// Asks for a completion with user data [`TIMER`] at `at` or soon after; replaces the earlier wish.
     fn set_timer(&mut self, at: Nanos);
 
-    /// Submits what is queued and collects completions; with `wait` blocks until there is at least one.
-    fn enter(&mut self, wait: bool) -> std::io::Result<()>;
+    /// Submits what is queued and collects completions. Blocks until there are `want` of them (not at all for 0), or one at least and
+    /// [`BATCH_WAIT`] has passed, or for no reason. A kernel that cannot wait for several waits for one.
+    fn enter(&mut self, want: u32) -> std::io::Result<()>;
 
     /// Everything that was pushed before the last [`Kernel::enter`] has reached the kernel.
     fn all_submitted(&self) -> bool;

@@ -4,9 +4,15 @@
 //! afterwards. Every connection may always have one piece (`guaranteed`), so that nobody who sits on buffers can stop others.
 //!
 //! A [`Buf`] is a unique handle (neither `Copy` nor `Clone`); it does not free itself, because the kernel may still use the memory
-//! when its holder has gone: the reactor frees it when the operation has completed.
+//! when its holder has gone: the reactor frees it when the operation has completed. One that the kernel is done with can be lent ([`Loan`])
+//! to somebody who knows no pool.
 
+use std::any::Any;
+use std::cell::RefCell;
 use std::ptr::NonNull;
+use std::rc::Rc;
+
+use formats::file::{Buf as Bytes, Lent};
 
 /// Smallest buffer and unit of carving, in bytes.
 pub const PAGE: usize = 4096;
@@ -31,6 +37,51 @@ impl Buf {
     }
 }
 
+/// The address space of a pool.
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, unmapped once; the pool and its loans, which know it, are gone. The shard drops its pool after its ring, so
+        // no operation is left.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// A buffer in the hands of somebody who knows no pool; the pool has it back when it is dropped.
+#[derive(Debug)]
+pub struct Loan {
+    /// Taken only when it goes back.
+    buf: Option<Buf>,
+    start: NonNull<u8>,
+    len: usize,
+    mapping: Rc<Mapping>,
+    returned: Rc<RefCell<Vec<Buf>>>,
+}
+
+impl Lent for Loan {
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: `len` bytes from `start` on are the piece of the buffer's, in a mapping that lives as long as `self`; the handle is unique and in
+        // here, so nobody else reaches them, and the kernel was done with them when they were lent.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        self.returned.borrow_mut().extend(self.buf.take());
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Chunk {
     /// One bit per slot that starts a free piece.
@@ -45,8 +96,9 @@ struct Chunk {
 /// The buffers of one shard.
 #[derive(Debug)]
 pub struct Pool {
-    base: NonNull<u8>,
-    mapped: usize,
+    mapping: Rc<Mapping>,
+    /// Buffers that were lent and are not any more.
+    returned: Rc<RefCell<Vec<Buf>>>,
     zeroes: NonNull<u8>,
     chunks: Vec<Chunk>,
     /// Chunks with no piece in use, most recently used last.
@@ -99,11 +151,12 @@ impl Pool {
         let count = (budget + guaranteed).div_ceil(CHUNK).max(1);
         let mapped = count * CHUNK;
         let base = map(mapped, libc::PROT_READ | libc::PROT_WRITE)?;
+        let mapping = Rc::new(Mapping { base, len: mapped });
         let zeroes = map(CHUNK, libc::PROT_READ)?;
         let chunk = Chunk { free: 0, class: 0, position: NONE, dirty: false };
         Ok(Pool {
-            base,
-            mapped,
+            mapping,
+            returned: Rc::default(),
             zeroes,
             chunks: vec![chunk; count],
             empty: (0..count as u32).rev().collect(),
@@ -114,6 +167,15 @@ impl Pool {
             #[cfg(test)]
             hidden: Vec::new(),
         })
+    }
+
+    /// Has the system use large pages for the buffers, where it has them: the kernel then looks up and describes to the device one page for a
+    /// large buffer instead of many. For programs with few pools, since the first touch of a page gives all of it memory.
+    pub fn use_large_pages(&self) {
+        // SAFETY: advice about our own mapping, which changes no contents. It may be refused, and nothing depends on it.
+        unsafe {
+            libc::madvise(self.mapping.base.as_ptr().cast(), self.mapping.len, libc::MADV_HUGEPAGE);
+        }
     }
 
     /// Bytes that connections share.
@@ -194,6 +256,40 @@ impl Pool {
         }
     }
 
+    /// Lends the first `len` bytes of a buffer. The kernel must be done with it.
+    pub fn lend(&self, buf: Buf, len: usize) -> Bytes {
+        let len = len.min(buf.capacity());
+        // SAFETY: a piece lies inside of the mapping.
+        let start = unsafe { self.mapping.base.add(self.offset(&buf)) };
+        let (mapping, returned) = (self.mapping.clone(), self.returned.clone());
+        Bytes::lent(Box::new(Loan { buf: Some(buf), start, len, mapping, returned }))
+    }
+
+    /// Takes bytes that are in a buffer of this pool back with it.
+    ///
+    /// # Errors
+    /// The same bytes: they are somewhere else.
+    pub fn take_back(&self, bytes: Bytes) -> Result<Buf, Bytes> {
+        let len = bytes.len();
+        let mut lent = bytes.into_lent()?;
+        let loan = (&mut *lent as &mut dyn Any).downcast_mut::<Loan>();
+        let ours = loan.filter(|loan| Rc::ptr_eq(&loan.mapping, &self.mapping));
+        if let Some(buf) = ours.and_then(|loan| loan.buf.take()) {
+            return Ok(buf);
+        }
+        let mut bytes = Bytes::lent(lent);
+        bytes.truncate(len);
+        Err(bytes)
+    }
+
+    /// Gives the buffers back that are not lent any more; called once in a turn.
+    pub fn collect(&mut self) {
+        let returned = self.returned.take();
+        for buf in returned {
+            self.give(buf);
+        }
+    }
+
     /// Gives chunks that were empty since the last call back to the system; called about once a second. Returns whether anything is
     /// left that a later call could give back.
     pub fn trim(&mut self) -> bool {
@@ -204,7 +300,7 @@ impl Pool {
                 chunk.dirty = false;
                 // SAFETY: the range is inside our mapping and no piece of the chunk is in use.
                 unsafe {
-                    let start = self.base.as_ptr().add(index as usize * CHUNK);
+                    let start = self.mapping.base.as_ptr().add(index as usize * CHUNK);
                     libc::madvise(start.cast(), CHUNK, libc::MADV_DONTNEED);
                 }
             }
@@ -215,7 +311,12 @@ impl Pool {
 
     /// Address of a buffer's first byte, for an [`super::Op`]; aligned to [`PAGE`].
     pub fn address(&self, buf: &Buf) -> usize {
-        self.base.as_ptr() as usize + buf.chunk as usize * CHUNK + buf.slot as usize * PAGE
+        self.mapping.base.as_ptr() as usize + self.offset(buf)
+    }
+
+    /// Where a buffer begins in the mapping.
+    fn offset(&self, buf: &Buf) -> usize {
+        buf.chunk as usize * CHUNK + buf.slot as usize * PAGE
     }
 
     /// Every chunk is free.
@@ -240,7 +341,7 @@ impl Pool {
     /// Address and length of the memory that all buffers are carved from.
     #[cfg(test)]
     pub fn range(&self) -> (usize, usize) {
-        (self.base.as_ptr() as usize, self.mapped)
+        (self.mapping.base.as_ptr() as usize, self.mapping.len)
     }
 
     /// Address of [`CHUNK`] bytes that read as zero, for writes.
@@ -280,18 +381,15 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // SAFETY: our own mappings; the shard drops its pool after its ring, so no operation is left.
-        unsafe {
-            libc::munmap(self.base.as_ptr().cast(), self.mapped);
-            libc::munmap(self.zeroes.as_ptr().cast(), CHUNK);
-        }
+        // SAFETY: our own mapping; the shard drops its pool after its ring, so no operation is left.
+        unsafe { libc::munmap(self.zeroes.as_ptr().cast(), CHUNK) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     //! Goal: pieces never overlap, the budget holds, and idle memory goes back. Method: a random walk of take and give against a
-    //! list of the ranges in use.
+    //! list of the ranges in use; of loans, by their addresses.
     use super::*;
 
     #[test]
@@ -348,5 +446,34 @@ mod tests {
         let buf = pool.take(CHUNK, false).expect("take");
         assert!(pool.bytes(&buf).iter().all(|&b| b == 0));
         pool.give(buf);
+    }
+    #[test]
+    fn what_is_lent_is_nobody_elses_until_it_is_back() {
+        let mut pool = Pool::new(2 * PAGE, 0).expect("map");
+        let mut other = Pool::new(PAGE, 0).expect("map");
+        let buf = pool.take(PAGE, false).expect("take");
+        pool.bytes_mut(&buf).fill(7);
+        let place = pool.address(&buf);
+        let mut lent = pool.lend(buf, 100);
+        lent[99] = 8;
+        assert_eq!((lent.len(), lent[0], lent[99], lent.as_ptr() as usize), (100, 7, 8, place));
+        let second = pool.take(PAGE, false).expect("take");
+        assert_ne!(pool.address(&second), place);
+        assert!(pool.take(PAGE, false).is_none(), "what is lent counts");
+        lent.truncate(50);
+        let lent = other.take_back(lent).expect_err("another pool's");
+        assert_eq!(lent.len(), 50);
+        let buf = pool.take_back(lent).expect("ours");
+        assert_eq!(pool.address(&buf), place);
+        assert!(pool.take_back(Bytes::zeroed(1)).is_err());
+        drop(pool.lend(buf, PAGE));
+        assert_eq!(pool.used(), 2 * PAGE);
+        pool.collect();
+        assert_eq!(pool.used(), PAGE);
+        pool.give(second);
+        assert!(pool.is_whole());
+        let late = other.take(PAGE, false).map(|buf| other.lend(buf, PAGE)).expect("take");
+        drop(other);
+        assert_eq!(late[0], 0, "the memory outlives its pool");
     }
 }

@@ -8,12 +8,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crossbeam::channel::{Receiver, unbounded};
-use io_uring::types::{CancelBuilder, Fd, FsyncFlags, TimeoutFlags, Timespec};
+use io_uring::types::{CancelBuilder, Fd, FsyncFlags, SubmitArgs, TimeoutFlags, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 
 use super::side::{self, SideDone, SideJob, SideReply};
-use super::{Completion, Kernel, Op, TIMER};
-use crate::clock::{Nanos, SECOND};
+use super::{BATCH_WAIT, Completion, Kernel, Op, TIMER};
+use crate::clock::{MICROSECOND, Nanos, SECOND};
 use crate::executor::RingFlavour;
 
 const ENTRIES: u32 = 1024;
@@ -54,6 +54,8 @@ pub struct Uring {
     /// Nothing was left in the submission queue after the last enter.
     all_submitted: bool,
     overflows: u64,
+    /// The kernel can wait for several completions, and for fewer after a time (Linux 6.12).
+    waits_for_many: bool,
     completions: VecDeque<Completion>,
 }
 
@@ -100,6 +102,7 @@ impl Uring {
         let _ = ring.submitter().register_iowq_max_workers(&mut IOWQ_WORKERS.clone());
         let (tx, side_done) = unbounded();
         Ok(Uring {
+            waits_for_many: ring.params().is_feature_min_timeout(),
             ring,
             flavour,
             timespecs: Box::new([Timespec::new(), Timespec::new()]),
@@ -133,10 +136,18 @@ impl Uring {
 
     fn call_enter(&mut self, want: u32) -> std::io::Result<()> {
         const GETEVENTS: u32 = 1;
+        const EXT_ARG: u32 = 1 << 3;
         let queued = self.ring.submission().len() as u32;
         self.enters += 1;
-        // SAFETY: entries in the queue name memory that outlives them; no signal mask is given.
-        let result = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, want, GETEVENTS, None) };
+        let submitter = self.ring.submitter();
+        let result = if want > 1 && self.waits_for_many {
+            let patience = SubmitArgs::new().min_wait_usec((BATCH_WAIT / MICROSECOND) as u32);
+            // SAFETY: entries in the queue name memory that outlives them; the argument is what EXT_ARG says it is.
+            unsafe { submitter.enter(queued, want, GETEVENTS | EXT_ARG, Some(&patience)) }
+        } else {
+            // SAFETY: as above; no signal mask is given.
+            unsafe { submitter.enter::<libc::sigset_t>(queued, want.min(1), GETEVENTS, None) }
+        };
         match result {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
@@ -246,10 +257,9 @@ impl Kernel for Uring {
         }
     }
 
-    fn enter(&mut self, wait: bool) -> std::io::Result<()> {
+    fn enter(&mut self, want: u32) -> std::io::Result<()> {
         self.collect();
-        let wait = wait && self.completions.is_empty();
-        self.call_enter(u32::from(wait))?;
+        self.call_enter(if self.completions.is_empty() { want } else { 0 })?;
         self.all_submitted = self.ring.submission().is_empty();
         self.collect();
         Ok(())

@@ -24,7 +24,7 @@ use ring_bridge::grants::memfd::{
 use ring_bridge::memory::{MemoryError, RingMemory, SharedRegion};
 use shard::api::{
     Backend, CacheMode, Command, DiskConfig, DiskId, Envelope, ErrorPolicy, Event, FileKind, ImageFile,
-    Reply, ShardError,
+    Reply, ShardError, ShardErrorKind,
 };
 use shard::blkif::{GuestConnect, GuestCounters, GuestInUse, Offer, QueueConnect, Transport};
 use shard::executor::{
@@ -35,6 +35,16 @@ use shard::ram::{PageSize, RamBudget, RamDisk, anonymous_backing};
 
 /// Nothing in these tests takes longer unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until something is true.
+#[track_caller]
+pub fn wait_until(what: &str, mut check: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !check() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
 
 /// Shards and the control side.
 pub struct Rig {
@@ -168,6 +178,17 @@ impl Rig {
             Reply::GuestConnected(in_use) => Ok(*in_use),
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Connects when the disk is free: its store may still work for requests of a guest that was dropped by force.
+    pub fn connect_in_turn(&self, shard: usize, disk: DiskId, guest: &Guest) {
+        wait_until("the disk is free", || match self.connect(shard, disk, guest.connect()) {
+            Ok(_) => true,
+            Err(error) => {
+                assert_eq!(error.kind, ShardErrorKind::WrongState, "{error}");
+                false
+            }
+        });
     }
 
     pub fn disconnect(&self, shard: usize, disk: DiskId, guest: &Guest) {

@@ -21,7 +21,7 @@ fn create(path: &Path, size: u64, backing: Option<(&str, &str)>, options: &str) 
     let link = |(path, format): (&str, &str)| {
         (Link { paths: vec![path.to_owned()], format: Some(format.to_owned()), identity: None }, size)
     };
-    let create = Create { size: Some(size), backing: backing.map(link), options };
+    let create = Create { size: Some(size), backing: backing.map(link), options, key: None };
     block_on(Qcow.create(DiskFile::open(path, true), Vec::new(), &create))
 }
 
@@ -31,7 +31,15 @@ fn layers(folder: &Path) -> [(&'static str, Vec<PathBuf>); 1] {
 
 fn open_of(path: &Path, writable: bool) -> Open {
     let files: Vec<Rc<dyn ImageFile>> = vec![DiskFile::open(path, writable)];
-    Open { files, writable, below_size: None, budget: Budget::new(64 << 10), log: None, snapshot: None }
+    Open {
+        files,
+        writable,
+        below_size: None,
+        budget: Budget::new(64 << 10),
+        log: None,
+        snapshot: None,
+        key: None,
+    }
 }
 
 fn check(path: &Path, repair: Option<Repair>) -> Findings {

@@ -7,15 +7,14 @@ use futures_lite::future::block_on;
 
 use super::*;
 use crate::qcow2::tests::compressed::contents;
-use crate::qcow2::tests::rig::{
-    Rng, change, have_qemu, open, qemu, qemu_ok, qemu_reads, read_all, same, write,
-};
+use crate::qcow2::tests::rig::{change, have_qemu, must_run, open, qemu_reads, read_all, same, write};
+use crate::testing::programs::run;
 use crate::tools::encode::copy_encoded;
 use crate::tools::layers::{self as chain, LayerFiles};
 
 /// Changes by us and by QEMU.
 fn used(folder: &Path, layers: &[(&str, Vec<PathBuf>)], mut model: Vec<u8>, what: &str, seed: u64) {
-    let mut rng = Rng(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     same(&format!("{what}: we read it"), &read_all(&open(layers, false)), &model);
     for round in 0..2 {
         let volume = open(layers, true);
@@ -33,13 +32,13 @@ fn used(folder: &Path, layers: &[(&str, Vec<PathBuf>)], mut model: Vec<u8>, what
         same(&format!("{what}, round {round}: QEMU reads ours"), &theirs, &model);
         let mut arguments = vec!["qemu-io".to_owned(), "-f".into(), "qcow".into()];
         for _ in 0..10 {
-            let at = rng.below(model.len() as u64 / 1024 - 40);
-            let (len, byte) = (1 + rng.below(40), 1 + rng.below(255));
+            let at = rng.u64(0..model.len() as u64 / 1024 - 40);
+            let (len, byte) = (1 + rng.u64(0..40), 1 + rng.u64(0..255));
             arguments.extend(["-c".into(), format!("write -P {byte} {at}k {len}k")]);
             model[at as usize * 1024..(at + len) as usize * 1024].fill(byte as u8);
         }
         arguments.push("a.qcow".into());
-        qemu_ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), folder);
+        must_run(folder, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
         same(&format!("{what}, round {round}: we read QEMU's"), &read_all(&open(layers, false)), &model);
     }
 }
@@ -50,13 +49,13 @@ fn images_of_qemu() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    qemu_ok(&["qemu-img", "create", "-q", "-f", "qcow", "a.qcow", "5M"], folder.path());
+    must_run(folder.path(), &["qemu-img", "create", "-q", "-f", "qcow", "a.qcow", "5M"]);
     used(folder.path(), &layers(folder.path()), vec![0; 5 << 20], "plain", 3);
     // Compressed: its `convert` ends with an error here though the image is whole, since it cannot tell the image's size.
     let folder = tempfile::tempdir().unwrap();
     let model = contents(3 << 20, 5);
     std::fs::write(folder.path().join("a.raw"), &model).unwrap();
-    qemu(&["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow", "a.raw", "a.qcow"], folder.path());
+    run(folder.path(), &["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow", "a.raw", "a.qcow"]);
     same("compressed by QEMU, read by QEMU", &qemu_reads("a.qcow", folder.path(), None), &model);
     assert!(is_encoded(&layers(folder.path())), "nothing is compressed");
     used(folder.path(), &layers(folder.path()), model, "compressed", 5);
@@ -107,7 +106,7 @@ fn compressed_images_of_ours() {
                 DiskFile::open(&folder.path().join(name), writable) as Rc<dyn ImageFile>
             };
             let budget = Budget::new(1 << 20);
-            let images = |format, file| [LayerFiles { format, files: vec![file], snapshot: None }];
+            let images = |format, file| [LayerFiles { format, files: vec![file], snapshot: None, key: None }];
             let raw = crate::registry::format("raw").unwrap();
             let source = chain::open(&images(raw, file("a.raw", false)), false, &budget).await?;
             let target = chain::open(&images(&Qcow, file("a.qcow", true)), true, &budget).await?;
@@ -135,9 +134,9 @@ fn backing_files() {
         let layers =
             [("qcow", vec![folder.path().join("a.qcow")]), ("raw", vec![folder.path().join("below")])];
         if number == 2 {
-            qemu_ok(
-                &["qemu-img", "create", "-q", "-f", "qcow", "-b", "below", "-F", "raw", "a.qcow", "4M"],
+            must_run(
                 folder.path(),
+                &["qemu-img", "create", "-q", "-f", "qcow", "-b", "below", "-F", "raw", "a.qcow", "4M"],
             );
         } else {
             create(&folder.path().join("a.qcow"), 4 << 20, Some(("below", "raw")), options).unwrap();
@@ -159,7 +158,7 @@ fn a_disk_grows() {
         let folder = tempfile::tempdir().unwrap();
         create(&folder.path().join("a.qcow"), 500 << 10, None, options).unwrap();
         let mut model = vec![0; 500 << 10];
-        let mut rng = Rng(9);
+        let mut rng = fastrand::Rng::with_seed(9);
         let volume = open(&layers(folder.path()), true);
         for size in [510u64 << 10, 3001 << 10, 40 << 20] {
             for _ in 0..20 {

@@ -41,6 +41,9 @@ impl Survey<'_> {
         self.note_fixed(table.offset, table.entries * 8, "the refcount table".into(), Holds::Other);
         let bytes = self.snapshots.bytes;
         self.note_fixed(header.snapshots_offset, bytes, "the snapshot table".into(), Holds::Other);
+        if let Some(area) = header.luks_area() {
+            self.note_fixed(area.start, area.end - area.start, "the LUKS header".into(), Holds::Other);
+        }
         self.note_l1(header.l1, "the active L1 table".into(), true);
         for one in &self.snapshots.snapshots {
             self.note_l1(one.l1, format!("the L1 table of snapshot {}", shown(&one.name)), false);

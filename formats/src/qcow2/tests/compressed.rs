@@ -34,16 +34,16 @@ const MATRIX: &[(u64, &str)] = &[
 
 /// What a file system might hold: text, noise, zeroes, in stretches of some kilobytes.
 pub(crate) fn contents(size: usize, seed: u64) -> Vec<u8> {
-    let mut rng = Rng(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     let mut bytes = Vec::with_capacity(size + (1 << 16));
     while bytes.len() < size {
-        let len = 512 * (1 + rng.below(100)) as usize;
-        match rng.below(4) {
+        let len = 512 * (1 + rng.u64(0..100)) as usize;
+        match rng.u64(0..4) {
             0 => bytes.resize(bytes.len() + len, 0),
-            1 => bytes.extend(std::iter::repeat_with(|| rng.next() as u8).take(len)),
+            1 => bytes.extend(std::iter::repeat_with(|| rng.u8(..)).take(len)),
             _ => {
-                let words: Vec<u64> = (0..8).map(|_| rng.next()).collect();
-                bytes.extend((0..len / 8).flat_map(|_| words[rng.below(8) as usize].to_le_bytes()));
+                let words: Vec<u64> = (0..8).map(|_| rng.u64(..)).collect();
+                bytes.extend((0..len / 8).flat_map(|_| words[rng.u64(0..8) as usize].to_le_bytes()));
             }
         }
     }
@@ -55,9 +55,9 @@ pub(crate) fn contents(size: usize, seed: u64) -> Vec<u8> {
 fn of_qemu(folder: &Path, size_kib: u64, options: &str, seed: u64) -> Vec<u8> {
     let model = contents(size_kib as usize * 1024, seed);
     std::fs::write(folder.join("a.raw"), &model).unwrap();
-    qemu_ok(
-        &["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, "a.raw", "a.qcow2"],
+    must_run(
         folder,
+        &["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, "a.raw", "a.qcow2"],
     );
     model
 }
@@ -72,12 +72,12 @@ fn of_ours(folder: &Path, size_kib: u64, options: &str, seed: u64) -> Vec<u8> {
         .map(|(a, b)| (a.to_owned(), b.to_owned()))
         .collect();
     let file: Rc<dyn ImageFile> = DiskFile::open(&folder.join("a.qcow2"), true);
-    let create = Create { size: Some(model.len() as u64), backing: None, options };
+    let create = Create { size: Some(model.len() as u64), backing: None, options, key: None };
     block_on(async {
         Qcow2.create(file.clone(), Vec::new(), &create).await?;
         let raw: Rc<dyn ImageFile> = DiskFile::open(&folder.join("a.raw"), false);
         let budget = Budget::new(1 << 20);
-        let images = |format, file| [LayerFiles { format, files: vec![file], snapshot: None }];
+        let images = |format, file| [LayerFiles { format, files: vec![file], snapshot: None, key: None }];
         let source =
             layers::open(&images(crate::registry::format("raw").unwrap(), raw), false, &budget).await?;
         let target = layers::open(&images(&Qcow2, file), true, &budget).await?;
@@ -112,7 +112,7 @@ fn encoded_bytes(volume: &Volume) -> u64 {
 }
 
 fn is_sound(folder: &Path, what: &str) {
-    qemu_check("a.qcow2", folder);
+    qemu_finds_nothing(folder, "a.qcow2");
     let found = check(&[&folder.join("a.qcow2")], None);
     assert_eq!((found.corruptions, found.leaks), (vec![], vec![]), "{what}");
 }
@@ -120,7 +120,7 @@ fn is_sound(folder: &Path, what: &str) {
 /// Random changes by us, and by QEMU, each read and judged by both; with a snapshot of the state at the beginning.
 fn used(folder: &Path, mut model: Vec<u8>, what: &str, seed: u64) {
     let before = model.clone();
-    let mut rng = Rng(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     let with_snapshot = seed.is_multiple_of(2) && !["=1", "=2"].iter().any(|bits| what.ends_with(bits));
     {
         let volume = open(&layers_of(folder), false);
@@ -129,7 +129,7 @@ fn used(folder: &Path, mut model: Vec<u8>, what: &str, seed: u64) {
     }
     is_sound(folder, what);
     if with_snapshot {
-        qemu_ok(&["qemu-img", "snapshot", "-c", "one", "a.qcow2"], folder);
+        must_run(folder, &["qemu-img", "snapshot", "-c", "one", "a.qcow2"]);
     }
     for round in 0..2 {
         let volume = open(&layers_of(folder), true);
@@ -151,13 +151,13 @@ fn used(folder: &Path, mut model: Vec<u8>, what: &str, seed: u64) {
         );
         let mut arguments = vec!["qemu-io".to_owned(), "-f".into(), "qcow2".into()];
         for _ in 0..10 {
-            let at = rng.below(model.len() as u64 / 1024 - 40);
-            let (len, byte) = (1 + rng.below(40), 1 + rng.below(255));
+            let at = rng.u64(0..model.len() as u64 / 1024 - 40);
+            let (len, byte) = (1 + rng.u64(0..40), 1 + rng.u64(0..255));
             arguments.extend(["-c".into(), format!("write -P {byte} {at}k {len}k")]);
             model[at as usize * 1024..(at + len) as usize * 1024].fill(byte as u8);
         }
         arguments.push("a.qcow2".into());
-        qemu_ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), folder);
+        must_run(folder, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
         same(
             &format!("{what}, round {round}: we read QEMU's"),
             &read_all(&open(&layers_of(folder), false)),
@@ -222,9 +222,9 @@ fn a_disk_that_ends_within_a_compressed_cluster_grows_and_shrinks() {
         let path = folder.path();
         let mut model = vec![7; 100 << 10];
         std::fs::write(path.join("a.raw"), &model).unwrap();
-        qemu_ok(
-            &["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, "a.raw", "a.qcow2"],
+        must_run(
             path,
+            &["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, "a.raw", "a.qcow2"],
         );
         block_on(crate::qcow2::shrink(open_of(&[&path.join("a.qcow2")], true), 70 << 10)).unwrap();
         let volume = open(&layers_of(path), true);
@@ -242,13 +242,17 @@ fn a_disk_that_ends_within_a_compressed_cluster_grows_and_shrinks() {
 fn small(folder: &Path) -> (Vec<u8>, Vec<u8>, usize) {
     let file: Rc<dyn ImageFile> = DiskFile::open(&folder.join("a.qcow2"), true);
     let options = vec![("cluster_size".to_owned(), "4k".to_owned())];
-    block_on(Qcow2.create(file, Vec::new(), &Create { size: Some(1 << 20), backing: None, options }))
-        .unwrap();
+    block_on(Qcow2.create(
+        file,
+        Vec::new(),
+        &Create { size: Some(1 << 20), backing: None, options, key: None },
+    ))
+    .unwrap();
     let volume = open(&layers_of(folder), true);
     let mut model = vec![0; 1 << 20];
     let units = (0..16u64).map(|number| {
-        let mut rng = Rng(number + 1);
-        let bytes: Vec<u8> = (0..4096).map(|_| rng.next() as u8 & 0x3f).collect();
+        let mut rng = fastrand::Rng::with_seed(number + 1);
+        let bytes: Vec<u8> = (0..4096).map(|_| rng.u8(..) & 0x3f).collect();
         model[number as usize * 4096..][..4096].copy_from_slice(&bytes);
         (number * 4096, codec::encode(Method::Deflate, &bytes, 4095).unwrap())
     });

@@ -1,13 +1,12 @@
 //! Goal: the driver keeps the contract of all drivers. Method: the suites of [`crate::testing::conformance`] over layouts and
 //! chains; `qemu-img check` as a second judge of crashed images.
 
-use std::path::Path;
-
-use super::rig::{have_qemu, qemu};
+use super::rig::have_qemu;
 use crate::qcow2::Qcow2;
 use crate::raw_driver::Raw;
 use crate::testing::conformance;
-use crate::testing::rig::{Case, LayerCase, Rig};
+use crate::testing::oracle;
+use crate::testing::rig::{Case, LayerCase};
 use crate::testing::size_of_run;
 
 const KIB: u64 = 1024;
@@ -99,18 +98,6 @@ fn on_a_device() {
     passes(Case::new("qcow2 on a device", vec![one]).logged(100));
 }
 
-/// QEMU finds leaks at most.
-fn qemu_judges(rig: &Rig) -> Result<(), String> {
-    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let path = folder.path().join("crashed.qcow2");
-    rig.store.pages(rig.files(0)[0]).save(&path).map_err(|error| error.to_string())?;
-    let output = qemu(&["qemu-img", "check", "-q", "crashed.qcow2"], Path::new(folder.path()));
-    match output.status.code() {
-        Some(0 | 3) => Ok(()),
-        code => Err(format!("qemu-img check: {code:?}: {}", String::from_utf8_lossy(&output.stdout))),
-    }
-}
-
 #[test]
 fn qemu_judges_crashes() {
     if !have_qemu() {
@@ -118,7 +105,7 @@ fn qemu_judges_crashes() {
     }
     let case = Case::new("qcow2", vec![layer(&[("cluster_size", "4k")], 300 * KIB)]).logged(100);
     conformance::for_seeds(&case, "crash", 1, |case, seed| {
-        conformance::crash::run(case, seed, 25, Some(&qemu_judges))
+        conformance::crash::run(case, seed, 25, Some(&oracle::judge))
     })
     .unwrap_or_else(|error| panic!("{error}"));
 }

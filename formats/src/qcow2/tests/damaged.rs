@@ -25,7 +25,7 @@ fn seeds(folder: &tempfile::TempDir) -> Vec<Vec<u8>> {
         create(&path, 200 << 10, None, options).unwrap();
         let volume = open(&[("qcow2", vec![path.clone()])], true);
         let mut model = vec![0; 200 << 10];
-        let mut rng = Rng(12);
+        let mut rng = fastrand::Rng::with_seed(12);
         for _ in 0..30 {
             change(&volume, &mut model, &mut rng);
         }
@@ -190,34 +190,34 @@ fn hostile_tables_are_not_followed() {
 }
 
 /// Changes some bytes, mostly where tables are.
-fn mutate(bytes: &mut Vec<u8>, rng: &mut Rng) {
-    for _ in 0..1 + rng.below(3) {
+fn mutate(bytes: &mut Vec<u8>, rng: &mut fastrand::Rng) {
+    for _ in 0..1 + rng.u64(..3) {
         let len = bytes.len() as u64;
-        let at = match rng.below(4) {
-            0 => rng.below(112),
-            1 => rng.below(len.div_ceil(8)) * 8,
+        let at = match rng.u64(..4) {
+            0 => rng.u64(..112),
+            1 => rng.u64(..len.div_ceil(8)) * 8,
             _ if len > 128 => {
                 // A table that the header names.
                 let fields =
                     [Some(40), Some(48), Some(64), bitmaps_extension(bytes).map(|at| at as usize + 16)];
-                let field = fields[rng.below(4) as usize].filter(|at| at + 8 <= bytes.len()).unwrap_or(40);
+                let field = fields[rng.u64(..4) as usize].filter(|at| at + 8 <= bytes.len()).unwrap_or(40);
                 let offset = u64::from_be_bytes(bytes[field..field + 8].try_into().unwrap());
-                (offset.wrapping_add(rng.below(96))) % len
+                (offset.wrapping_add(rng.u64(..96))) % len
             }
-            _ => rng.below(len),
+            _ => rng.u64(..len),
         } as usize;
         let at = at.min(bytes.len() - 1);
-        match rng.below(4) {
-            0 => bytes[at] = rng.next() as u8,
-            1 => bytes[at] ^= 1 << rng.below(8),
+        match rng.u64(..4) {
+            0 => bytes[at] = rng.u8(..),
+            1 => bytes[at] ^= 1 << rng.u64(..8),
             2 => {
                 let end = (at + 8).min(bytes.len());
                 let value = [0, u64::MAX, 1 << 63 | 512, 1 << 62, len, len.saturating_sub(512), 1 << 40]
-                    [rng.below(7) as usize]
+                    [rng.u64(..7) as usize]
                     .to_be_bytes();
                 bytes[at..end].copy_from_slice(&value[..end - at]);
             }
-            _ if rng.below(8) == 0 => bytes.truncate(at.max(1)),
+            _ if rng.u64(..8) == 0 => bytes.truncate(at.max(1)),
             _ => bytes[at] = 0,
         }
     }
@@ -231,7 +231,7 @@ fn mutated_images_are_answered_and_left_alone() {
     let rounds = std::env::var("QCOW2_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(400u64);
     let mut opened = 0;
     for round in 0..rounds {
-        let mut rng = Rng(0x9e37_79b9 + round * 7919);
+        let mut rng = fastrand::Rng::with_seed(0x9e37_79b9 + round * 7919);
         let mut bytes = seeds[(round % seeds.len() as u64) as usize].clone();
         mutate(&mut bytes, &mut rng);
         std::fs::write(&path, &bytes).unwrap();
@@ -253,7 +253,7 @@ fn mutated_images_are_answered_and_left_alone() {
         // Writable: errors are fine, panics and endless work are not.
         if let Ok(volume) = try_open(&[("qcow2", vec![path.clone()])], true, None) {
             for _ in 0..20 {
-                let at = rng.below(volume.size().min(1 << 20) / 512) * 512;
+                let at = rng.u64(..=volume.size().min(1 << 20) / 512) * 512;
                 let memory = Memory::new(1024);
                 let window = Window { memory: &memory, volume: &volume, at: 0 };
                 if at + 1024 <= volume.size() {

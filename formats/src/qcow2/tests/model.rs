@@ -26,7 +26,7 @@ fn random_histories() {
         create(&path, size, None, &list).unwrap();
         let layers = [("qcow2", vec![path.clone()])];
         let mut model = vec![0; size as usize];
-        let mut rng = Rng(1000 + number as u64);
+        let mut rng = fastrand::Rng::with_seed(1000 + number as u64);
         for round in 0..4 {
             let volume = open(&layers, true);
             for _ in 0..60 {

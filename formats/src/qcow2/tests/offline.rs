@@ -27,7 +27,7 @@ fn sample(folder: &tempfile::TempDir, options: &[(&str, &str)]) -> (PathBuf, Vec
     create(&path, 16 << 20, None, options).unwrap();
     let mut model = vec![0; 16 << 20];
     let volume = open(&[("qcow2", vec![path.clone()])], true);
-    let mut rng = Rng(3);
+    let mut rng = fastrand::Rng::with_seed(3);
     for _ in 0..60 {
         change(&volume, &mut model, &mut rng);
     }
@@ -98,7 +98,7 @@ fn damage_is_found_and_repaired() {
         let left = check(&[&path], None);
         assert_eq!((left.corruptions, left.leaks), (vec![], vec![]), "{name}");
         if have_qemu() {
-            qemu_check("a.qcow2", folder.path());
+            qemu_finds_nothing(folder.path(), "a.qcow2");
         }
         let volume = open(&[("qcow2", vec![path])], true);
         same(name, &read_all(&volume), &model);
@@ -139,7 +139,7 @@ fn a_dirty_image_is_repaired_when_it_is_opened_writable_only() {
     same("read-only", &read_all(&open(&layers, false)), &model);
     assert_eq!(std::fs::read(&path).unwrap(), before);
     let volume = open(&layers, true);
-    let mut rng = Rng(8);
+    let mut rng = fastrand::Rng::with_seed(8);
     for _ in 0..20 {
         change(&volume, &mut model, &mut rng);
     }
@@ -171,7 +171,7 @@ fn snapshots_of_ours_and_of_qemu() {
         create(&path, 3 << 20, None, &list).unwrap();
         let layers = [("qcow2", vec![path.clone()])];
         let mut model = vec![0; 3 << 20];
-        let mut rng = Rng(40 + number as u64);
+        let mut rng = fastrand::Rng::with_seed(40 + number as u64);
         let mut kept: Vec<(String, Vec<u8>)> = Vec::new();
         for round in 0..4 {
             let volume = open(&layers, true);
@@ -179,14 +179,14 @@ fn snapshots_of_ours_and_of_qemu() {
                 change(&volume, &mut model, &mut rng);
             }
             block_on(volume.close()).unwrap();
-            qemu_check("a.qcow2", folder.path());
+            qemu_finds_nothing(folder.path(), "a.qcow2");
             let name = format!("s{round}");
             match round % 2 {
                 0 => drop(block_on(create_snapshot(open_of(&[&path], true), &name)).unwrap()),
-                _ => drop(qemu_ok(&["qemu-img", "snapshot", "-c", &name, "a.qcow2"], folder.path())),
+                _ => drop(must_run(folder.path(), &["qemu-img", "snapshot", "-c", &name, "a.qcow2"])),
             }
             kept.push((name, model.clone()));
-            qemu_check("a.qcow2", folder.path());
+            qemu_finds_nothing(folder.path(), "a.qcow2");
             let found = check(&[&path], None);
             assert_eq!((found.corruptions, found.leaks), (vec![], vec![]), "{options}, round {round}");
         }
@@ -206,7 +206,7 @@ fn snapshots_of_ours_and_of_qemu() {
         // Back to an old state, on with it; deletes by both.
         block_on(apply_snapshot(open_of(&[&path], true), "s1")).unwrap();
         model = kept[1].1.clone();
-        qemu_check("a.qcow2", folder.path());
+        qemu_finds_nothing(folder.path(), "a.qcow2");
         let volume = open(&layers, true);
         same("applied", &read_all(&volume), &model);
         for _ in 0..30 {
@@ -214,12 +214,12 @@ fn snapshots_of_ours_and_of_qemu() {
         }
         block_on(volume.close()).unwrap();
         block_on(delete_snapshot(open_of(&[&path], true), "s0")).unwrap();
-        qemu_check("a.qcow2", folder.path());
-        qemu_ok(&["qemu-img", "snapshot", "-d", "s3", "a.qcow2"], folder.path());
+        qemu_finds_nothing(folder.path(), "a.qcow2");
+        must_run(folder.path(), &["qemu-img", "snapshot", "-d", "s3", "a.qcow2"]);
         block_on(delete_snapshot(open_of(&[&path], true), "s1")).unwrap();
         same("s2 after deletes", &qemu_reads("a.qcow2", folder.path(), Some("s2")), &kept[2].1);
         block_on(delete_snapshot(open_of(&[&path], true), "s2")).unwrap();
-        qemu_check("a.qcow2", folder.path());
+        qemu_finds_nothing(folder.path(), "a.qcow2");
         let found = check(&[&path], None);
         assert_eq!((found.corruptions, found.leaks), (vec![], vec![]), "{options}");
         same("at the end", &qemu_reads("a.qcow2", folder.path(), None), &model);
@@ -233,10 +233,10 @@ fn bitmaps_stay_consistent() {
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
-    qemu_ok(&["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "8M"], path);
-    qemu_ok(&["qemu-img", "bitmap", "--add", "-g", "64k", "a.qcow2", "live"], path);
-    qemu_ok(&["qemu-img", "bitmap", "--add", "--disable", "a.qcow2", "frozen"], path);
-    qemu_ok(&["qemu-io", "-f", "qcow2", "-c", "write 1M 1M", "a.qcow2"], path);
+    must_run(path, &["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "8M"]);
+    must_run(path, &["qemu-img", "bitmap", "--add", "-g", "64k", "a.qcow2", "live"]);
+    must_run(path, &["qemu-img", "bitmap", "--add", "--disable", "a.qcow2", "frozen"]);
+    must_run(path, &["qemu-io", "-f", "qcow2", "-c", "write 1M 1M", "a.qcow2"]);
     let layers = [("qcow2", vec![path.join("a.qcow2")])];
     let before = std::fs::read(path.join("a.qcow2")).unwrap();
     let volume = open(&layers, true);
@@ -251,10 +251,10 @@ fn bitmaps_stay_consistent() {
     write(&volume, 4 << 20, &[1; 512]);
     assert_eq!(block_on(volume.resize(9 << 20)).unwrap_err().kind, crate::error::ErrorKind::Unsupported);
     block_on(volume.close()).unwrap();
-    qemu_check("a.qcow2", path);
+    qemu_finds_nothing(path, "a.qcow2");
     let found = check(&[&path.join("a.qcow2")], None);
     assert_eq!((found.corruptions, found.leaks_total), (vec![], 0));
-    let info = qemu_ok(&["qemu-img", "info", "--output=json", "a.qcow2"], path);
+    let info = must_run(path, &["qemu-img", "info", "--output=json", "a.qcow2"]);
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().unwrap();
     let flags = |name: &str| {

@@ -38,21 +38,21 @@ fn files(folder: &tempfile::TempDir, options: &str) -> Vec<PathBuf> {
 }
 
 /// Some writes by QEMU, also zeroes and discards.
-fn qemu_writes(folder: &tempfile::TempDir, image: &str, size_kib: u64, rng: &mut Rng) {
+fn qemu_writes(folder: &tempfile::TempDir, image: &str, size_kib: u64, rng: &mut fastrand::Rng) {
     let mut commands: Vec<String> = Vec::new();
     for _ in 0..12 {
-        let at = rng.below(size_kib);
-        let len = (1 + rng.below(200)).min(size_kib - at);
-        commands.push(match rng.below(4) {
+        let at = rng.u64(..size_kib);
+        let len = (1 + rng.u64(..200)).min(size_kib - at);
+        commands.push(match rng.u64(..4) {
             0 => format!("write -z {at}k {len}k"),
             1 => format!("discard {at}k {len}k"),
-            _ => format!("write -P {} {at}k {len}k", 1 + rng.below(255)),
+            _ => format!("write -P {} {at}k {len}k", 1 + rng.u64(..255)),
         });
     }
     let mut arguments = vec!["qemu-io", "-t", "unsafe", "-d", "unmap", "-f", "qcow2"];
     commands.iter().for_each(|command| arguments.extend(["-c", command.as_str()]));
     arguments.push(image);
-    qemu_ok(&arguments, folder.path());
+    must_run(folder.path(), &arguments);
 }
 
 fn round_trip(
@@ -63,12 +63,12 @@ fn round_trip(
     below: Option<(&str, PathBuf)>,
     seed: u64,
 ) {
-    let mut rng = Rng(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     let mut layers = vec![("qcow2", files(folder, options))];
     if let Some((format, path)) = below {
         layers.push((format, vec![path]));
     }
-    qemu_check("a.qcow2", folder.path());
+    qemu_finds_nothing(folder.path(), "a.qcow2");
     for round in 0..2 {
         qemu_writes(folder, "a.qcow2", size_kib, &mut rng);
         let mut model = qemu_reads("a.qcow2", folder.path(), None);
@@ -85,7 +85,7 @@ fn round_trip(
         same(&format!("{name}, round {round}: we read ours"), &read_all(&volume), &model);
         block_on(volume.close()).unwrap();
         drop(volume);
-        qemu_check("a.qcow2", folder.path());
+        qemu_finds_nothing(folder.path(), "a.qcow2");
         same(
             &format!("{name}, round {round}: QEMU reads ours"),
             &qemu_reads("a.qcow2", folder.path(), None),
@@ -114,7 +114,7 @@ fn images_of_qemu() {
             arguments.extend(["-o", options]);
         }
         arguments.extend(["a.qcow2", &size]);
-        qemu_ok(&arguments, folder.path());
+        must_run(folder.path(), &arguments);
         round_trip(&folder, name, options, *size_kib, None, 77 + number as u64);
     }
 }
@@ -150,10 +150,10 @@ fn backing_files() {
     for (number, (format, options, below_kib)) in cases.into_iter().enumerate() {
         let folder = tempfile::tempdir().unwrap();
         let size = format!("{below_kib}k");
-        qemu_ok(&["qemu-img", "create", "-q", "-f", format, "below", &size], folder.path());
+        must_run(folder.path(), &["qemu-img", "create", "-q", "-f", format, "below", &size]);
         let half = format!("write -P 99 0 {}k", below_kib / 2 + 1);
         let tail = format!("write -P 98 {}k 1k", below_kib - 1);
-        qemu_ok(&["qemu-io", "-f", format, "-c", &half, "-c", &tail, "below"], folder.path());
+        must_run(folder.path(), &["qemu-io", "-f", format, "-c", &half, "-c", &tail, "below"]);
         let ours = number % 2 == 0;
         if ours {
             let list: Vec<(&str, &str)> =
@@ -171,7 +171,7 @@ fn backing_files() {
                 arguments.extend(["-o", options]);
             }
             arguments.extend(["a.qcow2", "4M"]);
-            qemu_ok(&arguments, folder.path());
+            must_run(folder.path(), &arguments);
         }
         let below = folder.path().join("below");
         round_trip(
@@ -196,12 +196,12 @@ fn a_disk_grows() {
             .enumerate()
     {
         let folder = tempfile::tempdir().unwrap();
-        qemu_ok(
-            &["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "500k"],
+        must_run(
             folder.path(),
+            &["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "500k"],
         );
         let layers = [("qcow2", files(&folder, options))];
-        let mut rng = Rng(5 + number as u64);
+        let mut rng = fastrand::Rng::with_seed(5 + number as u64);
         let mut model = vec![0; 500 << 10];
         let volume = open(&layers, true);
         for size in [510u64 << 10, 3001 << 10, 40 << 20] {
@@ -217,7 +217,7 @@ fn a_disk_grows() {
         }
         assert!(block_on(volume.resize(512)).is_err());
         block_on(volume.close()).unwrap();
-        qemu_check("a.qcow2", folder.path());
+        qemu_finds_nothing(folder.path(), "a.qcow2");
         same("QEMU after growing", &qemu_reads("a.qcow2", folder.path(), None), &model);
         if number == 3 {
             continue;
@@ -225,7 +225,7 @@ fn a_disk_grows() {
         let shrunk = open_of(&[&layers[0].1[0]], true);
         block_on(crate::qcow2::shrink(shrunk, 1000 << 10)).unwrap();
         model.truncate(1000 << 10);
-        qemu_check("a.qcow2", folder.path());
+        qemu_finds_nothing(folder.path(), "a.qcow2");
         same("QEMU after shrinking", &qemu_reads("a.qcow2", folder.path(), None), &model);
     }
 }

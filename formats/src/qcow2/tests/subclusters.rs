@@ -99,6 +99,7 @@ fn open_of(rig: &Rig, snapshot: Option<&str>) -> Open {
         budget: Budget::new(64 << 10),
         log: None,
         snapshot: snapshot.map(str::to_owned),
+        key: None,
     }
 }
 

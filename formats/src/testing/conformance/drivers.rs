@@ -2,6 +2,7 @@
 //! cases, with `qemu-img` and the rule for the footers of VHDs as further judges.
 
 use super::{Case, all};
+use crate::crypt::luks::Luks;
 use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
 use crate::raw_driver::Raw;
@@ -26,6 +27,16 @@ fn qcow(size: u64, options: &[(&str, &str)]) -> LayerCase {
 
 fn vhd(size: u64, options: &[(&str, &str)]) -> LayerCase {
     LayerCase::new(&Vhd, options, size)
+}
+
+/// Made with little work for who has the passphrase: it is known.
+fn luks(size: u64) -> LayerCase {
+    LayerCase::new(&Luks, &[("iter-time", "1")], size).encrypted()
+}
+
+fn encrypted(size: u64, options: &[(&str, &str)]) -> LayerCase {
+    let options = [&[("encrypt.format", "luks"), ("encrypt.iter-time", "1")], options].concat();
+    qcow2(size, &options).encrypted()
 }
 
 fn with_data_file(size: u64, options: &[(&str, &str)]) -> LayerCase {
@@ -75,6 +86,18 @@ cases! {
     qcow2_on_compressed_log:
         [qcow2(MIB, &[("cluster_size", "4k")]), qcow2(MIB, &[("compression_type", "zstd"), ("refcount_bits", "1")]).encoded()],
         |case| case.logged(1000);
+    luks_alone: [luks(MIB)];
+    luks_of_old: [LayerCase { options: vec![("cipher".into(), "aes-cbc-essiv:sha256".into()), ("key-bits".into(), "256".into()),
+        ("iter-time".into(), "1".into())], ..luks(MIB) }];
+    qcow2_luks: [encrypted(2 * MIB + 512, &[])];
+    qcow2_luks_log: [encrypted(2 * MIB, &[])], |case| case.logged(1000);
+    qcow2_luks_512: [encrypted(600 * KIB, &[("cluster_size", "512")])];
+    qcow2_luks_v2: [encrypted(MIB, &[("cluster_size", "4k"), ("compat", "0.10")])];
+    qcow2_luks_metadata: [encrypted(MIB, &[("cluster_size", "4k"), ("preallocation", "metadata")])];
+    qcow2_luks_extended_on_raw: [encrypted(MIB, &[("extended_l2", "on"), ("cluster_size", "16k")]), raw(900 * KIB)];
+    qcow2_luks_extended_log: [encrypted(MIB, &[("extended_l2", "on")])], |case| case.logged(1000);
+    qcow2_luks_on_luks_log: [encrypted(MIB, &[("cluster_size", "16k")]), luks(MIB)], |case| case.logged(1000);
+    qcow2_on_qcow2_luks: [qcow2(MIB, &[]), encrypted(MIB, &[("cluster_size", "4k")])], |case| case.logged(1000);
     qcow_4k: [qcow(3 * MIB + 512, &[])];
     qcow_4k_log: [qcow(3 * MIB, &[])], |case| case.logged(1000);
     qcow_512_small_memory: [qcow(600 * KIB, &[("cluster_size", "512")])], |case| case.with_budget(16 << 10);

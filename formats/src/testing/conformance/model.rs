@@ -19,8 +19,16 @@ struct Model {
 /// # Errors
 /// What differs from the byte array, or what the checks found.
 pub fn run(case: &Case, seed: u64, steps: usize, oracle: Option<Oracle<'_>>) -> Result<(), String> {
+    let rig = Rig::create(case, seed).map_err(|error| error.to_string())?;
+    exercise(rig, seed, steps, oracle)
+}
+
+/// The same on a chain that is there, and whose disk holds [`Rig::initial`].
+///
+/// # Errors
+/// As [`run`].
+pub fn exercise(rig: Rig, seed: u64, steps: usize, oracle: Option<Oracle<'_>>) -> Result<(), String> {
     let text = |error: crate::error::Error| error.to_string();
-    let rig = Rig::create(case, seed).map_err(text)?;
     let volume = rig.open(true).map_err(text)?;
     let bytes = rig.initial.clone();
     let mut model = Model { rig, volume, bytes, rng: fastrand::Rng::with_seed(seed), died: false };

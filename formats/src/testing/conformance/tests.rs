@@ -29,6 +29,13 @@ fn toy_passes() {
 }
 
 #[test]
+fn encrypted_toy_passes() {
+    all(&Case::new("encrypted toy", vec![toy(700 * KIB + 512).encrypted()]).leaking(), None).unwrap();
+    let layers = vec![toy(300 * KIB).encrypted(), toy(500 * KIB), raw(600 * KIB)];
+    all(&Case::new("encrypted toy on toy on raw", layers).leaking().logged(1000), None).unwrap();
+}
+
+#[test]
 fn toy_on_raw_passes() {
     let small = vec![toy(800 * KIB), raw(300 * KIB + 512)];
     all(&Case::new("toy on small raw", small).leaking().logged(1000), None).unwrap();

@@ -1,17 +1,10 @@
 //! Goal: differencing disks name their parents as others expect, and are refused when something is missing. Method: images of
 //! ours, described and opened again; a chain of three in a model; options of `create`.
 
-use std::rc::Rc;
-
-use super::store::{Bytes, Mem};
 use super::*;
 use crate::driver::Identity;
 use crate::error::ErrorKind;
 use crate::vhd::footer::Footer;
-
-fn empty() -> Rc<dyn ImageFile> {
-    Mem::new(Bytes::default())
-}
 
 #[test]
 fn a_parent_is_recorded_in_all_ways() {
@@ -65,7 +58,7 @@ fn three_deep() {
     let files = [empty(), empty(), empty()];
     create(&files[0], Some(4 << 20), None, &[]);
     let mut model = vec![0u8; 4 << 20];
-    let mut numbers = Numbers(3);
+    let mut rng = fastrand::Rng::with_seed(3);
     for depth in 0..3 {
         if depth > 0 {
             create(&files[depth], None, Some(link_to(&files[depth - 1], &["p.vhd"])), &[]);
@@ -78,9 +71,9 @@ fn three_deep() {
         };
         let volume = open(true);
         for _ in 0..60 {
-            let offset = numbers.below(8000) * 512;
-            let sectors = 1 + numbers.below(8);
-            let bytes = numbers.bytes(512 * sectors);
+            let offset = rng.u64(..8000) * 512;
+            let sectors = 1 + rng.u64(..8);
+            let bytes = nonzero(&mut rng, 512 * sectors);
             write(&volume, offset, &bytes).unwrap();
             model[offset as usize..offset as usize + bytes.len()].copy_from_slice(&bytes);
         }

@@ -1,14 +1,13 @@
 //! Goal: whatever instant the machine dies at, the image opens, shows what was flushed, and nothing that was never written there.
-//! Method: every change of the file is recorded while a workload runs; from the record crash states are made: what was flushed, plus a
-//! random part of what was not, in any order, torn at 512 bytes. Each is opened, checked and read. Flushed data has to be
+//! Method: every change of the file is recorded while a workload runs; from the record states are made that power loss may leave. Each is opened, checked and read. Flushed data has to be
 //! there; other bytes are old, new, or both in pieces of 512. The disk grows once: it has the old size or the new one.
 
 use std::rc::Rc;
 
-use super::store::{Bytes, Mem, Op};
 use super::*;
 use crate::driver::Erase;
-use crate::raw_driver::Raw;
+use crate::testing::Record;
+use crate::testing::replay::{Cause, Replayer};
 use crate::vhd::layout::Layout;
 
 const SIZE: u64 = 96 << 10;
@@ -20,33 +19,32 @@ const GROWTH_STEP: usize = 30;
 /// What may be in each sector: the last flushed value, and what was written since. A value is the byte that fills it.
 type Legal = Vec<Vec<u8>>;
 
-/// An instant of the workload: how much of the record there was, and what was legal, for each sector of the disk.
+/// An instant of the workload: events of the record that had happened, and what was legal, for each sector of the disk.
 struct Instant {
-    ops: usize,
+    at: usize,
     legal: Legal,
 }
 
-/// Runs a workload and returns the file before it, the record, and the instants.
-fn workload(differencing: bool, seed: u64) -> (Bytes, Vec<Op>, Vec<Instant>) {
-    let mem = Mem::new(Bytes::default());
+/// Runs a workload and returns the record and the instants.
+fn workload(differencing: bool, seed: u64) -> (Record, Vec<Instant>) {
+    let mem = mem(&Pages::empty(), true);
     let file: Rc<dyn ImageFile> = mem.clone();
     let link = Link { paths: vec!["p".to_owned()], format: Some("raw".to_owned()), identity: None };
     let backing = differencing.then_some((link, SIZE));
     create(&file, Some(SIZE), backing, &[("block_size", "8192")]);
-    let before = mem.bytes.borrow().clone();
-    *mem.record.borrow_mut() = Some(Vec::new());
+    mem.store().start_record();
     let disk = open(&file, differencing).unwrap();
-    let mut numbers = Numbers(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     let below = if differencing { 0xbb } else { 0 };
     let mut legal: Legal = vec![vec![below]; (SIZE / 512) as usize];
     let mut instants = Vec::new();
     let mut value = 1;
     for step in 0..70 {
         let sectors = legal.len();
-        let from = numbers.below(sectors as u64) as usize;
-        let len = (1 + numbers.below(20) as usize).min(sectors - from);
+        let from = rng.usize(..sectors);
+        let len = rng.usize(1..=20).min(sectors - from);
         let (offset, bytes) = (from as u64 * 512, len * 512);
-        match numbers.below(12) {
+        match rng.u8(..12) {
             _ if step == GROWTH_STEP => {
                 block_on(disk.resize(GROWN)).unwrap();
                 legal.resize((GROWN / 512) as usize, vec![0]);
@@ -69,69 +67,22 @@ fn workload(differencing: bool, seed: u64) -> (Bytes, Vec<Op>, Vec<Instant>) {
                 legal[from..from + len].iter_mut().for_each(|sector| sector.push(value));
             }
         }
-        let ops = mem.record.borrow().as_ref().map_or(0, Vec::len);
-        instants.push(Instant { ops, legal: legal.clone() });
+        instants.push(Instant { at: mem.store().mark(), legal: legal.clone() });
     }
     block_on(disk.close()).unwrap();
     for sector in &mut legal {
         sector.drain(..sector.len() - 1);
     }
-    let record = mem.record.borrow_mut().take().unwrap();
-    instants.push(Instant { ops: record.len(), legal });
-    (before, record, instants)
+    instants.push(Instant { at: mem.store().mark(), legal });
+    (mem.store().take_record(), instants)
 }
 
 fn open(file: &Rc<dyn ImageFile>, differencing: bool) -> Result<Volume, Error> {
     if !differencing {
         return Volume::new(vec![layer(file, file.is_writable(), None)?]);
     }
-    let parent: Rc<dyn ImageFile> =
-        Rc::new(Mem { writable: false, ..Mem::plain(Bytes::of(&vec![0xbb; SIZE as usize])) });
-    let driver = block_on(Raw.open(open_of(&parent, false, None))).unwrap();
-    let top = layer(file, file.is_writable(), Some(SIZE))?;
-    Volume::new(vec![top, Layer { driver, files: vec![parent] }])
-}
-
-/// A state that power loss may leave: all that was flushed, and of the rest what chance says.
-fn crashed(before: &Bytes, record: &[Op], numbers: &mut Numbers) -> Bytes {
-    let flushed = record.iter().rposition(|op| matches!(op, Op::Flush)).map_or(0, |at| at + 1);
-    let mut bytes = before.clone();
-    record[..flushed].iter().for_each(|op| bytes.apply(op));
-    let mut rest: Vec<&Op> = record[flushed..].iter().filter(|_| numbers.below(3) > 0).collect();
-    if numbers.below(2) == 0 {
-        for at in (1..rest.len()).rev() {
-            // Changes of the same bytes stay in order: the store serialises them.
-            let other = numbers.below(at as u64 + 1) as usize;
-            if !rest[other..=at]
-                .iter()
-                .enumerate()
-                .any(|(index, op)| rest[other..=at].iter().skip(index + 1).any(|later| overlap(op, later)))
-            {
-                rest.swap(at, other);
-            }
-        }
-    }
-    for op in rest {
-        match op {
-            Op::Write(at, data) if numbers.below(4) == 0 => {
-                for (index, sector) in data.chunks(512).enumerate().filter(|_| numbers.below(2) == 0) {
-                    bytes.write(at + index as u64 * 512, sector);
-                }
-            }
-            op => bytes.apply(op),
-        }
-    }
-    bytes
-}
-
-fn overlap(a: &Op, b: &Op) -> bool {
-    let range = |op: &Op| match op {
-        Op::Write(at, data) => *at..at + data.len() as u64,
-        Op::Zero(range) => range.clone(),
-        Op::Truncate(_) | Op::Flush => 0..u64::MAX,
-    };
-    let (a, b) = (range(a), range(b));
-    a.start < b.end && b.start < a.end
+    let parent: Rc<dyn ImageFile> = MemFile::alone("p", Pages::of(&vec![0xbb; SIZE as usize]), false);
+    at_once::open_files(&[("vhd", vec![file.clone()]), ("raw", vec![parent])], file.is_writable(), None)
 }
 
 #[test]
@@ -140,17 +91,20 @@ fn power_loss_at_any_instant() {
     // More: VHD_CRASH_RUNS=1000.
     let runs = std::env::var("VHD_CRASH_RUNS").ok().and_then(|runs| runs.parse().ok()).unwrap_or(1);
     for (differencing, seed) in (0..runs).flat_map(|run| [(false, 2 * run), (true, 2 * run + 1)]) {
-        let (before, record, instants) = workload(differencing, seed);
-        let mut numbers = Numbers(seed + 100);
+        let (record, instants) = workload(differencing, seed);
+        let mut replayer = Replayer::new(&record);
+        let mut rng = fastrand::Rng::with_seed(seed + 100);
         for (index, instant) in instants.iter().enumerate() {
             // In the middle of the step after this instant, too: what it writes is legal then.
-            let until = instants.get(index + 1).map_or(instant.ops, |next| next.ops);
-            let resizing = index + 1 == GROWTH_STEP;
-            for _ in 0..if resizing { 40 } else { 2 } {
-                let ops = instant.ops + numbers.below((until - instant.ops) as u64 + 1) as usize;
-                let state = crashed(&before, &record[..ops], &mut numbers);
+            let until = instants.get(index + 1).map_or(instant.at, |next| next.at);
+            let states_here = if index + 1 == GROWTH_STEP { 40 } else { 2 };
+            let mut moments: Vec<usize> = (0..states_here).map(|_| rng.usize(instant.at..=until)).collect();
+            moments.sort_unstable();
+            for at in moments {
+                replayer.advance(at);
+                let state = replayer.crash(Cause::PowerLoss, &mut rng);
                 let also = instants.get(index + 1).map_or(&instant.legal, |next| &next.legal);
-                let (copy, size) = judge(&state, differencing, &[&instant.legal, also]);
+                let (copy, size) = judge(&state.files[0], differencing, &[&instant.legal, also]);
                 by_copy += u64::from(copy);
                 states += 1;
                 // A resize is durable when it is answered.
@@ -168,8 +122,8 @@ fn power_loss_at_any_instant() {
 }
 
 /// Opens, checks and reads a state. Returns whether the footer at its end was missing, and the size of the disk.
-fn judge(state: &Bytes, differencing: bool, legal: &[&Legal]) -> (bool, u64) {
-    let file: Rc<dyn ImageFile> = Rc::new(Mem { writable: false, ..Mem::plain(state.clone()) });
+fn judge(state: &Pages, differencing: bool, legal: &[&Legal]) -> (bool, u64) {
+    let file: Rc<dyn ImageFile> = mem(state, false);
     let layout = block_on(Layout::read(&file)).unwrap();
     let by_copy = layout.footers.trailing.is_err();
     assert!(layout.footers.copy.is_ok(), "the copy is the way out");
@@ -187,7 +141,7 @@ fn judge(state: &Bytes, differencing: bool, legal: &[&Legal]) -> (bool, u64) {
         assert!(uniform && is_legal(sector, found[0]), "sector {sector} holds {}", found[0]);
     }
     // It can be written again, and is clean then.
-    let file: Rc<dyn ImageFile> = Mem::new(state.clone());
+    let file: Rc<dyn ImageFile> = mem(state, true);
     let disk = open(&file, differencing).unwrap();
     for block in 0..size / 8192 {
         write(&disk, block * 8192 + 512, &[0xdd; 512]).unwrap();

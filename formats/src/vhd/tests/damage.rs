@@ -4,7 +4,6 @@
 
 use std::rc::Rc;
 
-use super::store::{Bytes, Mem};
 use super::*;
 use crate::error::ErrorKind;
 use crate::vhd::bat::UNUSED;
@@ -12,8 +11,8 @@ use crate::vhd::footer::Footer;
 use zerocopy::big_endian::U32;
 
 /// A small image with three of its eight blocks, and its bytes.
-fn image(options: &[(&str, &str)]) -> (Bytes, Vec<u8>) {
-    let mem = Mem::new(Bytes::default());
+fn image(options: &[(&str, &str)]) -> (Pages, Vec<u8>) {
+    let mem = mem(&Pages::empty(), true);
     let file: Rc<dyn ImageFile> = mem.clone();
     let size = 8u64 << 12;
     let all = [&[("block_size", "4096"), ("max_size", "64k")][..], options].concat();
@@ -21,22 +20,22 @@ fn image(options: &[(&str, &str)]) -> (Bytes, Vec<u8>) {
     let disk = volume(&file, true);
     let mut bytes = vec![0; size as usize];
     for block in [1u64, 4, 6] {
-        let data = Numbers(block).bytes(4096);
+        let data = nonzero(&mut fastrand::Rng::with_seed(block), 4096);
         write(&disk, block << 12, &data).unwrap();
         bytes[(block << 12) as usize..][..4096].copy_from_slice(&data);
     }
     block_on(disk.close()).unwrap();
     drop(disk);
-    let made = mem.bytes.borrow().clone();
+    let made = mem.pages();
     (made, bytes)
 }
 
-fn read_only(bytes: &Bytes) -> Rc<dyn ImageFile> {
-    Rc::new(Mem { writable: false, ..Mem::plain(bytes.clone()) })
+fn read_only(bytes: &Pages) -> Rc<dyn ImageFile> {
+    mem(bytes, false)
 }
 
-fn writable(bytes: &Bytes) -> (Rc<Mem>, Rc<dyn ImageFile>) {
-    let mem = Mem::new(bytes.clone());
+fn writable(bytes: &Pages) -> (Rc<MemFile>, Rc<dyn ImageFile>) {
+    let mem = mem(bytes, true);
     (mem.clone(), mem)
 }
 
@@ -45,14 +44,14 @@ fn entry_at(block: u64) -> u64 {
     1536 + block * 4
 }
 
-fn entry(bytes: &Bytes, block: u64) -> u32 {
+fn entry(bytes: &Pages, block: u64) -> u32 {
     let mut entry = [0; 4];
     bytes.read(entry_at(block), &mut entry);
     u32::from_be_bytes(entry)
 }
 
 /// Opens, describes, checks and reads everything that opens; returns the first error.
-fn try_all(bytes: &Bytes, expected: &[u8]) -> Option<String> {
+fn try_all(bytes: &Pages, expected: &[u8]) -> Option<String> {
     let file = read_only(bytes);
     let described = block_on(Vhd.describe(file.clone()));
     let checked = block_on(Vhd.check(open_of(&file, false, None), None));
@@ -85,7 +84,7 @@ fn try_all(bytes: &Bytes, expected: &[u8]) -> Option<String> {
 fn every_byte_of_headers_and_tables() {
     let (bytes, expected) = image(&[]);
     assert_eq!(try_all(&bytes, &expected), None);
-    let end = bytes.length;
+    let end = bytes.length();
     let places = (0..1536 + 64).chain(end - 512..end);
     for at in places {
         for flip in [0x01, 0x80, 0xff] {
@@ -111,7 +110,7 @@ fn every_byte_of_headers_and_tables() {
 fn fields_that_make_no_sense() {
     // With right checksums: what is left to notice is the value.
     let (bytes, expected) = image(&[]);
-    let sum_again = |bytes: &mut Bytes, from: u64, len: usize, at: usize| {
+    let sum_again = |bytes: &mut Pages, from: u64, len: usize, at: usize| {
         let mut structure = vec![0; len];
         bytes.read(from, &mut structure);
         structure[at..at + 4].fill(0);
@@ -142,7 +141,7 @@ fn fields_that_make_no_sense() {
         change(&mut footer);
         let mut damaged = bytes.clone();
         damaged.write(0, &footer.to_bytes());
-        damaged.write(bytes.length - 512, &footer.to_bytes());
+        damaged.write(bytes.length() - 512, &footer.to_bytes());
         try_all(&damaged, &expected).unwrap()
     };
     assert!(footer(&|footer| footer.disk_type = U32::new(5)).contains("disk type 5"));
@@ -163,13 +162,13 @@ fn fields_that_make_no_sense() {
 
 #[test]
 fn files_that_are_no_vhd() {
-    for bytes in [vec![], vec![0; 511], vec![0; 512], Numbers(1).bytes(100_000)] {
-        let error = layer(&read_only(&Bytes::of(&bytes)), false, None).err().unwrap();
+    for bytes in [vec![], vec![0; 511], vec![0; 512], nonzero(&mut fastrand::Rng::with_seed(1), 100_000)] {
+        let error = layer(&read_only(&Pages::of(&bytes)), false, None).err().unwrap();
         assert_eq!(error.kind, ErrorKind::WrongFormat);
         assert!(!Vhd.recognises(&bytes[..bytes.len().min(65536)], &bytes[bytes.len().saturating_sub(512)..]));
     }
     // A guest of a fixed disk can write what it likes at offset 0.
-    let file: Rc<dyn ImageFile> = Mem::new(Bytes::default());
+    let file = empty();
     create(&file, Some(1 << 20), None, &[("type", "fixed")]);
     let (sparse, _) = image(&[]);
     write(&volume(&file, true), 0, &sparse.to_vec()[..8192]).unwrap();
@@ -189,8 +188,8 @@ fn damaged_entries_are_found_and_their_blocks_not_served() {
         (0, 3, "headers or tables", false),
         (0, four, "overlaps block", false),
         (0, one + 1, "overlaps block", false),
-        (0, (bytes.length / 512) as u32 - 2, "footer", false),
-        (0, (bytes.length / 512) as u32 + 100, "behind the end", true),
+        (0, (bytes.length() / 512) as u32 - 2, "footer", false),
+        (0, (bytes.length() / 512) as u32 + 100, "behind the end", true),
         (0, UNUSED - 1, "behind the end", true),
     ] {
         let mut damaged = bytes.clone();
@@ -204,27 +203,27 @@ fn damaged_entries_are_found_and_their_blocks_not_served() {
         let disk = volume(&read_only(&damaged), false);
         assert_eq!(read(&disk, block << 12, 512).unwrap_err().kind, ErrorKind::Corrupt);
         assert_eq!(read(&disk, 6 << 12, 4096).unwrap(), expected[6 << 12..7 << 12]);
-        let before = mem.bytes.borrow().to_vec();
+        let before = mem.pages().to_vec();
         let findings = check(&file, Some(Repair::All));
         assert_eq!(findings.repaired_total > 0, repaired, "{value:#x}: {findings:?}");
         if repaired {
             assert_clean(&file);
             assert_eq!(read(&volume(&file, true), 0, 8 << 12).unwrap(), expected);
         } else {
-            assert_eq!(mem.bytes.borrow().to_vec(), before, "what cannot be repaired is left alone");
+            assert_eq!(mem.pages().to_vec(), before, "what cannot be repaired is left alone");
         }
     }
 }
 
 #[test]
 fn a_locator_behind_the_end_takes_no_space() {
-    let mem = Mem::new(Bytes::default());
+    let mem = mem(&Pages::empty(), true);
     let file: Rc<dyn ImageFile> = mem.clone();
     let link = Link { paths: vec!["p.img".to_owned()], format: Some("raw".to_owned()), identity: None };
     create(&file, Some(1 << 20), Some((link, 1 << 20)), &[("block_size", "4096")]);
-    let good = mem.bytes.borrow().clone();
+    let good = mem.pages();
     // The last one begins in the file.
-    for offset in [8u64 << 40, u64::MAX - 4096, good.length + 512, good.length - 100] {
+    for offset in [8u64 << 40, u64::MAX - 4096, good.length() + 512, good.length() - 100] {
         let mut header = crate::vhd::header::Header::parse(&{
             let mut bytes = [0; 1024];
             good.read(512, &mut bytes);
@@ -240,15 +239,14 @@ fn a_locator_behind_the_end_takes_no_space() {
         let (mem, file) = writable(&damaged);
         assert!(check(&file, None).corruptions.iter().any(|line| line.contains("is not in the file")));
         let driver = layer(&file, true, Some(1 << 20)).unwrap();
-        let parent: Rc<dyn ImageFile> =
-            Rc::new(Mem { writable: false, ..Mem::plain(Bytes::of(&[0; 1 << 20])) });
+        let parent = read_only(&Pages::of(&[0; 1 << 20]));
         let open = open_of(&parent, false, None);
         let below = block_on(crate::raw_driver::Raw.open(open)).unwrap();
         let disk = Volume::new(vec![driver, Layer { driver: below, files: vec![parent] }]).unwrap();
         write(&disk, 8192, &[7; 4096]).unwrap();
         block_on(disk.close()).unwrap();
-        let length = mem.bytes.borrow().length;
-        assert!(length < good.length + (64 << 10), "locator at {offset}: the file has {length} bytes");
+        let length = mem.pages().length();
+        assert!(length < good.length() + (64 << 10), "locator at {offset}: the file has {length} bytes");
         assert_eq!(read(&disk, 8192, 512).unwrap(), [7; 512]);
         assert!(check(&file, None).corruptions.iter().all(|line| line.contains("parent locator")));
         assert!(layer(&file, true, Some(1 << 20)).is_ok());
@@ -258,9 +256,9 @@ fn a_locator_behind_the_end_takes_no_space() {
 #[test]
 fn footers_are_restored_from_each_other() {
     let (bytes, expected) = image(&[]);
-    let last = bytes.length - 512;
+    let last = bytes.length() - 512;
     let cut = {
-        let mut cut = Bytes::default();
+        let mut cut = Pages::empty();
         cut.write(0, &bytes.to_vec()[..last as usize]);
         cut
     };
@@ -315,21 +313,21 @@ fn leaks_are_given_back() {
     let mut leaky = bytes.clone();
     let mut footer = [0; 512];
     bytes.read(0, &mut footer);
-    leaky.write(bytes.length + 50_000 / 512 * 512, &footer);
+    leaky.write(bytes.length() + 50_000 / 512 * 512, &footer);
     leaky.write(entry_at(10), &7u32.to_be_bytes());
     let (_, file) = writable(&leaky);
     let findings = check(&file, None);
     assert_eq!((findings.corruptions_total, findings.leaks_total), (0, 2), "{findings:?}");
     assert_eq!(check(&file, Some(Repair::Leaks)).repaired_total, 2);
     assert_clean(&file);
-    assert_eq!(file.length(), bytes.length);
+    assert_eq!(file.length(), bytes.length());
     assert_eq!(read(&volume(&file, false), 0, 8 << 12).unwrap(), expected);
 }
 
 #[test]
 fn batmaps() {
     // Blocks whose bit is set are kept when they are erased; lies and damage are found, and replaced by an empty one.
-    let file: Rc<dyn ImageFile> = Mem::new(Bytes::default());
+    let file = empty();
     create(&file, Some(8 << 20), None, &[("max_size", "8M")]);
     write_and_close(&file, 2 << 20);
     let header = 1536 + 512;
@@ -366,16 +364,16 @@ fn write_and_close(file: &Rc<dyn ImageFile>, offset: u64) {
 #[test]
 fn random_damage_never_panics() {
     let (bytes, expected) = image(&[]);
-    let mut numbers = Numbers(77);
+    let mut rng = fastrand::Rng::with_seed(77);
     for _ in 0..2000 {
         let mut damaged = bytes.clone();
-        for _ in 0..1 + numbers.below(4) {
-            let at = numbers.below(3) * (bytes.length - 2048) / 2 + numbers.below(2048);
-            damaged.write(at.min(bytes.length - 1), &[numbers.below(256) as u8]);
+        for _ in 0..1 + rng.u64(..4) {
+            let at = rng.u64(..3) * (bytes.length() - 2048) / 2 + rng.u64(..2048);
+            damaged.write(at.min(bytes.length() - 1), &[rng.u8(..)]);
         }
-        if numbers.below(4) == 0 {
-            let len = numbers.below(bytes.length);
-            damaged = Bytes::of(&damaged.to_vec()[..len as usize]);
+        if rng.u64(..4) == 0 {
+            let len = rng.u64(..bytes.length());
+            damaged = Pages::of(&damaged.to_vec()[..len as usize]);
         }
         try_all(&damaged, &expected);
         let (_, file) = writable(&damaged);

@@ -3,34 +3,37 @@
 mod chain;
 mod crash;
 mod damage;
+mod encrypted;
 mod model;
 mod others;
 mod plans;
 mod space;
-mod store;
 mod suites;
 
 use std::rc::Rc;
 
-use crate::driver::{Create, Description, Findings, Format, Link, Open, Repair};
+use crate::driver::{Description, Findings, Format, Link, Open, Repair};
 use crate::error::Error;
 use crate::file::{Buf, ImageFile};
-use crate::metadata::Budget;
+use crate::testing::{MemFile, Pages, at_once};
 use crate::vhd::Vhd;
-use crate::volume::{Layer, Memory, Volume, Window};
+use crate::volume::{Layer, Volume};
 
-pub use futures_lite::future::block_on;
+pub use crate::testing::at_once::{block_on, nonzero, read, write};
+
+/// A file in memory.
+pub fn mem(pages: &Pages, writable: bool) -> Rc<MemFile> {
+    MemFile::alone("mem.vhd", pages.clone(), writable)
+}
+
+/// An empty file in memory.
+pub fn empty() -> Rc<dyn ImageFile> {
+    mem(&Pages::empty(), true)
+}
 
 /// How to open a file.
 pub fn open_of(file: &Rc<dyn ImageFile>, writable: bool, below_size: Option<u64>) -> Open {
-    Open {
-        files: vec![file.clone()],
-        writable,
-        below_size,
-        budget: Budget::new(1 << 20),
-        log: None,
-        snapshot: None,
-    }
+    at_once::open_of(vec![file.clone()], writable, below_size)
 }
 
 /// Makes an image.
@@ -50,8 +53,7 @@ pub fn try_create(
     backing: Option<(Link, u64)>,
     options: &[(&str, &str)],
 ) -> Result<(), Error> {
-    let options = options.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-    block_on(Vhd.create(file.clone(), Vec::new(), &Create { size, backing, options }))
+    at_once::create("vhd", std::slice::from_ref(file), size, backing, options)
 }
 
 /// A layer of a VHD.
@@ -63,21 +65,6 @@ pub fn layer(file: &Rc<dyn ImageFile>, writable: bool, below_size: Option<u64>) 
 /// A VHD alone.
 pub fn volume(file: &Rc<dyn ImageFile>, writable: bool) -> Volume {
     Volume::new(vec![layer(file, writable, None).unwrap()]).unwrap()
-}
-
-/// Bytes of a volume.
-pub fn read(volume: &Volume, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
-    let memory = Memory::new(len as usize);
-    let window = Window { memory: &memory, volume, at: 0 };
-    block_on(volume.read(offset, len, &window))?;
-    Ok(memory.take().to_vec())
-}
-
-/// Writes bytes to a volume.
-pub fn write(volume: &Volume, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-    let memory = Memory::of(Buf::copy_of(bytes));
-    let window = Window { memory: &memory, volume, at: 0 };
-    block_on(volume.write(offset, bytes.len() as u64, &window))
 }
 
 /// A check of a file.
@@ -101,25 +88,4 @@ pub fn link_to(file: &Rc<dyn ImageFile>, paths: &[&str]) -> (Link, u64) {
     let parent = describe(file);
     let paths = paths.iter().map(|path| (*path).to_owned()).collect();
     (Link { paths, format: Some("vhd".to_owned()), identity: parent.identity }, parent.size)
-}
-
-/// A small generator of numbers, the same in every run.
-pub struct Numbers(pub u64);
-
-impl Numbers {
-    /// A number below `limit`.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        // splitmix64
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % limit
-    }
-
-    /// Bytes, none of them zero.
-    pub fn bytes(&mut self, len: u64) -> Vec<u8> {
-        let first = self.below(255) as u8;
-        (0..len).map(|at| ((u64::from(first) + at / 512 + at) % 255) as u8 + 1).collect()
-    }
 }

@@ -3,12 +3,12 @@
 
 use std::rc::Rc;
 
-use super::store::{Bytes, Mem};
 use super::*;
 use crate::driver::{Driver, Place};
+use crate::testing::{Fault, Kind, Op, Rule};
 
 fn disk(size: u64) -> (Rc<dyn ImageFile>, Rc<dyn Driver>) {
-    let file: Rc<dyn ImageFile> = Mem::new(Bytes::default());
+    let file = empty();
     create(&file, Some(size), None, &[("block_size", "8192")]);
     let driver = layer(&file, true, None).unwrap().driver;
     (file, driver)
@@ -76,18 +76,19 @@ fn a_place_that_was_given_up_is_for_its_own_block_only() {
 fn an_error_fails_one_write_only() {
     // Every change of the file fails from the N-th on, then works again: nothing is lost, the disk goes on.
     for changes in 0..40 {
-        let file = Mem::new(Bytes::default());
+        let file = mem(&Pages::empty(), true);
         let image: Rc<dyn ImageFile> = file.clone();
         create(&image, Some(1 << 20), None, &[("block_size", "8192")]);
         let disk = volume(&image, true);
         let mut written = Vec::new();
-        file.changes_left.set(changes);
+        let is_change = |op: &Op| !matches!(op.kind, Kind::Read | Kind::Flush);
+        file.store().inject(Rule::when(Fault::ENOSPC, is_change).skipping(changes));
         for block in 0..6u64 {
             if write(&disk, block * 8192, &[block as u8 + 1; 512]).is_ok() {
                 written.push(block);
             }
         }
-        file.changes_left.set(u64::MAX);
+        file.store().heal();
         for block in 6..12u64 {
             write(&disk, block * 8192, &[block as u8 + 1; 512]).unwrap();
             written.push(block);
@@ -105,7 +106,6 @@ fn an_error_fails_one_write_only() {
 fn nobody_overtakes_zeroes_whose_writer_went_away() {
     use crate::driver::Erase;
     use crate::testing::rig::{Case, LayerCase, Rig, read, write};
-    use crate::testing::{Kind, Op};
 
     let raw = LayerCase::new(&crate::raw_driver::Raw, &[], 64 << 10);
     let vhd = LayerCase::new(&Vhd, &[("block_size", "8192")], 64 << 10);

@@ -175,6 +175,15 @@ impl Lease<Pages> {
     }
 }
 
+/// Where a page is mapped at the moment.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Key of the entry.
+    key: usize,
+    /// Page in its mapping.
+    page: usize,
+}
+
 #[derive(Debug)]
 struct Entry<M> {
     bundle: Arc<Bundle<M>>,
@@ -197,8 +206,11 @@ pub struct Cache<M> {
     pages_max: usize,
     pages: usize,
     entries: Slab<Entry<M>>,
-    /// Where a gref is mapped: key of the entry, and page in it.
-    places: HashMap<Gref, (usize, usize)>,
+    /// Where a gref is mapped. Guests choose grefs, so they could have many of them meet in one bucket; there are at most `pages_max`, and
+    /// it is their requests that would take longer.
+    places: HashMap<Gref, Place, foldhash::fast::FixedState>,
+    /// Of a request that is being leased.
+    found: Vec<Place>,
     /// Missing pages of the request at hand.
     missing: Vec<Gref>,
     /// Missing pages of requests before, fewer than `bundle`, none of them mapped.
@@ -220,7 +232,8 @@ impl<M> Cache<M> {
             pages_max,
             pages: 0,
             entries: Slab::new(),
-            places: HashMap::new(),
+            places: HashMap::default(),
+            found: Vec::new(),
             missing: Vec::new(),
             gathered: Vec::new(),
             gathering_since: 0,
@@ -245,8 +258,45 @@ impl<M> Cache<M> {
         self.counts
     }
 
-    /// Appends a lease for each of `grefs`, in order, to `leases`, and maps those that are not mapped yet, or lets them wait for others.
-    /// A gref may occur twice.
+    /// Appends the place of each of `grefs`, in order, to `places`, and maps those that are not mapped yet, or lets them wait for others.
+    /// A gref may occur twice. The places are for [`Cache::page`] at once: any later call may unmap them.
+    ///
+    /// # Errors
+    /// [`NotMapped`]: nothing was appended; copy.
+    pub fn find(
+        &mut self,
+        mapper: &mut impl Mapper<Mapped = M>,
+        grefs: &[Gref],
+        now: Nanos,
+        places: &mut Vec<Place>,
+    ) -> Result<(), NotMapped> {
+        if grefs.is_empty() || grefs.len() > MAP_PAGES_MAX {
+            self.counts.refusals += 1;
+            return Err(NotMapped::Size);
+        }
+        self.missing.clear();
+        if !self.look_up(grefs, now, places) {
+            let mut mapped = self.map_missing(mapper, grefs, now);
+            if mapped.is_ok() && !self.look_up(grefs, now, places) {
+                debug_assert!(false, "what was missing has been mapped, and what was used now stays");
+                mapped = Err(NotMapped::Refused);
+            }
+            if let Err(reason) = mapped {
+                self.counts.refusals += 1;
+                return Err(reason);
+            }
+        }
+        self.counts.misses += self.missing.len() as u64;
+        self.counts.hits += (grefs.len() - self.missing.len()) as u64;
+        Ok(())
+    }
+
+    /// The mapping that a place is in, and the number of its page there; `None` when it was unmapped since it was found.
+    pub fn page(&self, place: Place) -> Option<(&M, usize)> {
+        Some((&self.entries.get(place.key)?.bundle.mapped, place.page))
+    }
+
+    /// Appends a lease for each of `grefs`, in order, to `leases`, as [`Cache::find`] does with places: for whoever needs the pages longer.
     ///
     /// # Errors
     /// [`NotMapped`]: nothing was appended; copy.
@@ -257,19 +307,27 @@ impl<M> Cache<M> {
         now: Nanos,
         leases: &mut Vec<Lease<M>>,
     ) -> Result<(), NotMapped> {
-        let result = self.map_missing(mapper, grefs, now);
-        match result {
-            Ok(()) => {
-                self.counts.misses += self.missing.len() as u64;
-                self.counts.hits += (grefs.len() - self.missing.len()) as u64;
-                leases.extend(grefs.iter().filter_map(|gref| {
-                    let &(key, page) = self.places.get(gref)?;
-                    Some(Lease { bundle: self.entries.get(key)?.bundle.clone(), page })
-                }));
-            }
-            Err(_) => self.counts.refusals += 1,
-        }
+        let mut found = std::mem::take(&mut self.found);
+        let result = self.find(mapper, grefs, now, &mut found);
+        leases.extend(found.drain(..).filter_map(|Place { key, page }| {
+            Some(Lease { bundle: self.entries.get(key)?.bundle.clone(), page })
+        }));
+        self.found = found;
         result
+    }
+
+    /// Appends the places of all pages; appends nothing and says false when one of them is not mapped.
+    fn look_up(&mut self, grefs: &[Gref], now: Nanos, places: &mut Vec<Place>) -> bool {
+        let before = places.len();
+        for gref in grefs {
+            let Some(&place) = self.places.get(gref) else {
+                places.truncate(before);
+                return false;
+            };
+            self.entries[place.key].used = now;
+            places.push(place);
+        }
+        true
     }
 
     /// Maps what is missing, which is in `missing` afterwards.
@@ -279,20 +337,13 @@ impl<M> Cache<M> {
         grefs: &[Gref],
         now: Nanos,
     ) -> Result<(), NotMapped> {
-        if grefs.is_empty() || grefs.len() > MAP_PAGES_MAX {
-            return Err(NotMapped::Size);
-        }
-        self.missing.clear();
         for gref in grefs {
             match self.places.get(gref) {
                 // Used now, so that making room for the others does not unmap it.
-                Some(&(key, _)) => self.entries[key].used = now,
+                Some(place) => self.entries[place.key].used = now,
                 None if self.missing.contains(gref) => {}
                 None => self.missing.push(*gref),
             }
-        }
-        if self.missing.is_empty() {
-            return Ok(());
         }
         if now < self.retry_at {
             return Err(NotMapped::Waiting);
@@ -336,7 +387,7 @@ impl<M> Cache<M> {
         };
         let bundle = Arc::new(Bundle { mapped, _reservation: reservation });
         let key = self.entries.insert(Entry { bundle, grefs: grefs.into(), used: now });
-        self.places.extend(grefs.iter().enumerate().map(|(page, &gref)| (gref, (key, page))));
+        self.places.extend(grefs.iter().enumerate().map(|(page, &gref)| (gref, Place { key, page })));
         self.pages += grefs.len();
         self.gathered.retain(|gref| !self.places.contains_key(gref));
         Ok(())

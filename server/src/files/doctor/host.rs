@@ -20,6 +20,8 @@ const NOFILE_MIN: u64 = 256;
 const NOFILE_GOOD: u64 = 16384;
 /// CAP_IPC_LOCK in linux/capability.h.
 const CAP_IPC_LOCK: u32 = 14;
+/// CAP_SYS_RESOURCE in linux/capability.h.
+const CAP_SYS_RESOURCE: u32 = 24;
 
 pub(super) fn kernel() -> Vec<Check> {
     let release = uname().map(|names| names.release().to_string_lossy().into_owned()).unwrap_or_default();
@@ -52,7 +54,26 @@ fn allowed() -> Vec<usize> {
 }
 
 pub(super) fn limits() -> Vec<Check> {
-    vec![locked_memory(), open_files()]
+    vec![locked_memory(), open_files(), write_back()]
+}
+
+/// Whether a disk may be used on the host that serves it: its dirty pages are written back when memory is short, by a process that must
+/// not wait for memory then.
+fn write_back() -> Check {
+    let subject = "write-back";
+    let missing = match (has_capability(CAP_SYS_RESOURCE), may_lock_memory()) {
+        (true, true) => {
+            return Check::ok(
+                subject,
+                "disks may be mounted on this very host, also when its memory is short",
+            );
+        }
+        (false, true) => "CAP_SYS_RESOURCE",
+        (true, false) => "LimitMEMLOCK=infinity",
+        (false, false) => "CAP_SYS_RESOURCE and LimitMEMLOCK=infinity",
+    };
+    let found = "a disk that is mounted on this very host may wait for memory which its own dirty pages hold";
+    Check::warning(subject, found, format!("give blktapd {missing}, or use its disks elsewhere only"))
 }
 
 fn locked_memory() -> Check {
@@ -61,7 +82,7 @@ fn locked_memory() -> Check {
         Ok(limits) => limits,
         Err(errno) => return Check::warning(subject, format!("not known: {errno}"), "check ulimit -l"),
     };
-    let exempt = capabilities().is_some_and(|set| set & (1 << CAP_IPC_LOCK) != 0);
+    let exempt = has_capability(CAP_IPC_LOCK);
     let wanted = (allowed().len() as u64 * MEMLOCK_PER_SHARD).max(MEMLOCK_MIN);
     judge_memlock(soft, exempt, wanted)
 }
@@ -105,10 +126,19 @@ fn judge_nofile(soft: u64, hard: u64) -> Check {
     }
 }
 
-fn capabilities() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(line.trim(), 16).ok()
+fn has_capability(number: u32) -> bool {
+    let set = || {
+        let status = fs::read_to_string("/proc/self/status").ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+        u64::from_str_radix(line.trim(), 16).ok()
+    };
+    set().is_some_and(|set| set & (1 << number) != 0)
+}
+
+/// This process may lock as much memory as it likes.
+pub(crate) fn may_lock_memory() -> bool {
+    let unlimited = getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft == libc::RLIM_INFINITY);
+    unlimited || has_capability(CAP_IPC_LOCK)
 }
 
 pub(super) fn processors() -> Vec<Check> {

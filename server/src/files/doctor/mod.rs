@@ -8,6 +8,8 @@ mod directory;
 mod host;
 mod ring;
 
+pub(crate) use host::may_lock_memory;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;

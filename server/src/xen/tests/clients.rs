@@ -9,7 +9,7 @@ use super::super::fake::FakeStore;
 use super::super::transport::Transport;
 use super::super::wire::{Errno, Request};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 async fn pair() -> (FakeStore, Store) {
     let fake = FakeStore::new();

@@ -11,7 +11,7 @@ use super::super::rig::*;
 use super::super::xenbus::Link;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + Duration::from_secs(60)
 }
 
 async fn wait_problem(rig: &Rig, word: &str) {
@@ -266,7 +266,7 @@ async fn size_and_broken_rings_are_reported() {
     rig.backend.report(id, Report::Resized);
     rig.fake.wait_for(&format!("{}/sectors", id.backend(0)), "4096").await;
     // The same state is written again: that is what the guest's driver waits for.
-    tokio::time::timeout(Duration::from_secs(5), told.changed()).await.unwrap();
+    tokio::time::timeout_at(soon(), told.changed()).await.unwrap();
     rig.backend.report(id, Report::RingBroken("queue 0: the producer is 99 ahead".into()));
     rig.fake.wait_for(&format!("{}/error", id.error(0)), "queue 0: the producer is 99 ahead").await;
     rig.wait_states(id, "4", "4").await;

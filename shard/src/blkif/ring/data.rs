@@ -12,8 +12,19 @@ pub struct Outgoing {
     pub(super) buf: Buf,
 }
 
+/// How far data have come on their way between a guest and a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transfer {
+    /// They are there.
+    Done,
+    /// They come with the batch of the turn.
+    Planned,
+    /// They cannot be had.
+    Failed,
+}
+
 impl GuestRing {
-    /// Plans to copy the segments of an indirect request to a buffer, or copies them. False when they cannot be had.
+    /// Copies the segments of an indirect request to a buffer, or plans to.
     pub fn fetch_in(
         &mut self,
         fetch: &Fetch,
@@ -22,7 +33,7 @@ impl GuestRing {
         host: &mut Opened,
         owner: u32,
         now: Nanos,
-    ) -> bool {
+    ) -> Transfer {
         self.granted.clear();
         // At most a page each.
         self.granted.extend(fetch.pieces().map(|(gref, len)| Granted { gref, offset: 0, len: len as u16 }));
@@ -46,7 +57,7 @@ impl GuestRing {
         }
     }
 
-    /// Copies the data of a write from the guest, or plans to. False when it cannot be had.
+    /// Copies the data of a write from the guest, or plans to.
     pub fn copy_in(
         &mut self,
         piece: &Piece,
@@ -54,10 +65,14 @@ impl GuestRing {
         host: &mut Opened,
         owner: u32,
         now: Nanos,
-    ) -> bool {
-        let Some(buf) = piece.request.payload.as_ref().filter(|_| piece.guests_data) else { return true };
-        self.select(piece.command, piece.at, piece.request.len)
-            && self.transfer(buf, pool, host, Direction::FromDomain, owner, now)
+    ) -> Transfer {
+        let Some(buf) = piece.request.payload.as_ref().filter(|_| piece.guests_data) else {
+            return Transfer::Done;
+        };
+        match self.select(piece.command, piece.at, piece.request.len) {
+            true => self.transfer(buf, pool, host, Direction::FromDomain, owner, now),
+            false => Transfer::Failed,
+        }
     }
 
     /// Ends a piece whose data could not be had.
@@ -84,7 +99,7 @@ impl GuestRing {
         found
     }
 
-    /// Moves what `granted` names between the guest and the buffer: at once through mappings, or with the batch. False when it cannot.
+    /// Moves what `granted` names between the guest and the buffer: at once through mappings, or with the batch.
     fn transfer(
         &mut self,
         buf: &Buf,
@@ -93,37 +108,44 @@ impl GuestRing {
         direction: Direction,
         owner: u32,
         now: Nanos,
-    ) -> bool {
+    ) -> Transfer {
+        self.places.clear();
         if let Some(cache) = &mut self.cache {
             self.grefs.clear();
             self.grefs.extend(self.granted.iter().map(|granted| granted.gref));
-            let leased = cache.lease(&mut host.domains, &self.grefs, now, &mut self.leases);
-            if leased.is_ok() {
+            if cache.find(&mut host.domains, &self.grefs, now, &mut self.places).is_ok() {
                 self.counters.segments_mapped.add(self.granted.len() as u64);
-                let bytes = &mut pool.bytes_mut(buf)[..];
-                let (mut at, mut good) = (0, true);
-                for (granted, lease) in self.granted.iter().zip(&self.leases) {
-                    let place = lease.page() * PAGE_BYTES + usize::from(granted.offset);
-                    let len = usize::from(granted.len);
-                    let Some(bytes) = bytes.get_mut(at..at + len) else { return false };
-                    good &= match direction {
-                        Direction::FromDomain => lease.mapped().copy_out(place, bytes),
-                        Direction::ToDomain => lease.mapped().copy_in(place, bytes),
-                    }
-                    .is_ok();
-                    at += len;
-                }
-                self.leases.clear();
-                return good;
+                let good = self.copy_mapped(pool.bytes_mut(buf), direction).is_some();
+                return if good { Transfer::Done } else { Transfer::Failed };
             }
         }
         self.counters.segments_copied.add(self.granted.len() as u64);
         let (mut at, domid) = (0, self.domid);
-        self.granted.iter().all(|&granted| {
+        let good = self.granted.iter().all(|&granted| {
             let planned = host.batch.plan(pool, (buf, at), domid, granted, direction, owner);
             at += usize::from(granted.len);
             planned
-        })
+        });
+        if good { Transfer::Planned } else { Transfer::Failed }
+    }
+
+    /// Copies what `granted` names at its `places` to or from bytes of ours; `None` when that is not possible.
+    fn copy_mapped(&self, bytes: &mut [u8], direction: Direction) -> Option<()> {
+        let cache = self.cache.as_ref()?;
+        let mut at = 0;
+        for (granted, &place) in self.granted.iter().zip(&self.places) {
+            let (mapped, page) = cache.page(place)?;
+            let offset = page * PAGE_BYTES + usize::from(granted.offset);
+            let len = usize::from(granted.len);
+            let bytes = bytes.get_mut(at..at + len)?;
+            match direction {
+                Direction::FromDomain => mapped.copy_out(offset, bytes),
+                Direction::ToDomain => mapped.copy_in(offset, bytes),
+            }
+            .ok()?;
+            at += len;
+        }
+        Some(())
     }
 
     /// Data that is to be copied to the guest.
@@ -138,7 +160,7 @@ impl GuestRing {
         }
     }
 
-    /// Copies data to the guest, or plans to. False when that is not possible.
+    /// Copies data to the guest, or plans to.
     pub fn copy_out(
         &mut self,
         outgoing: &Outgoing,
@@ -146,9 +168,11 @@ impl GuestRing {
         host: &mut Opened,
         owner: u32,
         now: Nanos,
-    ) -> bool {
-        self.select(outgoing.command, outgoing.at, outgoing.len)
-            && self.transfer(&outgoing.buf, pool, host, Direction::ToDomain, owner, now)
+    ) -> Transfer {
+        match self.select(outgoing.command, outgoing.at, outgoing.len) {
+            true => self.transfer(&outgoing.buf, pool, host, Direction::ToDomain, owner, now),
+            false => Transfer::Failed,
+        }
     }
 
     /// Data has been copied to the guest, or could not be.

@@ -13,13 +13,13 @@ use std::collections::VecDeque;
 
 use ring_bridge::blkif::request::{Operation, Reason, Segment, Status};
 use ring_bridge::blkif::ring::{Counters, Fetch, Request as Taking, RingError, StopReason, Taken, Token};
-use ring_bridge::grants::persistent::{Cache, Lease};
+use ring_bridge::grants::persistent::{Cache, Place};
 use ring_bridge::grants::storm::{Damper, Unmask};
 use ring_bridge::grants::{Direction, Domid, Gref, PAGE_BYTES, Pages, Port};
 
 use commands::Command;
 pub use commands::{Next, Piece};
-pub use data::Outgoing;
+pub use data::{Outgoing, Transfer};
 
 use super::connect::Realm;
 use super::domains::{Engine, Opened};
@@ -120,7 +120,7 @@ pub struct GuestRing {
     segments: Vec<Segment>,
     granted: Vec<Granted>,
     grefs: Vec<Gref>,
-    leases: Vec<Lease<Pages>>,
+    places: Vec<Place>,
 }
 
 /// What a ring is made of.
@@ -190,7 +190,7 @@ impl GuestRing {
             segments: Vec::new(),
             granted: Vec::new(),
             grefs: Vec::new(),
-            leases: Vec::new(),
+            places: Vec::new(),
         }
     }
 

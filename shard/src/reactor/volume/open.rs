@@ -285,6 +285,7 @@ async fn open(
             budget: budget.clone(),
             log: log.map(|log| log as Rc<dyn AllocationLog>),
             snapshot: layer.snapshot.clone(),
+            key: layer.key.clone(),
         };
         if layer.flush {
             // It was written until now, and nobody else will flush it.

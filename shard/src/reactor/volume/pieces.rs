@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use formats::crypt::{PayloadCipher, Spot};
 use formats::driver::Erase;
 use formats::error::Error;
 use formats::file::Buf as Bytes;
@@ -11,7 +12,7 @@ use futures_lite::future::yield_now;
 use super::*;
 use crate::disk::Mem;
 use crate::image::ShardPayload;
-use crate::request::{Kind, Via};
+use crate::request::{Kind, PIECE, Sealed, Via};
 use crate::storage::side::Extent;
 
 /// Pieces of one request that go the fast way; more are the work of a future.
@@ -85,10 +86,16 @@ impl<K: Kernel> Shard<K> {
             (all && pieces.len() <= PIECES_MAX).then_some(guard)
         });
         let aligned = |piece: &Piece| match piece.source {
-            Source::File { id, .. } => files
-                .get(usize::from(id.layer))
-                .and_then(|files| files.get(usize::from(id.file.0)))
-                .is_some_and(|file| (piece.start - offset).is_multiple_of(u64::from(file.memory_align))),
+            Source::File { id, .. } => {
+                let file =
+                    files.get(usize::from(id.layer)).and_then(|files| files.get(usize::from(id.file.0)));
+                let whole_sectors =
+                    volume.cipher(id.layer).is_none_or(|cipher| cipher.is_whole(piece.start, piece.len));
+                whole_sectors
+                    && file.is_some_and(|file| {
+                        (piece.start - offset).is_multiple_of(u64::from(file.memory_align))
+                    })
+            }
             Source::Zero => true,
             Source::Encoded { .. } => false,
         };
@@ -113,8 +120,21 @@ impl<K: Kernel> Shard<K> {
                 Source::File { id, offset } => {
                     self.requests[req].pending += 1;
                     let file = files[usize::from(id.layer)][usize::from(id.file.0)].slot;
-                    let kind = if write { Kind::Write { fua: false } } else { Kind::Read };
-                    self.submit_via(file, kind, offset, piece.len, Via::Piece { disk: slot, req, at });
+                    let via = |sealed| Via::Piece { disk: slot, req, at, sealed };
+                    match (volume.cipher(id.layer), write) {
+                        (None, _) => {
+                            let kind = if write { Kind::Write { fua: false } } else { Kind::Read };
+                            self.submit_via(file, kind, offset, piece.len, via(Sealed::No));
+                        }
+                        (Some(_), false) => {
+                            self.submit_via(file, Kind::Read, offset, piece.len, via(Sealed::Read(id.layer)));
+                        }
+                        (Some(cipher), true) => {
+                            let spot = Spot { disk: piece.start, file: offset };
+                            let sealed = self.sealed(file, (req, at), piece.len, cipher, spot);
+                            self.submit_for(sealed, via(Sealed::Written));
+                        }
+                    }
                 }
                 Source::Zero | Source::Encoded { .. } => self.zero_payload(req, at, piece.len as u32),
             }
@@ -122,6 +142,53 @@ impl<K: Kernel> Shard<K> {
         self.pieces = pieces;
         self.piece_done(slot, req, 0);
         true
+    }
+
+    /// The write of a piece of a request to an encrypted file: with an encrypted copy of the bytes.
+    fn sealed(
+        &mut self,
+        file: u32,
+        (req, at): (ReqKey, u32),
+        len: u64,
+        cipher: &PayloadCipher,
+        spot: Spot,
+    ) -> Request {
+        let mut write = Request::new(file, Kind::Write { fua: false }, spot.file, len, None, self.now);
+        let len = len as usize;
+        if self.sealing.len() < len {
+            self.sealing = Bytes::zeroed(PIECE as usize);
+        }
+        let bytes = &mut self.sealing[..len];
+        match self.requests.get(req).and_then(|request| request.payload.as_ref()) {
+            Some(payload) => bytes.copy_from_slice(&self.pool.bytes(payload)[at as usize..][..len]),
+            // What is left of another one is nobody's business.
+            None => bytes.fill(0),
+        }
+        cipher.encrypt(spot, bytes);
+        match self.pool.take(len, true) {
+            Some(buf) => {
+                self.pool.bytes_mut(&buf)[..len].copy_from_slice(bytes);
+                write.payload = Some(buf);
+            }
+            // The address space is spent: it waits for a buffer like any other.
+            None => write.carried = Some(bytes.to_vec()),
+        }
+        write
+    }
+
+    /// Decrypts what a piece has read into the payload of its request. The answer is an errno, 0 if that was done.
+    fn unseal(&mut self, slot: u32, read: &Request, (req, at): (ReqKey, u32), layer: u16) -> i32 {
+        let engine = self.disks.get(slot as usize).and_then(|entry| entry.engine.as_ref());
+        let volume = engine.and_then(|engine| engine.volume.as_ref());
+        let (Some(cipher), Some(request)) =
+            (volume.and_then(|volume| volume.cipher(layer)), self.requests.get(req))
+        else {
+            return libc::EIO;
+        };
+        let Some(payload) = &request.payload else { return libc::EIO };
+        let spot = Spot { disk: request.offset + u64::from(at), file: read.offset };
+        cipher.decrypt(spot, &mut self.pool.bytes_mut(payload)[at as usize..][..read.len as usize]);
+        0
     }
 
     pub(super) fn zero_payload(&mut self, req: ReqKey, at: u32, len: u32) {
@@ -166,21 +233,29 @@ impl<K: Kernel> Shard<K> {
         let Some(via) = request.via else { return false };
         let slot = via.disk();
         let errno = request.errno;
-        let payload = request.payload.take();
+        let mut payload = request.payload.take();
         let alive = self.disks.get(slot as usize).is_some_and(|entry| !entry.quarantined);
         match via {
-            Via::Piece { req, .. } => {
+            Via::Piece { req, at, sealed, .. } => {
                 if alive {
+                    let errno = match (sealed, errno) {
+                        (Sealed::Read(layer), 0) => self.unseal(slot, request, (req, at), layer),
+                        (_, errno) => errno,
+                    };
                     self.piece_done(slot, req, errno);
                 }
             }
-            Via::Future { reply, .. } => {
-                let result = match (&payload, errno) {
-                    (_, errno) if errno != 0 => Err(errno),
-                    (Some(buf), _) if request.kind == Kind::Read => {
-                        Ok(Bytes::copy_of(&self.pool.bytes(buf)[..request.len as usize]))
+            Via::Future { reply, lend, .. } => {
+                let read = errno == 0 && request.kind == Kind::Read;
+                let result = match payload.take_if(|_| read) {
+                    _ if errno != 0 => Err(errno),
+                    Some(buf) if lend => Ok(self.pool.lend(buf, request.len as usize)),
+                    Some(buf) => {
+                        let bytes = Bytes::copy_of(&self.pool.bytes(&buf)[..request.len as usize]);
+                        self.pool.give(buf);
+                        Ok(bytes)
                     }
-                    _ => Ok(Bytes::zeroed(0)),
+                    None => Ok(Bytes::zeroed(0)),
                 };
                 let engine = self.disks.get(slot as usize).and_then(|entry| entry.engine.as_ref());
                 if let Some(engine) = engine {
@@ -349,6 +424,7 @@ mod tests {
             budget: Budget::new(1 << 20),
             log: None,
             snapshot: None,
+            key: None,
         };
         let raw = formats::registry::format("raw").expect("raw is known");
         let driver = formats::blocking::wait(raw.open(open)).expect("it opens");

@@ -97,23 +97,27 @@ impl<K: Kernel> Shard<K> {
     /// Starts what a future asked for.
     fn start_job(&mut self, slot: u32, job: Job) {
         let Job { file, reply, work } = job;
-        let via = Via::Future { disk: slot, reply, payload: None };
-        let borrowed = |req, at| Via::Future { disk: slot, reply, payload: Some((req, at)) };
+        let via = Via::Future { disk: slot, reply, payload: None, lend: false };
+        let borrowed = |req, at| Via::Future { disk: slot, reply, payload: Some((req, at)), lend: false };
         match work {
-            Work::Read { offset, len } => {
+            Work::Read { offset, len, lend } => {
                 debug_assert!(len <= PIECE);
+                let via = Via::Future { disk: slot, reply, payload: None, lend };
                 self.submit_via(file, Kind::Read, offset, u64::from(len), via);
             }
             Work::Write { offset, data } => {
                 let kind = Kind::Write { fua: false };
                 let mut request = Request::new(file, kind, offset, data.len() as u64, None, self.now);
-                match self.pool.take(data.len(), true) {
-                    Some(buf) => {
-                        self.pool.bytes_mut(&buf)[..data.len()].copy_from_slice(&data);
-                        request.payload = Some(buf);
-                    }
-                    // The address space is spent: it waits for a buffer like any other.
-                    None => request.carried = Some(data.to_vec()),
+                match self.pool.take_back(data) {
+                    Ok(buf) => request.payload = Some(buf),
+                    Err(data) => match self.pool.take(data.len(), true) {
+                        Some(buf) => {
+                            self.pool.bytes_mut(&buf)[..data.len()].copy_from_slice(&data);
+                            request.payload = Some(buf);
+                        }
+                        // The address space is spent: it waits for a buffer like any other.
+                        None => request.carried = Some(data.to_vec()),
+                    },
                 }
                 self.submit_for(request, via);
             }
