@@ -44,7 +44,7 @@ fn encoded(method: Method, bytes: &[u8]) -> Vec<u8> {
 #[test]
 fn units_of_all_sizes_come_back() {
     for method in METHODS {
-        for len in [1, 511, 512, 4096, 65536, 100_000, 2 << 20] {
+        for len in [1, 511, 512, 4096, 65536, 100_000] {
             for bytes in [vec![0; len], text(len, 1), noise(len)] {
                 let mut packed = encoded(method, &bytes);
                 assert!(packed.len() <= encoded_max(len), "{method:?} {len}");

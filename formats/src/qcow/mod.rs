@@ -12,7 +12,7 @@
 //! Source: QEMU's block/qcow.c and blktap's block-qcow.c for the layout; there is no specification.
 //!
 //! The format has no list of what is in use, and no way to call a cluster zero. So new places come from the end of the file
-//! ([`crate::tail`]), zeroes are written into the places that are there, a compressed cluster that was replaced stays in the file until
+//! (`tail`), zeroes are written into the places that are there, a compressed cluster that was replaced stays in the file until
 //! it is converted, and no look-up can see that two entries have one place, or that an entry of a crashed writer points to where
 //! the file was to grow: a check does, and every image should have one that another program has not closed.
 //!
