@@ -103,7 +103,7 @@ stage_metrics() { deploy/checks/metrics.sh; }
 
 stage_openapi() { deploy/checks/openapi.sh; }
 
-stage_xen() { BLKTAPD_BINARY=${BLKTAPD_BINARY:-$target_dir/release/blktapd} deploy/xen/test --tier self --tier pv; }
+stage_xen() { BLKTAPD_BINARY=${BLKTAPD_BINARY:-$target_dir/release/blktapd} deploy/xen/test --tier self --tier pv --tier pvh; }
 
 stage_quickstart() { deploy/checks/quickstart.sh; }
 

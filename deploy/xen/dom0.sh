@@ -64,6 +64,7 @@ end_scenario() {
     [ "$status" -eq 0 ] || { step "the end, status $status; XenStore and messages:"; xenstore-ls -f -p /local/domain/0/backend; xenstore-ls -f -p /local/domain/0/device; dmesg | tail -n 20; }
     for guest in "${guests[@]}"; do
         cp "/var/log/xen/console/guest-$guest.log" "$log_dir/$scenario.$guest.log" 2>/dev/null
+        cp "/var/log/xen/qemu-dm-$guest.log" "$log_dir/$scenario.$guest.qemu.log" 2>/dev/null
         xl destroy "$guest" 2>/dev/null
     done
     if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then

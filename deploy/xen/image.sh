@@ -75,11 +75,12 @@ build_all() {
 
     # What only HVM guests need: the device model and the firmware.
     local hvm=$1/hvm
-    mkdir -p "$hvm/usr/lib/xen-$xen_release/boot" "$hvm/usr/share/seabios" "$hvm/usr/share/qemu"
+    mkdir -p "$hvm/usr/lib/xen-$xen_release/boot" "$hvm/usr/share/seabios" "$hvm/usr/share/qemu/keymaps"
     add_program "$hvm" /usr/libexec "$root/usr/libexec/xen-qemu-system-i386"
     cp "$root/usr/lib/xen-$xen_release/boot/hvmloader" "$hvm/usr/lib/xen-$xen_release/boot/"
     cp /usr/share/seabios/bios-256k.bin "$hvm/usr/share/seabios/"
-    cp /usr/share/qemu/linuxboot_dma.bin "$hvm/usr/share/qemu/"
+    cp /usr/share/qemu/{linuxboot,linuxboot_dma,kvmvapic}.bin "$hvm/usr/share/qemu/"
+    cp /usr/share/qemu/keymaps/en-us "$hvm/usr/share/qemu/keymaps/"
     pack "$hvm" "$1/hvm.cpio"
     rm -rf "$guest" "$dom0" "$hvm"
 }

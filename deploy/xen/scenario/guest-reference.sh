@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tier: pv
 # limit: 240
+# long: it tests the emulator, not us
 # Goal: a PV guest works in the emulator at all: what fails in the other scenarios is then ours.
 # Method: the guest's disk is a loop device that Linux's own backend serves; a file system, a trim, a shutdown.
 # shellcheck source=deploy/xen/dom0.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tier: pvh
 # limit: 400
+# long: it tests the emulator, not us
 # Goal: a PVH guest works in the emulator at all.
 # Method: as guest-reference does it.
 # shellcheck source=deploy/xen/dom0.sh
