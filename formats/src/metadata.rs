@@ -558,7 +558,8 @@ impl Tables {
     fn without_old_doubts(&self) -> RefMut<'_, Slices> {
         let mut borrowed = self.slices.borrow_mut();
         let slices = &mut *borrowed;
-        let last_good = self.files.iter().filter_map(|(_, file)| file.flushes()).map(Flushes::last_good).sum();
+        let last_good =
+            self.files.iter().filter_map(|(_, file)| file.flushes()).map(Flushes::last_good).sum();
         if last_good != slices.looked_at {
             slices.looked_at = last_good;
             for (_, slice) in &mut slices.slab {

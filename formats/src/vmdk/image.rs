@@ -524,6 +524,11 @@ impl Driver for Image {
         Box::pin(self.tables.write_back())
     }
 
+    fn write_again(&self) -> Pending<'_, ()> {
+        // All else (identity, marks, new tables, the reserve) counts only behind a flush that succeeded.
+        Box::pin(self.tables.write_again())
+    }
+
     fn resize(&self, size: u64) -> Pending<'_, ()> {
         Box::pin(self.grow(size))
     }

@@ -187,7 +187,7 @@ impl Sim {
         world.register_file(image.fd.as_raw_fd(), index, image.offset_align > 1);
         world.files.push(file);
         // Some are encrypted.
-        let key = (index % 3 == 0).then(|| Secret::new(vec![7; 64]));
+        let key = index.is_multiple_of(3).then(|| Secret::new(vec![7; 64]));
         let top = ChainLayer {
             format: &TOY,
             key,
