@@ -19,23 +19,23 @@ self=$repo_dir/deploy/$(basename "${BASH_SOURCE[0]}")
 # Stage and budget in seconds. Budgets are for two slow cores and an empty target folder; together they stay below the
 # hour and a half that a run of CI may take.
 stages='
-packages   420
-fmt         60
-shell       60
-systemd     60
-rules       60
-licences    60
-clippy     420
-build      480
-unit       420
-integration 720
-docs       180
-release    540
-service    120
+packages   360
+fmt         30
+shell       30
+systemd     30
+rules       30
+licences    30
+clippy     390
+build      540
+unit       900
+integration 840
+docs       150
+release    450
+service     90
 metrics     60
-openapi    180
-quickstart 180
-xen       1380
+openapi    150
+quickstart 150
+xen       1170
 '
 
 export CARGO_TERM_COLOR=never CARGO_INCREMENTAL=0 RUST_BACKTRACE=0

@@ -42,7 +42,8 @@
 //! [`Driver::write_again`], when an operator accepts that, makes the promise hold again *for what is acknowledged from then on*, and
 //! (2) to (4) for all: every change of metadata that no flush has covered is kept in memory until one does, and is written once
 //! more, lost or not. In doubt stays payload: a granule that was written to since the last good flush may be zero or hold what it
-//! held at any time, in bytes that the requests did not name as well, when they have made it change its place.
+//! held at any time, in bytes that the requests did not name as well, when they have made it change its place; of an encrypted
+//! image it may be noise, which is what lost bytes decrypt to.
 //!
 //! How ([`crate::metadata`] does this for all drivers): places come from a reserve that is known to read as zero and whose
 //! bookkeeping was made durable before; a mapping over *zero or nothing* may be written at any time ([`Order::Anytime`]); one

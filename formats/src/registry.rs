@@ -112,7 +112,8 @@ mod tests {
         for made in ALL.iter().filter(|format| format.name() != "raw") {
             let store = Store::new(1);
             let file = store.add("a", Pages::empty());
-            let create = Create { size: Some(4 << 20), backing: None, options: Vec::new(), key: None };
+            let key = (made.name() == "luks").then(|| crate::crypt::Secret::new(b"of a test".to_vec()));
+            let create = Create { size: Some(4 << 20), backing: None, options: Vec::new(), key };
             store.run(made.create(file.clone(), Vec::new(), &create)).unwrap();
             let bytes = store.pages(0).bytes(0..65536.min(store.pages(0).length()));
             assert_eq!(foreign(&bytes), None);

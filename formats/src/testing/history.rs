@@ -67,6 +67,8 @@ struct Inner {
 struct Doubt {
     moments: Range<usize>,
     granule: u64,
+    /// What was lost does not read as something that was there before: it is decrypted.
+    noise: bool,
 }
 
 impl Doubt {
@@ -105,9 +107,9 @@ fn describe(bytes: &[u8]) -> String {
 }
 
 impl Inner {
-    /// A granule that a block is in was in doubt, and the block was not durably written since: that began at `before` at the latest.
-    fn is_doubtful(&self, block: u64, before: usize) -> bool {
-        self.doubts.iter().filter(|doubt| doubt.moments.end > before).any(|doubt| {
+    /// The doubts about granules that a block is in, if it was not durably written since: that began at `before` at the latest.
+    fn doubts_of(&self, block: u64, before: usize) -> impl Iterator<Item = &Doubt> {
+        self.doubts.iter().filter(move |doubt| doubt.moments.end > before).filter(move |doubt| {
             let start = block / doubt.granule * doubt.granule;
             let near = (start..start + doubt.granule).filter_map(|block| self.by_block.get(block as usize));
             near.flatten().any(|number| doubt.holds(&self.entries[*number as usize]))
@@ -180,13 +182,13 @@ impl History {
     }
 
     /// It was accepted that what no good flush has covered may be lost: blocks that were written, and those that share a granule of
-    /// `granule` blocks with them.
-    pub fn doubt(&self, granule: u64) {
+    /// `granule` blocks with them. They may then hold anything when they are `encrypted`, and what they held at some time when not.
+    pub fn doubt(&self, granule: u64, encrypted: bool) {
         let now = self.store.mark();
         let mut inner = self.inner.borrow_mut();
         let good = inner.flushes.iter().filter(|(_, ended)| ended.is_some());
         let last = good.map(|(began, _)| *began).max().unwrap_or(0);
-        inner.doubts.push(Doubt { moments: last..now, granule });
+        inner.doubts.push(Doubt { moments: last..now, granule, noise: encrypted });
     }
 
     /// The blocks of the writes that are in doubt.
@@ -292,11 +294,9 @@ impl History {
             }
             let mut ever =
                 numbers.iter().copied().filter(|number| entry(*number).began < seen_before).map(value);
-            if inner.is_doubtful(block, before.unwrap_or(0))
-                && (found == initial
-                    || found.iter().all(|byte| *byte == 0)
-                    || ever.any(|value| value == found))
-            {
+            let old =
+                found == initial || found.iter().all(|byte| *byte == 0) || ever.any(|value| value == found);
+            if inner.doubts_of(block, before.unwrap_or(0)).any(|doubt| old || doubt.noise) {
                 continue;
             }
             let mut legal: Vec<String> = legal.map(|value| describe(&value)).collect();

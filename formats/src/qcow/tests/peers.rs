@@ -7,8 +7,8 @@ use futures_lite::future::block_on;
 
 use super::*;
 use crate::qcow2::tests::compressed::contents;
-use crate::qcow2::tests::rig::{change, have_qemu, must_run, open, qemu_reads, read_all, same, write};
-use crate::testing::programs::run;
+use crate::qcow2::tests::rig::{change, have_qemu, must_run, open, read_all, same, write};
+use crate::testing::programs::{qemu_reads, run};
 use crate::tools::encode::copy_encoded;
 use crate::tools::layers::{self as chain, LayerFiles};
 
@@ -28,7 +28,7 @@ fn used(folder: &Path, layers: &[(&str, Vec<PathBuf>)], mut model: Vec<u8>, what
         block_on(volume.close()).unwrap();
         drop(volume);
         is_sound(&layers[0].1[0], what);
-        let theirs = qemu_reads("a.qcow", folder, None);
+        let theirs = qemu_reads(folder, "qcow", "a.qcow", None);
         same(&format!("{what}, round {round}: QEMU reads ours"), &theirs, &model);
         let mut arguments = vec!["qemu-io".to_owned(), "-f".into(), "qcow".into()];
         for _ in 0..10 {
@@ -56,7 +56,7 @@ fn images_of_qemu() {
     let model = contents(3 << 20, 5);
     std::fs::write(folder.path().join("a.raw"), &model).unwrap();
     run(folder.path(), &["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow", "a.raw", "a.qcow"]);
-    same("compressed by QEMU, read by QEMU", &qemu_reads("a.qcow", folder.path(), None), &model);
+    same("compressed by QEMU, read by QEMU", &qemu_reads(folder.path(), "qcow", "a.qcow", None), &model);
     assert!(is_encoded(&layers(folder.path())), "nothing is compressed");
     used(folder.path(), &layers(folder.path()), model, "compressed", 5);
 }
@@ -174,7 +174,7 @@ fn a_disk_grows() {
         assert!(block_on(volume.resize(512)).is_err());
         block_on(volume.close()).unwrap();
         is_sound(&folder.path().join("a.qcow"), options);
-        let theirs = qemu_reads("a.qcow", folder.path(), None);
+        let theirs = qemu_reads(folder.path(), "qcow", "a.qcow", None);
         same("QEMU after growing", &theirs[..model.len()], &model);
         assert_eq!((theirs.len(), &theirs[(40 << 20) - 512..]), (40 << 20, &[6; 512][..]));
     }

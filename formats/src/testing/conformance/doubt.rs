@@ -81,13 +81,14 @@ pub fn run(case: &Case, seed: u64, states: usize) -> Result<(), String> {
     }
     rig.store.settle();
     let granule = (volume.granule() / BLOCK_BYTES as u64).max(1);
-    history.doubt(granule);
+    let encrypted = volume.layers()[0].driver.cipher().is_some();
+    history.doubt(granule, encrypted);
     rig.store.accept_doubt();
     if rng.bool() {
         // It may fail once more.
         plot(&rig, rng.u64(..2));
         if rig.store.run(volume.write_again()).is_err() {
-            history.doubt(granule);
+            history.doubt(granule, encrypted);
             rig.store.accept_doubt();
         }
         rig.store.heal();
