@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # tier: hvm
 # limit: 600
-# pending: not tried yet
 # Goal: an HVM guest has one disk in two ways, and they agree: as an IDE disk of its device model, which is a client of the disk's NBD
 # socket by the name that the script wrote, and by blkfront.
 # Method: a guest that is told not to unplug its emulated disks writes in one way and reads in the other, and the other way round.
