@@ -133,7 +133,8 @@ impl EvtChn {
                 let taken = self.ports.select(&self.buffer[..bytes], events);
                 self.accounts.events.add(taken);
                 self.accounts.events_ignored.add(ports - taken);
-                // One that filled the buffer exactly is asked again for nothing; a short one was all there was.
+                // One that filled the buffer exactly is asked again for nothing. A short one was all there was when it began: see
+                // `Domains::event_fd` for what came meanwhile.
                 ports == EVENTS_MAX
             }
             Err(Errno::EFBIG) => {

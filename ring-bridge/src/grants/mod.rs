@@ -173,7 +173,8 @@ impl Domains {
         count
     }
 
-    /// The descriptor to be polled for reading: it is ready when [`Domains::drain`] has something.
+    /// The descriptor to be polled for reading: it is ready when [`Domains::drain`] has something. It has to be polled anew after
+    /// each drain: an event of Xen that comes during one makes it ready, but wakes nobody who polls it already.
     pub fn event_fd(&self) -> BorrowedFd<'_> {
         match &self.kind {
             Kind::Xen { events, .. } => events.fd(),

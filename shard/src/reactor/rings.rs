@@ -129,12 +129,16 @@ impl<K: Kernel> Shard<K> {
     }
 
     /// Polls a kind of domains that has just been opened, or whose poll has ended.
+    ///
+    /// Once at a time: Linux's evtchn wakes pollers only when its list of events was empty. An event that comes while the list is
+    /// being read wakes nobody, and no later one does; a new poll finds it. It is submitted with the turn's other operations,
+    /// after the list was read.
     pub(super) fn arm_ports(&mut self, realm: Realm) {
         use std::os::fd::AsRawFd;
         let Some(opened) = self.rings.host.get(realm) else { return };
         let fd = opened.domains.event_fd().as_raw_fd();
         let user_data = self.ops.insert(OpKind::Ports { realm });
-        self.kernel.push(user_data, Op::PollMulti { fd });
+        self.kernel.push(user_data, Op::Poll { fd });
     }
 
     /// Looks at rings whose time has come.

@@ -121,8 +121,6 @@ pub(super) struct Lane {
     pub(super) side_done: VecDeque<SideDone>,
     pub(super) timer: Option<Nanos>,
     pub(super) poll: Option<u64>,
-    /// The descriptor that is polled first.
-    inbox_fd: Option<RawFd>,
     /// The poll of the ports of guests, and whether its event is to come.
     ports: Option<u64>,
     ports_due: bool,
@@ -418,7 +416,7 @@ impl World {
                 }
                 return;
             }
-            Op::PollMulti { fd } if *self.lanes[shard].inbox_fd.get_or_insert(fd) != fd => {
+            Op::Poll { .. } => {
                 self.lanes[shard].ports = Some(user_data);
                 InFlight::Poll
             }
@@ -485,22 +483,22 @@ impl World {
         if let Some(user_data) = self.lanes[shard].poll
             && std::mem::take(&mut self.lanes[shard].wake)
         {
-            let more = self.poll_event(shard, user_data);
+            // Now and then a multishot poll ends, and has to be armed again.
+            let more = !self.rng.chance(50);
+            self.poll_event(shard, user_data, more);
             self.lanes[shard].poll = more.then_some(user_data);
         }
     }
 
     fn ports_event(&mut self, shard: usize) {
         self.lanes[shard].ports_due = false;
-        if let Some(user_data) = self.lanes[shard].ports {
-            let more = self.poll_event(shard, user_data);
-            self.lanes[shard].ports = more.then_some(user_data);
+        if let Some(user_data) = self.lanes[shard].ports.take() {
+            self.poll_event(shard, user_data, false);
         }
     }
 
-    /// A poll completes; whether it goes on. Now and then a multishot poll ends, and has to be armed again.
-    fn poll_event(&mut self, shard: usize, user_data: u64) -> bool {
-        let more = !self.rng.chance(50);
+    /// A poll completes; `more`: it goes on.
+    fn poll_event(&mut self, shard: usize, user_data: u64, more: bool) {
         if !more {
             self.lanes[shard].user_data.remove(&user_data);
             let key = self.running.iter().find(|(_, r)| r.shard == shard && r.user_data == user_data);
@@ -509,7 +507,6 @@ impl World {
             }
         }
         self.complete(shard, Completion { user_data, result: i32::from(libc::POLLIN), more });
-        more
     }
 
     /// The ports of guests of a shard have something to say: it hears of it after some time.

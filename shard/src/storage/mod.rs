@@ -98,6 +98,11 @@ pub enum Op {
         /// Message header.
         header: usize,
     },
+    /// Poll for readability, once: it completes at once when the file is readable already.
+    Poll {
+        /// File.
+        fd: RawFd,
+    },
     /// Multishot poll for readability.
     PollMulti {
         /// File.

@@ -213,6 +213,7 @@ impl Kernel for Uring {
                 .flags((libc::MSG_DONTWAIT | libc::MSG_WAITALL | libc::MSG_NOSIGNAL) as u32)
                 .build()
                 .flags(squeue::Flags::SKIP_SUCCESS),
+            Op::Poll { fd } => opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).build(),
             Op::PollMulti { fd } => opcode::PollAdd::new(Fd(fd), libc::POLLIN as u32).multi(true).build(),
             Op::Cancel { target } => opcode::AsyncCancel2::new(CancelBuilder::user_data(target)).build(),
         };
