@@ -162,7 +162,7 @@ pub struct Images {
     /// Held while a RAM disk is made or removed.
     ram_turn: tokio::sync::Mutex<()>,
     /// Held while an image is unlocked: one may take all of a core, and a GiB.
-    unlock_turn: tokio::sync::Mutex<()>,
+    unlock_turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 struct Ram {
@@ -183,7 +183,7 @@ impl Images {
             budget: Arc::new(RamBudget::new(settings.ram_limit_bytes.unwrap_or(u64::MAX))),
             rams: Mutex::default(),
             ram_turn: tokio::sync::Mutex::new(()),
-            unlock_turn: tokio::sync::Mutex::new(()),
+            unlock_turn: Arc::default(),
         })
     }
 

@@ -277,6 +277,13 @@ impl Header {
         if segment.iv_tweak.as_deref().is_some_and(|tweak| tweak != "0") {
             return Err("the vectors of its segment begin at another number than 0".to_owned());
         }
+        // Each list is looked through for each entry of another one.
+        let lists =
+            metadata.digests.values().flat_map(|digest| [digest.keyslots.len(), digest.segments.len()]);
+        let longest = lists.chain([metadata.keyslots.len(), metadata.digests.len()]).max().unwrap_or(0);
+        if longest > SLOTS_MAX {
+            return Err(format!("its LUKS header has a list of {longest} entries; {SLOTS_MAX} are possible"));
+        }
         let holds = |digest: &&DigestOf| digest.kind == "pbkdf2" && digest.segments.contains(segment_name);
         let digest =
             metadata.digests.values().find(holds).ok_or("its segment has no digest of a known type")?;

@@ -73,7 +73,8 @@ struct Draft<'a> {
 
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
-        for piece in &self.pieces {
+        // Of the others a whole cluster may be on the way, also with bytes that no request has.
+        for piece in self.pieces.iter().filter(|piece| piece.order == Order::Anytime) {
             self.image.tail.abandon(piece.guest, piece.place);
         }
     }
@@ -368,6 +369,14 @@ impl Image {
     pub fn abort(&self, plan: &Plan) {
         let pieces = self.plans.borrow_mut().remove(&plan.id).unwrap_or_default();
         drop(Draft { image: self, pieces });
+    }
+
+    /// See [`crate::driver::Driver::abort_at_rest`].
+    pub fn abort_at_rest(&self, plan: &Plan) {
+        let pieces = self.plans.borrow_mut().remove(&plan.id).unwrap_or_default();
+        for piece in pieces {
+            self.tail.abandon(piece.guest, piece.place);
+        }
     }
 
     /// See [`crate::driver::Driver::commit`].

@@ -186,6 +186,10 @@ impl Driver for Image {
         Image::abort(self, &plan);
     }
 
+    fn abort_at_rest(&self, plan: Plan) {
+        Image::abort_at_rest(self, &plan);
+    }
+
     fn erase(&self, range: std::ops::Range<u64>, how: Erase) -> Pending<'_, Erased> {
         Box::pin(Image::erase(self, range, how))
     }

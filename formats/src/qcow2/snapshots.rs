@@ -207,9 +207,10 @@ pub async fn apply_snapshot(open: Open, wanted: &str) -> Result<(), Error> {
     // The refcount table may have moved.
     let work = Work::read(&file).await?;
     work.raise_for(TablePlace { offset, entries }).await?;
-    // Size, encryption (none) and L1 table, in one write.
+    // Size, encryption (as it is) and L1 table, in one write.
     let mut place = [0; 24];
     place[..8].copy_from_slice(&size.to_be_bytes());
+    place[8..12].copy_from_slice(&file.read(32, 4).await?);
     place[12..16].copy_from_slice(&(entries as u32).to_be_bytes());
     place[16..].copy_from_slice(&offset.to_be_bytes());
     file.write(24, Buf::copy_of(&place)).await?;

@@ -97,7 +97,8 @@ impl Extent<'_> {
         if mends && walk.damages_total > 0 {
             walk = self.mend(walk).await?;
         }
-        self.copies(mends).await?;
+        // A directory that is wrong has its tables anywhere: what is written there then would be lost.
+        self.copies(mends && walk.damages_total == 0).await?;
         let free: u64 = walk.free.iter().map(|range| range.end - range.start).sum();
         if free > 0 {
             let line =

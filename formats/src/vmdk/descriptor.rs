@@ -164,7 +164,8 @@ impl Descriptor {
             };
             let value_at = at + key.len() + 1 + (value.len() - value.trim_start().len());
             let (key, value) = (key.trim(), value.trim());
-            let value = value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value);
+            let inner = value.strip_prefix('"').and_then(|value| value.strip_suffix('"'));
+            let (value, value_at) = inner.map_or((value, value_at), |inner| (inner, value_at + 1));
             if !seen.insert(key.to_owned()) {
                 return Err(bad(name, number, format!("says {} again", shown(key))));
             }

@@ -512,6 +512,18 @@ impl Driver for Image {
         drop(Draft { image: self, pieces });
     }
 
+    fn abort_at_rest(&self, plan: Plan) {
+        let pieces = self.plans.borrow_mut().remove(&plan.id).unwrap_or_default();
+        let (kept, given): (Vec<_>, Vec<_>) = pieces.into_iter().partition(|piece| piece.reusable);
+        for piece in given {
+            let sparse = self.sparse(piece.part);
+            if let Some(writable) = sparse.and_then(|sparse| sparse.writable.as_ref()) {
+                writable.reserve.give_back(piece.place);
+            }
+        }
+        drop(Draft { image: self, pieces: kept });
+    }
+
     fn erase(&self, range: Range<u64>, how: Erase) -> Pending<'_, Erased> {
         Box::pin(self.erase_range(range.start..range.end.min(self.size()), how))
     }

@@ -92,8 +92,14 @@ impl Reserve {
     pub fn release(&self, place: u64) {
         // Places of other programs may lie at any sector; a part of a grain is no place.
         if place.is_multiple_of(self.grain) {
-            add(&mut self.released.borrow_mut(), place..place + self.grain);
+            // Not merged with a neighbour: who makes them clean counts those that were there before a flush.
+            self.released.borrow_mut().push(place..place + self.grain);
         }
+    }
+
+    /// A place was given up without a mapping, and nobody writes there any more.
+    pub fn give_back(&self, place: u64) {
+        self.soiled.borrow_mut().push(place..place + self.grain);
     }
 
     /// Makes a place of `len` bytes clean, unless somebody else did meanwhile.

@@ -562,15 +562,17 @@ impl Files {
     }
 
     /// The key of an open encrypted image, by what the operator has. Takes as long as the image wants. Errors: `Timeout`, `Io`; `Invalid`
-    /// with the driver's words.
+    /// with the driver's words. `turn` is held until the work has ended, also when nobody waits for it any more: it may take a gigabyte.
     pub async fn unlock(
         &self,
         key: FileKey,
         format: &'static dyn formats::driver::Format,
         secret: Secret,
+        turn: tokio::sync::OwnedMutexGuard<()>,
         deadline: Duration,
     ) -> Result<Secret, OpenError> {
         let ask = move |path: &Path, image: &ImageFile| {
+            let _turn = turn;
             image::ask(path, image, |file| Box::pin(async move { format.unlock(file, &secret).await }))
         };
         self.measure(key, deadline, "unlock it", ask).await

@@ -251,13 +251,13 @@ impl Images {
         if let Some(warning) = encryption.warning {
             chain.notes.push(format!("{}: {warning}", path.display()));
         }
-        let turn = tokio::time::timeout_at(wanted.deadline, self.unlock_turn.lock()).await;
-        let _turn = turn.map_err(|_| {
+        let turn = tokio::time::timeout_at(wanted.deadline, self.unlock_turn.clone().lock_owned()).await;
+        let turn = turn.map_err(|_| {
             let message = format!("{}: other images are still being unlocked", path.display());
             Problem::new(ProblemKind::TimedOut, message)
         })?;
         let left = wanted.deadline.saturating_duration_since(Instant::now());
-        let unlocked = self.files.unlock(file, format, secret, left).await;
+        let unlocked = self.files.unlock(file, format, secret, turn, left).await;
         unlocked.map(Some).map_err(|error| problem(error).context(&format!("the key from {source}")))
     }
 
