@@ -9,7 +9,7 @@
 //! Strict: a line that is none of these, a key that comes twice, a number that is none are damage. Bounded: [`TEXT_BYTES_MAX`],
 //! [`EXTENTS_MAX`].
 //!
-//! A descriptor has no second copy, so it is changed only where one write of one sector does it ([`write`]). Texts that this program
+//! A descriptor has no second copy, so it is changed only where one write of one sector does it ([`write()`]). Texts that this program
 //! composes have their header in sectors of its own, with blanks behind it, so that another parent's name fits.
 //!
 //! Source: VMware, "Virtual Disk Format 5.0", "The Descriptor File".
@@ -439,7 +439,7 @@ fn one_write(
     }
 }
 
-/// Whether [`write`] can make this change.
+/// Whether [`write()`] can make this change.
 ///
 /// # Errors
 /// It cannot.
