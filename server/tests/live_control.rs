@@ -355,7 +355,13 @@ fn a_paused_disk_holds_its_requests_and_a_failed_one_answers_errors() {
     rig.restart();
     rig.wait_for_state("d1", "failed");
     rig.wait_for_state("d2", "running");
-    let mut client = Client::connect(&rig.socket("d1"), "").unwrap();
+    // A disk whose image is being opened is called failed, too.
+    let mut client = None;
+    wait_until("the disk that was given up has its socket", || {
+        client = Client::connect(&rig.socket("d1"), "").ok();
+        client.is_some()
+    });
+    let mut client = client.unwrap();
     assert_eq!(client.read(0, 512).unwrap_err().raw_os_error(), Some(5), "it stays given up");
     refused(&rig, &["resume", "d1"], 4, &["detach it"]);
     let mut neighbour = Client::connect(&rig.socket("d2"), "").unwrap();

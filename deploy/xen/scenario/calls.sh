@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # tier: self
 # limit: 240
+# long: figures, which a busy machine changes
 # Goal: at 32 requests in flight at most 0.15 notifications, 0.15 ioctls and 0.5 system calls per request of the ring.
 # Method: 4 KiB random reads by fio; interrupts counted by blkfront's kernel, calls of all threads of the daemon by a histogram of the
 # kernel's tracing. A RAM disk shows what the ring costs and is judged; the raw disk is only noted, because its requests come back one
